@@ -1,0 +1,5 @@
+"""Errors that are meant for the user, not for the log."""
+
+
+class StartupError(Exception):
+    """The server cannot start as asked; the text says what is wrong and what to do about it."""
