@@ -1,0 +1,45 @@
+"""Fixtures for every suite: scratch file systems, one of each kind for the whole session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .support.filesystems import KINDS, FileSystems
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--native", action="store_true", help="POSIX suite: only the control, on the directories themselves"
+    )
+    parser.addoption("--fs", default=",".join(KINDS), help="file systems to test on (default: %(default)s)")
+
+
+@pytest.fixture(scope="session")
+def filesystems() -> Iterator[FileSystems]:
+    """`filesystems["xfs"]` is the root of a scratch file system of that kind."""
+    available = FileSystems()
+    yield available
+    available.close()
+
+
+@pytest.fixture(scope="session")
+def ext4(filesystems: FileSystems) -> Path:
+    return filesystems["ext4"]
+
+
+@pytest.fixture(scope="session")
+def xfs(filesystems: FileSystems) -> Path:
+    return filesystems["xfs"]
+
+
+@pytest.fixture(scope="session")
+def btrfs(filesystems: FileSystems) -> Path:
+    return filesystems["btrfs"]
+
+
+@pytest.fixture(scope="session")
+def tmpfs(filesystems: FileSystems) -> Path:
+    return filesystems["tmpfs"]

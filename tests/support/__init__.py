@@ -1,0 +1,1 @@
+"""What the test suites share: scratch file systems and running servers."""

@@ -1,0 +1,213 @@
+"""A running handlefs mount, started by the real command line, and its control: the directory itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from handlefs import control
+
+from .filesystems import run, scratch_directory, unmount
+
+START_TIMEOUT = 60.0
+STOP_TIMEOUT = 60.0
+ALARMING = re.compile(r"\b(ERROR|CRITICAL)\b|^Traceback ", re.MULTILINE)
+
+
+class Tree(Protocol):
+    """A directory under test: `path` is how the test reaches it, `source` is where its files really live."""
+
+    @property
+    def source(self) -> Path: ...
+    @property
+    def path(self) -> Path: ...
+    def evict(self, count: int | None = None) -> int: ...
+    def restart(self) -> None: ...
+    def kill(self) -> None: ...
+    def check_log(self) -> None: ...
+
+
+class Native:
+    """The control: the source directory itself, where eviction and restart have nothing to do."""
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+        self.path = source
+
+    def evict(self, count: int | None = None) -> int:
+        return 0
+
+    def restart(self) -> None:
+        pass
+
+    def kill(self) -> None:
+        pass
+
+    def check_log(self) -> None:
+        pass
+
+
+class Mounted:
+    """A handlefs server over `source`, mounted at `path`.
+
+    `state_dir` holds the handle map and survives restarts. A test fails when the log shows an error that it has not
+    announced with `expected_log` (a regular expression for the lines that may appear).
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        path: Path,
+        state_dir: Path,
+        log: Path,
+        args: Sequence[str] = (),
+        *,
+        nofile: int | None = None,
+        expected_log: str | None = None,
+    ) -> None:
+        self.source = source
+        self.path = path
+        self.state_dir = state_dir
+        self.log = log
+        self.args = tuple(args)
+        self.nofile = nofile
+        self.expected_log = expected_log
+        self._log_checked = 0
+
+    @property
+    def argv(self) -> list[str]:
+        limit = [] if self.nofile is None else ["prlimit", f"--nofile={self.nofile}"]
+        own = ["--state-dir", str(self.state_dir), "--log-file", str(self.log)]
+        return [*limit, sys.executable, "-m", "handlefs", str(self.source), str(self.path), *own, *self.args]
+
+    def start(self) -> None:
+        """Start the server; it is in the background and the mount answers when this returns."""
+        done = subprocess.run(
+            self.argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_TIMEOUT, check=False
+        )
+        if done.returncode != 0 or not self.path.is_mount():
+            raise RuntimeError(
+                f"handlefs did not start, status {done.returncode}: {done.stderr}{done.stdout}\n{self.read_log()}"
+            )
+
+    def stop(self) -> None:
+        """Unmount with the command line and wait until the server has gone."""
+        with self._exit_awaited():
+            run(sys.executable, "-m", "handlefs", "umount", self.path)
+
+    def restart(self) -> None:
+        """A clean restart: unmount, then a fresh server process with the same state."""
+        self.stop()
+        self.start()
+
+    def kill(self) -> None:
+        """A crash: SIGKILL, the dead mount detached, a fresh server process with the same state."""
+        self.crash()
+        self.start()
+
+    def crash(self) -> None:
+        with self._exit_awaited() as pid:
+            os.kill(pid, signal.SIGKILL)
+        run("umount", "--lazy", self.path)
+
+    @contextmanager
+    def _exit_awaited(self) -> Iterator[int]:
+        pid = self.pid
+        pidfd = os.pidfd_open(pid)
+        try:
+            yield pid
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            if not poll.poll(STOP_TIMEOUT * 1000):
+                raise TimeoutError(f"server {pid} still runs {STOP_TIMEOUT:.0f} s after it was told to stop")
+        finally:
+            os.close(pidfd)
+
+    def request(self, message: dict[str, Any]) -> dict[str, Any]:
+        reply: dict[str, Any] = control.request(str(self.path), message)
+        if not reply.get("ok"):
+            raise RuntimeError(f"the server refused {message}: {reply.get('error')}")
+        return reply
+
+    def status(self) -> dict[str, Any]:
+        return self.request({"op": "status"})
+
+    def evict(self, count: int | None = None) -> int:
+        """Drop `count` inodes from the server's cache, or all of them."""
+        return int(self.request({"op": "evict", "count": count}).get("evicted", 0))
+
+    @property
+    def pid(self) -> int:
+        return int(self.status()["pid"])
+
+    def descriptors(self) -> int:
+        """How many descriptors the server has open now."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def read_log(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def check_log(self) -> None:
+        """Fail when an unexpected error has been logged since the last check."""
+        log = self.read_log()
+        news, self._log_checked = log[self._log_checked :], len(log)
+        lines = [line for line in news.splitlines() if not (self.expected_log and re.search(self.expected_log, line))]
+        if ALARMING.search("\n".join(lines)):
+            raise AssertionError(f"the server logged errors:\n{news}")
+
+
+@contextmanager
+def mounted(
+    source: Path,
+    mountpoint: Path | None = None,
+    *args: str,
+    state_dir: Path | None = None,
+    nofile: int | None = None,
+    expected_log: str | None = None,
+) -> Iterator[Mounted]:
+    """A server over `source` with the given command-line options, until the end of the block.
+
+    Mount point, state directory and log stand in a scratch directory unless given. At the end the server is stopped and
+    its log must be free of errors; a mount that a failed test left in use is detached.
+    """
+    with ExitStack() as stack:
+        base = stack.enter_context(scratch_directory("mount-"))
+        if mountpoint is None:
+            mountpoint = base / "mnt"
+            mountpoint.mkdir()
+        server = Mounted(
+            source,
+            mountpoint,
+            state_dir or base / "state",
+            base / "log",
+            args,
+            nofile=nofile,
+            expected_log=expected_log,
+        )
+        server.start()
+        stack.callback(_end, server)
+        yield server
+
+
+def _end(server: Mounted) -> None:
+    """Stop the server if it runs, leave no mount behind whatever happens, and look at the whole log."""
+    try:
+        if _is_mounted(server.path):
+            server.stop()
+    finally:
+        if _is_mounted(server.path):
+            unmount(server.path)
+    server.check_log()
+
+
+def _is_mounted(path: Path) -> bool:
+    """From mountinfo, since stat(2) on a dead FUSE mount is an error."""
+    return any(line.split()[4] == str(path) for line in Path("/proc/self/mountinfo").read_text().splitlines())
