@@ -1,0 +1,103 @@
+"""The configuration of one server: what the command line says, what the runtime file keeps for a restart."""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, cast, get_args
+
+from handlefs.mount import MountOptions, OptionError
+
+Submounts = Literal["cross", "hide"]
+Transport = Literal["pyfuse3"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a server is started with; equal configurations serve the same mount."""
+
+    source: str
+    mountpoint: str
+    options: MountOptions = field(default_factory=MountOptions)
+    state_dir: str | None = None
+    key_file: str | None = None
+    cache_size: int | None = None
+    entry_timeout: float = 1.0
+    attr_timeout: float = 1.0
+    submounts: Submounts = "cross"
+    transport: Transport = "pyfuse3"
+    log_file: str | None = None
+
+    def with_options(self, own: Mapping[str, str]) -> "Config":
+        """This configuration with handlefs's own mount options (``cache-size=…``) applied. Raises OptionError."""
+        return replace(self, **{_OPTIONS[name][0]: _OPTIONS[name][1](name, text) for name, text in own.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; from_dict() reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """Read what to_dict() wrote, by this or another version: keys not known here are left out."""
+        known = {entry.name: values[entry.name] for entry in fields(cls) if entry.name in values}
+        return cls(**known | {"options": MountOptions.from_dict(values.get("options", {}))})
+
+    def to_argv(self) -> list[str]:
+        """The arguments of the ``handlefs`` command that start this server."""
+        argv = [self.source, self.mountpoint]
+        if options := self.options.to_argument():
+            argv += ["-o", options]
+        for name, (attribute, _) in _OPTIONS.items():
+            value = getattr(self, attribute)
+            if value != _DEFAULTS[attribute]:
+                argv += [f"--{name}", str(value)]
+        return argv
+
+
+_DEFAULTS = {entry.name: entry.default for entry in fields(Config)}
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise OptionError(f"bad {name} '{text}': expected a whole number, 0 or more")
+    return int(text)
+
+
+def _seconds(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise OptionError(f"bad {name} '{text}': expected a number of seconds, 0 or more")
+    return value
+
+
+def _submounts(name: str, text: str) -> Submounts:
+    return cast(Submounts, _choice(name, text, get_args(Submounts)))
+
+
+def _transport(name: str, text: str) -> Transport:
+    return cast(Transport, _choice(name, text, get_args(Transport)))
+
+
+def _choice(name: str, text: str, choices: tuple[str, ...]) -> str:
+    if text not in choices:
+        raise OptionError(f"bad {name} '{text}': expected {' or '.join(choices)}")
+    return text
+
+
+def _path(_name: str, text: str) -> str:
+    return os.path.abspath(text)
+
+
+_OPTIONS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = {
+    "cache-size": ("cache_size", _whole),
+    "entry-timeout": ("entry_timeout", _seconds),
+    "attr-timeout": ("attr_timeout", _seconds),
+    "state-dir": ("state_dir", _path),
+    "key-file": ("key_file", _path),
+    "submounts": ("submounts", _submounts),
+    "transport": ("transport", _transport),
+    "log": ("log_file", _path),
+}
