@@ -99,5 +99,5 @@ _OPTIONS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = {
     "key-file": ("key_file", _path),
     "submounts": ("submounts", _submounts),
     "transport": ("transport", _transport),
-    "log": ("log_file", _path),
+    "log-file": ("log_file", _path),
 }

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from types import MappingProxyType
 from typing import Any
 
 MS_RDONLY = 1 << 0
@@ -25,7 +24,7 @@ MS_LAZYTIME = 1 << 25
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
-_FLAGS: Mapping[str, int] = MappingProxyType({
+_FLAGS: Mapping[str, int] = {
     "read_only": MS_RDONLY,
     "nosuid": MS_NOSUID,
     "nodev": MS_NODEV,
@@ -38,10 +37,10 @@ _FLAGS: Mapping[str, int] = MappingProxyType({
     "relatime": MS_RELATIME,
     "strictatime": MS_STRICTATIME,
     "lazytime": MS_LAZYTIME,
-})
+}
 
 # What each word of -o sets; later words win, as with mount(8).
-_WORDS: Mapping[str, Mapping[str, bool]] = MappingProxyType({
+_WORDS: Mapping[str, Mapping[str, bool]] = {
     "ro": {"read_only": True},
     "rw": {"read_only": False},
     "defaults": {"read_only": False, "nosuid": False, "nodev": False, "noexec": False, "sync": False},
@@ -61,18 +60,18 @@ _WORDS: Mapping[str, Mapping[str, bool]] = MappingProxyType({
         for word, value in ((field, True), ("no" + field, False))
         if word not in ("nosync", "nodirsync")
     },
-})
+}
 
 # Meant for mount(8), systemd or other FUSE servers; allow_other and default_permissions are always on.
-_IGNORED = frozenset({
-    "_netdev", "nofail", "auto", "noauto", "nouser", "nousers", "noowner", "nogroup", "allow_other",
-    "default_permissions", "nonempty", "silent", "loud", "mand", "nomand", "iversion", "noiversion",
-})  # fmt: skip
+_IGNORED = frozenset(
+    "_netdev nofail auto noauto nouser nousers noowner nogroup silent loud mand nomand iversion noiversion "
+    "allow_other default_permissions nonempty".split()
+)
 _IGNORED_WITH_VALUE = frozenset({"comment", "user", "helper", "uhelper"})
 
-HANDLEFS_OPTIONS = frozenset({
-    "cache-size", "entry-timeout", "attr-timeout", "state-dir", "key-file", "submounts", "transport", "log",
-})  # fmt: skip
+HANDLEFS_OPTIONS = frozenset(
+    {"cache-size", "entry-timeout", "attr-timeout", "state-dir", "key-file", "submounts", "transport", "log-file"}
+)
 
 
 class OptionError(ValueError):

@@ -1,0 +1,274 @@
+"""Talking to a running server over a Unix socket, and the runtime directory that lists the servers.
+
+The protocol is JSON lines. A request is one object with an "op"; the reply is one object with "ok":
+
+    {"op": "status"}                  → {"ok": true, "pid": 1234, "source": "/srv", …}
+    {"op": "evict", "count": 10}      → {"ok": true, "evicted": 10}     ("count": null evicts everything)
+    {"op": "config"}                  → {"ok": true, "config": {…}}
+    anything else                     → {"ok": false, "error": "what is wrong"}, and the connection goes on
+
+The runtime directory holds `ID.sock` (0600) and `ID.json` for each server, ID being a hash of the mount point. A server
+removes both when it ends; the files of one that was killed stay, so that `handlefs restart` can bring it back.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import socket
+import socketserver
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from handlefs.config import Config
+from handlefs.errors import StartupError
+
+log = logging.getLogger(__name__)
+
+LONGEST_REQUEST = 64 * 1024
+REPLY_TIMEOUT = 30.0  # seconds; evicting a large cache takes a while
+
+
+class ControlError(Exception):
+    """A server could not be asked, or said no; the text is meant for the user."""
+
+
+class NoServer(ControlError):
+    """No live server serves the mount point."""
+
+
+def runtime_dir() -> Path:
+    """Where the sockets and records of this user's servers are."""
+    if override := os.environ.get("HANDLEFS_RUNTIME_DIR"):
+        return Path(override)
+    if os.geteuid() == 0:
+        return Path("/run/handlefs")
+    return Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}") / "handlefs"
+
+
+def _file(mountpoint: str, suffix: str) -> Path:
+    name = hashlib.blake2b(os.fsencode(mountpoint), digest_size=8).hexdigest()
+    return runtime_dir() / f"{name}.{suffix}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the runtime directory says of one server."""
+
+    pid: int
+    config: Config
+    python: str
+
+    @property
+    def mountpoint(self) -> str:
+        return self.config.mountpoint
+
+    def alive(self) -> bool:
+        """Whether the server is there; one that hangs counts as alive."""
+        try:
+            server_pid(self.mountpoint)
+        except NoServer:
+            return False
+        return True
+
+
+def servers() -> list[Record]:
+    """All servers on record, live or dead, by mount point."""
+    found = (_read_record(path) for path in runtime_dir().glob("*.json"))
+    return sorted((record for record in found if record), key=lambda record: record.mountpoint)
+
+
+def record(mountpoint: str) -> Record | None:
+    """The record of the server at *mountpoint* (absolute and canonical), live or dead."""
+    return _read_record(_file(mountpoint, "json"))
+
+
+def _read_record(path: Path) -> Record | None:
+    try:
+        content = json.loads(path.read_bytes())
+        return Record(content["pid"], Config.from_dict(content["config"]), content["python"])
+    except FileNotFoundError:  # the server ended meanwhile
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ControlError(f"{path} is damaged ({error}): remove it") from error
+    except OSError as error:
+        raise ControlError(f"cannot read {path}: {error.strerror}") from error
+
+
+def forget(mountpoint: str) -> None:
+    """Remove what a killed server left in the runtime directory."""
+    with _locked_runtime_dir():
+        for suffix in ("json", "sock"):
+            _file(mountpoint, suffix).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked_runtime_dir() -> Iterator[None]:
+    """Make the directory, and keep a server that ends from removing the files of its successor."""
+    directory = runtime_dir()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise StartupError(f"cannot use the runtime directory {directory}: {error.strerror}") from error
+    try:
+        status = os.fstat(descriptor)
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise StartupError(f"the runtime directory {directory} must belong to you alone: chmod 700 it")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# --- client ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _connected(mountpoint: str) -> Iterator[socket.socket]:
+    # A connected socket needs no server that answers: the kernel queues it, so a server that hangs is found too.
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(REPLY_TIMEOUT)
+        try:
+            connection.connect(os.fspath(_file(mountpoint, "sock")))
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise NoServer(f"no handlefs server runs at {mountpoint}") from error
+        except OSError as error:
+            raise ControlError(f"cannot reach the server at {mountpoint}: {error.strerror or error}") from error
+        yield connection
+
+
+def server_pid(mountpoint: str) -> int:
+    """The process that listens for *mountpoint*, as the kernel knows it. Raises NoServer."""
+    with _connected(mountpoint) as connection:
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid, _, _ = struct.unpack("3i", credentials)
+        return int(pid)
+
+
+def request(mountpoint: str, message: Mapping[str, object]) -> dict[str, Any]:
+    """Send one request and return the reply. Raises NoServer, or ControlError with the server's own words."""
+    with _connected(mountpoint) as connection:
+        try:
+            connection.sendall(json.dumps(message).encode() + b"\n")
+            with connection.makefile("rb") as replies:
+                line = replies.readline()
+        except OSError as error:
+            raise ControlError(f"the server at {mountpoint} does not answer: {error.strerror or error}") from error
+    if not line:
+        raise NoServer(f"the handlefs server at {mountpoint} has just ended")
+    reply: dict[str, Any] = json.loads(line)
+    if not reply["ok"]:
+        raise ControlError(f"the server at {mountpoint} says: {reply['error']}")
+    return reply
+
+
+# --- server ---------------------------------------------------------------------------------------------------------
+
+
+class ControlServer:
+    """Answers requests, in threads of its own, from start() to stop(). *status* and *evict* must be thread-safe."""
+
+    def __init__(
+        self, status: Callable[[], Mapping[str, object]], evict: Callable[[int | None], int], config: Config
+    ) -> None:
+        self._status = status
+        self._evict = evict
+        self._config = config
+        self._server: _SocketServer | None = None
+
+    def start(self) -> None:
+        """Listen, and write the record. Raises StartupError when another live server has the mount point."""
+        mountpoint = self._config.mountpoint
+        path = _file(mountpoint, "sock")
+        with _locked_runtime_dir():
+            with contextlib.suppress(NoServer):
+                raise StartupError(f"a handlefs server (process {server_pid(mountpoint)}) already serves {mountpoint}")
+            path.unlink(missing_ok=True)
+            self._server = _SocketServer(os.fspath(path), self.answer)
+            path.chmod(0o600)
+            self._write_record()
+        threading.Thread(target=self._server.serve_forever, name="control", daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop listening and remove the socket and the record, unless a successor has replaced them."""
+        if self._server is None:
+            return
+        self._server.shutdown()
+        self._server.server_close()
+        self._server = None
+        with _locked_runtime_dir():
+            kept = record(self._config.mountpoint)
+            if kept is not None and kept.pid == os.getpid():
+                for suffix in ("json", "sock"):
+                    _file(self._config.mountpoint, suffix).unlink(missing_ok=True)
+
+    def _write_record(self) -> None:
+        path = _file(self._config.mountpoint, "json")
+        content = {"pid": os.getpid(), "config": self._config.to_dict(), "python": sys.executable}
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(content))
+        temporary.chmod(0o600)
+        temporary.replace(path)  # readers never see half a record
+
+    def answer(self, line: bytes) -> dict[str, object]:
+        """The reply to one request line."""
+        try:
+            message = json.loads(line)
+            if not isinstance(message, dict):
+                raise ValueError("expected an object")
+        except ValueError as error:  # bad UTF-8 as well as bad JSON
+            return {"ok": False, "error": f"not a JSON object: {error}"}
+        try:
+            return self._perform(message)
+        except Exception as error:  # a broken answer must not end the connection, let alone the server
+            log.exception("control request %r failed", message)
+            return {"ok": False, "error": f"internal error: {error!r}"}
+
+    def _perform(self, message: dict[str, Any]) -> dict[str, object]:
+        operation = message.get("op")
+        if operation == "status":
+            return {"ok": True, **self._status()}
+        if operation == "config":
+            return {"ok": True, "config": self._config.to_dict()}
+        if operation == "evict":
+            count = message.get("count")
+            if count is not None and (type(count) is not int or count < 0):
+                return {"ok": False, "error": "count must be a whole number, 0 or more, or null for everything"}
+            return {"ok": True, "evicted": self._evict(count)}
+        return {"ok": False, "error": f"unknown op {operation!r}: expected status, evict or config"}
+
+
+class _SocketServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+    block_on_close = False  # an idle client must not keep the server from ending
+
+    def __init__(self, path: str, answer: Callable[[bytes], dict[str, object]]) -> None:
+        self.answer = answer
+        super().__init__(path, _Connection)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        log.warning("control connection failed", exc_info=True)
+
+
+class _Connection(socketserver.StreamRequestHandler):
+    server: _SocketServer
+
+    def handle(self) -> None:
+        # A client that goes away in the middle is its own business.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while line := self.rfile.readline(LONGEST_REQUEST + 1):
+                if len(line) > LONGEST_REQUEST:
+                    self._reply({"ok": False, "error": f"request longer than {LONGEST_REQUEST} bytes"})
+                    return
+                self._reply(self.server.answer(line))
+
+    def _reply(self, reply: dict[str, object]) -> None:
+        self.wfile.write(json.dumps(reply).encode() + b"\n")

@@ -1,0 +1,153 @@
+"""Going to the background: the parent leaves when the mount answers, or with the child's error; logging; signals."""
+
+import contextlib
+import logging
+import logging.handlers
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from handlefs.errors import StartupError
+from handlefs.mount import mount_at, unmount
+
+log = logging.getLogger(__name__)
+
+SYSLOG = Path("/dev/log")
+_READY = b"\0"  # no message starts with it
+
+
+def default_log() -> Path:
+    """Where a server in the background logs."""
+    if SYSLOG.exists():
+        return SYSLOG
+    if os.geteuid() == 0:
+        return Path("/var/log/handlefs.log")
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "handlefs.log"
+
+
+def set_up_logging(destination: str | None, *, foreground: bool) -> None:
+    """Log to the file *destination*; without one to stderr in the foreground, else to default_log()."""
+    try:
+        handler = _log_handler(destination, foreground)
+    except OSError as error:
+        raise StartupError(f"cannot log to {destination or default_log()}: {error.strerror}; use --log FILE") from error
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+
+
+def _log_handler(destination: str | None, foreground: bool) -> logging.Handler:
+    handler: logging.Handler
+    if destination is None and not foreground and default_log() == SYSLOG:
+        handler = logging.handlers.SysLogHandler(os.fspath(SYSLOG), facility=logging.handlers.SysLogHandler.LOG_DAEMON)
+        handler.ident = f"handlefs[{os.getpid()}]: "
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        return handler
+    if destination is None and foreground:
+        handler = logging.StreamHandler()
+    else:
+        # Watched: logrotate may move the file away.
+        handler = logging.handlers.WatchedFileHandler(destination or default_log(), encoding="utf-8")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s handlefs[{os.getpid()}] %(levelname)s %(name)s: %(message)s"))
+    return handler
+
+
+def in_background(serve: Callable[[Callable[[], None]], None]) -> None:
+    """Run ``serve(on_ready)`` in a child process; return once it has called *on_ready*.
+
+    Call it before anything that a fork does not copy (threads, LMDB). Raises StartupError with the child's message.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        _child(serve, writer)
+    os.close(writer)
+    try:
+        with open(reader, "rb") as pipe:
+            message = pipe.read()
+    except BaseException:  # Ctrl-C: the child is in another session and has not heard of it
+        os.kill(pid, signal.SIGTERM)
+        raise
+    if message == _READY:
+        return
+    _, status = os.waitpid(pid, 0)
+    if message:
+        raise StartupError(message.decode(errors="replace"))
+    code = os.waitstatus_to_exitcode(status)
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    raise StartupError(f"the server {how} before the mount was ready")
+
+
+def _child(serve: Callable[[Callable[[], None]], None], writer: int) -> NoReturn:
+    """The server's process. It leaves with _exit: the stack above belongs to the parent."""
+
+    def on_ready() -> None:
+        # First let go of the caller's descriptors: who reads our output to its end must not wait for the server.
+        _use_dev_null()
+        os.write(writer, _READY)
+        os.close(writer)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    os.setsid()
+    os.chdir("/")
+    status = 0
+    try:
+        serve(on_ready)
+    except StartupError as error:
+        _report(writer, str(error))
+        status = 1
+    except BaseException as error:
+        log.exception("the server failed")
+        _report(writer, f"internal error: {error!r}")
+        status = 1
+    finally:
+        logging.shutdown()
+        os._exit(status)
+
+
+def _report(writer: int, message: str) -> None:
+    with contextlib.suppress(OSError):  # closed: it failed after it was ready, and the log has it
+        os.write(writer, message.encode(errors="surrogateescape")[:4096])
+
+
+def _use_dev_null() -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    if null > 2:
+        os.close(null)
+
+
+def unmount_on_signals(mountpoint: str) -> None:
+    """On SIGTERM or SIGINT unmount lazily: the server ends when the mount's last user is gone.
+
+    A second signal ends the process at once. Call it in the main thread, when the mount is there.
+    """
+    ours = mount_at(mountpoint)
+
+    def leave() -> None:
+        there = mount_at(mountpoint)
+        if there is None or ours is None or there.mount_id != ours.mount_id:
+            log.error("%s is not our mount any more, or something is mounted over it: not unmounting", mountpoint)
+            return
+        try:
+            unmount(mountpoint, lazy=True)
+        except OSError as error:
+            log.error("cannot unmount %s: %s", mountpoint, error.strerror)
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        log.info("%s: unmounting %s", signal.Signals(number).name, mountpoint)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        # In a thread: the kernel may write dirty pages back first, and it is us who must serve that.
+        threading.Thread(target=leave, name="unmount", daemon=True).start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
