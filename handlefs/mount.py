@@ -64,8 +64,8 @@ _WORDS: Mapping[str, Mapping[str, bool]] = {
 
 # Meant for mount(8), systemd or other FUSE servers; allow_other and default_permissions are always on.
 _IGNORED = frozenset(
-    "_netdev nofail auto noauto nouser nousers noowner nogroup silent loud mand nomand iversion noiversion "
-    "allow_other default_permissions nonempty".split()
+    {"_netdev", "nofail", "auto", "noauto", "nouser", "nousers", "noowner", "nogroup", "silent", "loud", "mand"}
+    | {"nomand", "iversion", "noiversion", "allow_other", "default_permissions", "nonempty"}
 )
 _IGNORED_WITH_VALUE = frozenset({"comment", "user", "helper", "uhelper"})
 

@@ -1,0 +1,6 @@
+"""``python -m handlefs``."""
+
+from handlefs.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""``handlefs check``: what this kernel, file system and user can do, line by line."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from handlefs import nfs
+from handlefs.cli.fuseprobe import FEATURES, FuseProtocol, ask_kernel
+from handlefs.cli.launch import CAPABILITIES, missing_capabilities
+from handlefs.cli.params import DIRECTORY, console, json_option, print_json
+from handlefs.filesystem import identify
+from handlefs.handle import FileHandle, handle_of, open_by_handle_at
+from handlefs.mount import mounts_below
+from handlefs.nodeid import inline_format
+
+Verdict = Literal["ok", "limited", "missing"]
+STYLES = {"ok": "green", "limited": "yellow", "missing": "bold red"}
+HELPERS = ("/sbin", "/usr/sbin", "/usr/local/sbin", "/sbin/fs.d", "/sbin/fs")
+
+WITHOUT_HANDLES = (
+    "serve a directory on a file system with file handles (ext4, XFS, btrfs, tmpfs); for overlayfs mount it with "
+    "nfs_export=on,index=on, for a FUSE file system its server must support NFS export"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: how things stand, and what to do when that is not enough."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+    advice: str = ""
+
+
+@click.command("check", short_help="Show what this kernel, file system and user can do.")
+@click.argument("source", type=DIRECTORY)
+@json_option
+def command(source: str, as_json: bool) -> int:
+    """Show what is possible here for SOURCE: ok, limited or missing, and what to do about it.
+
+    The status is 1 when something is missing without which SOURCE cannot be served.
+    """
+    findings = list(examine(os.path.realpath(source)))
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        _print(findings)
+    return 1 if any(finding.verdict == "missing" for finding in findings) else 0
+
+
+def examine(source: str) -> Iterator[Finding]:
+    """All findings about *source* (a real path)."""
+    yield from _source(source)
+    yield from _capabilities()
+    yield from _fuse()
+    yield from _transport()
+    yield from _nfs_server()
+    yield _mount_helper()
+
+
+def _print(findings: list[Finding]) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for finding in findings:
+        text = Text(finding.detail)
+        if finding.advice:
+            text.append(f"\n→ {finding.advice}", style="italic")
+        table.add_row(Text(finding.verdict, style=STYLES[finding.verdict]), finding.name, text)
+    console().print(table)
+
+
+# --- the source -----------------------------------------------------------------------------------------------------
+
+
+def _source(source: str) -> Iterator[Finding]:
+    try:
+        directory = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        yield Finding("source", "missing", f"{source}: {error.strerror}", "give a directory that you may read")
+        return
+    try:
+        yield from _handles(directory)
+        yield _read_only(directory)
+    finally:
+        os.close(directory)
+    yield _submounts(source)
+
+
+def _handles(directory: int) -> Iterator[Finding]:
+    try:
+        handle, _ = handle_of(directory)
+        filesystem = identify(directory)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EOVERFLOW):
+            raise
+        yield Finding("file handles", "missing", "this file system has no file handles", WITHOUT_HANDLES)
+        return
+    if ":uuid:" in filesystem.identity:
+        yield Finding("file system", "ok", f"{filesystem.type}, identity {filesystem.identity}")
+    else:
+        yield Finding(
+            "file system", "limited", f"{filesystem.type} without a UUID, identity {filesystem.identity}",
+            "handles stay valid as long as this identity stays the same: compare it after a reboot",
+        )  # fmt: skip
+    yield _decodable(directory, handle)
+    if inline_format(handle, os.fstat(directory).st_ino):
+        yield Finding("node IDs", "ok", "inline (ino, generation): nothing is stored, but for inodes of 2^31 and more")
+    else:
+        yield Finding("node IDs", "ok", "mapped: file handles are kept in the handle map, about 100 bytes each")
+
+
+def _decodable(directory: int, handle: FileHandle) -> Finding:
+    detail = f"type {handle.type:#x}, {len(handle.data)} bytes"
+    try:
+        os.close(open_by_handle_at(directory, handle, os.O_PATH))
+    except PermissionError:
+        return Finding(
+            "file handles", "limited", f"{detail}; whether they can be opened was not tried", "check again as root"
+        )
+    except OSError as error:
+        return Finding("file handles", "missing", f"{detail}, but opening one: {error.strerror}", WITHOUT_HANDLES)
+    return Finding("file handles", "ok", detail)
+
+
+def _read_only(directory: int) -> Finding:
+    if os.fstatvfs(directory).f_flag & os.ST_RDONLY:
+        return Finding("access", "limited", "the source is read-only", "mount with --ro, so that users are told early")
+    return Finding("access", "ok", "read and write")
+
+
+def _submounts(source: str) -> Finding:
+    below = [mount.mountpoint for mount in mounts_below(source)]
+    if not below:
+        return Finding("sub-mounts", "ok", "no other file systems below the source")
+    without = [path for path in below if not _has_handles(path)]
+    if without:
+        return Finding(
+            "sub-mounts", "limited", f"{len(below)} below the source; without file handles: {', '.join(without)}",
+            "these show as errors (EOPNOTSUPP): leave them out with --submounts=hide",
+        )  # fmt: skip
+    return Finding(
+        "sub-mounts", "ok", f"{len(below)} below the source ({', '.join(below)}): served too, with mapped node IDs"
+    )
+
+
+def _has_handles(path: str) -> bool:
+    try:
+        descriptor = os.open(path, os.O_PATH)
+    except OSError:  # hidden below another mount, or dead: nothing in it can be served
+        return False
+    try:
+        handle_of(descriptor)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+# --- this user and kernel -------------------------------------------------------------------------------------------
+
+
+def _capabilities() -> Iterator[Finding]:
+    missing = missing_capabilities()
+    for name, use in CAPABILITIES.values():
+        if name in missing:
+            yield Finding(name, "missing", f"needed to {use}", "run handlefs as root")
+        else:
+            yield Finding(name, "ok", f"may {use}")
+
+
+def _fuse() -> Iterator[Finding]:
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR))
+    except OSError as error:
+        yield Finding(
+            "/dev/fuse", "missing", error.strerror or str(error), "modprobe fuse, as root; in a container: allow it"
+        )
+        return
+    yield Finding("/dev/fuse", "ok", "can be opened")
+    try:
+        protocol = ask_kernel()
+    except OSError as error:
+        yield Finding("FUSE protocol", "limited", f"could not ask the kernel: {error.strerror}", "check again as root")
+        return
+    yield _protocol(protocol)
+
+
+def _protocol(protocol: FuseProtocol) -> Finding:
+    absent = [name for name in FEATURES if name not in protocol.features]
+    detail = f"{protocol.major}.{protocol.minor}: {', '.join(name for name in FEATURES if name in protocol.features)}"
+    if "EXPORT_SUPPORT" in absent:
+        return Finding(
+            "FUSE protocol", "missing", detail, "EXPORT_SUPPORT is required: use a kernel with FUSE 7.10 or newer"
+        )
+    if absent:
+        detail += f"; not here: {', '.join(absent)}"
+    return Finding("FUSE protocol", "ok", detail)
+
+
+def _transport() -> Iterator[Finding]:
+    yield Finding(
+        "pyfuse3", "limited",
+        "no fallocate, copy_file_range, SEEK_HOLE and SEEK_DATA, O_TMPFILE, ioctl, passthrough",
+        "programs fall back by themselves; large copies are faster on the source",
+    )  # fmt: skip
+    yield Finding(
+        "file locks", "limited", "kept by the kernel: they hold among all users of the mount, NFS clients included",
+        "programs that work on the source itself do not see them: let them use the mount",
+    )  # fmt: skip
+
+
+# --- what goes with it ----------------------------------------------------------------------------------------------
+
+
+def _nfs_server() -> Iterator[Finding]:
+    tools = [name for name in ("rpc.nfsd", "rpc.mountd", "exportfs") if nfs.tool(name) is None]
+    if tools:
+        yield Finding(
+            "NFS tools", "limited", f"not here: {', '.join(tools)}", "to export: apt-get install nfs-kernel-server"
+        )
+    else:
+        yield Finding("NFS tools", "ok", "rpc.nfsd, rpc.mountd, exportfs")
+    threads = nfs.threads()
+    if threads:
+        yield Finding("NFS server", "ok", f"running with {threads} threads")
+    elif _has_nfsd():
+        yield Finding(
+            "NFS server", "limited", "this kernel has it, but it does not run", "to export: systemctl start nfs-server"
+        )
+    else:
+        yield Finding(
+            "NFS server", "limited", "this kernel has none (nfsd)", "to export: use a kernel with nfsd, as Debian's"
+        )
+
+
+def _has_nfsd() -> bool:
+    if any(line.split()[-1] == "nfsd" for line in Path("/proc/filesystems").read_text().splitlines()):
+        return True
+    modules = Path("/lib/modules") / os.uname().release
+    return any(_mentions(modules / name, "/nfsd.ko") for name in ("modules.dep", "modules.builtin"))
+
+
+def _mentions(path: Path, text: str) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return text in path.read_text()
+    return False
+
+
+def _mount_helper() -> Finding:
+    for directory in HELPERS:
+        if os.access(f"{directory}/mount.fuse.handlefs", os.X_OK):
+            return Finding("mount(8)", "ok", f"{directory}/mount.fuse.handlefs")
+    return Finding(
+        "mount(8)", "limited", "no helper for mount -t fuse.handlefs and /etc/fstab",
+        'ln -s "$(command -v mount.fuse.handlefs)" /sbin/',
+    )  # fmt: skip

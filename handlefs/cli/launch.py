@@ -1,0 +1,133 @@
+"""Starting a server: what is checked before, and the server itself in the foreground or the background."""
+
+import contextlib
+import errno
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from handlefs import control, nfs
+from handlefs.config import Config
+from handlefs.daemon import in_background, set_up_logging, unmount_on_signals
+from handlefs.errors import StartupError
+from handlefs.mount import mount_at, unmount
+
+CAPABILITIES = {
+    2: ("CAP_DAC_READ_SEARCH", "open files by their handles"),
+    21: ("CAP_SYS_ADMIN", "mount"),
+}
+
+log = logging.getLogger(__name__)
+
+
+def missing_capabilities() -> list[str]:
+    """The names of the required capabilities that this process does not have."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            effective = int(line.split()[1], 16)
+            return [name for number, (name, _) in CAPABILITIES.items() if not effective & 1 << number]
+    raise StartupError("/proc/self/status has no CapEff line: is /proc mounted?")
+
+
+def launch(config: Config, *, foreground: bool = False) -> None:
+    """Check, then serve: until unmounted in the foreground, else return when the mount answers. Raises StartupError."""
+    check_privileges()
+    replace_dead_mount(config.mountpoint)
+    check_directories(config)
+
+    def serve(on_ready: Callable[[], None]) -> None:
+        set_up_logging(config.log_file, foreground=foreground)
+        from handlefs.server import Server  # noqa: PLC0415 - not before the fork: it brings LMDB and trio
+
+        def ready() -> None:
+            unmount_on_signals(config.mountpoint)
+            log.info("serving %s at %s", config.source, config.mountpoint)
+            on_ready()
+
+        Server(config).serve(ready)
+        log.info("%s is unmounted", config.mountpoint)
+
+    if foreground:
+        serve(lambda: None)
+    else:
+        in_background(serve)
+
+
+def check_privileges() -> None:
+    """Raise StartupError when this process may not mount or open handles, or the kernel has no FUSE."""
+    if missing := missing_capabilities():
+        uses = ", ".join(f"{name} (to {use})" for name, use in CAPABILITIES.values() if name in missing)
+        raise StartupError(f"not permitted: run it as root; needed: {uses}")
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR))
+    except FileNotFoundError as error:
+        raise StartupError("/dev/fuse is missing: load the kernel's FUSE module (modprobe fuse)") from error
+    except OSError as error:
+        raise StartupError(f"cannot open /dev/fuse ({error.strerror}): modprobe fuse, or allow this device") from error
+
+
+def replace_dead_mount(mountpoint: str) -> None:
+    """Take away the mount that a killed server of ours left at *mountpoint*. Raises StartupError for a live one."""
+    with contextlib.suppress(control.NoServer):
+        pid = control.server_pid(mountpoint)
+        known = control.record(mountpoint)
+        source = f" of {known.config.source}" if known else ""
+        raise StartupError(f"{mountpoint} is already a handlefs mount{source} (process {pid})")
+    mount = mount_at(mountpoint)
+    if mount is None or not mount.fstype.startswith("fuse"):
+        return
+    ours = control.record(mountpoint) is not None or mount.fstype == "fuse.handlefs"
+    try:
+        os.stat(mountpoint)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise StartupError(f"mount point {mountpoint}: {error.strerror}") from error
+    else:
+        if ours:  # no control socket, and yet it answers
+            raise StartupError(f"{mountpoint} is already a handlefs mount: unmount it first (umount {mountpoint})")
+        return
+    if not ours:
+        raise StartupError(f"{mountpoint} is a dead mount of type {mount.fstype}: unmount it (umount {mountpoint})")
+    if nfs.threads() and nfs.exported(mountpoint):
+        raise StartupError(
+            f"{mountpoint} is a dead mount that the NFS server exports: "
+            f"bring it back with handlefs restart {shlex.quote(mountpoint)}"
+        )
+    print(f"handlefs: replacing the dead mount at {mountpoint} that a killed server left", file=sys.stderr)
+    unmount(mountpoint, lazy=True)  # whoever has a file open there gets ENOTCONN in any case
+
+
+def check_directories(config: Config) -> None:
+    """Raise StartupError unless source and mount point are directories, neither of them inside the other."""
+    source = _directory("source", config.source, "")
+    mountpoint = _directory("mount point", config.mountpoint, f" (mkdir -p {shlex.quote(config.mountpoint)})")
+    # By inode, not by name: a bind mount may give a directory another path.
+    if any(os.path.samestat(source, os.stat(parent)) for parent in _and_parents(config.mountpoint)):
+        raise StartupError(
+            f"mount point {config.mountpoint} is inside source {config.source}: the mount would contain itself; "
+            "choose a mount point elsewhere"
+        )
+    if any(os.path.samestat(mountpoint, os.stat(parent)) for parent in _and_parents(config.source)):
+        raise StartupError(
+            f"source {config.source} is inside mount point {config.mountpoint}: the mount would hide it; "
+            "choose a mount point elsewhere"
+        )
+
+
+def _and_parents(path: str) -> list[Path]:
+    return [Path(path), *Path(path).parents]
+
+
+def _directory(role: str, path: str, advice: str) -> os.stat_result:
+    try:
+        status = os.stat(os.path.join(path, ""))  # noqa: PTH118 - the slash: ENOTDIR, and automounts mount
+    except FileNotFoundError as error:
+        raise StartupError(f"{role} {path} does not exist{advice}") from error
+    except NotADirectoryError as error:
+        raise StartupError(f"{role} {path} is not a directory") from error
+    except OSError as error:
+        raise StartupError(f"{role} {path}: {error.strerror}") from error
+    return status

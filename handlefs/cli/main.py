@@ -1,0 +1,90 @@
+"""``handlefs``: the group of all commands, where the first word that is no command makes it a mount."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import click
+
+from handlefs import __version__
+from handlefs.cli import check, completion, evict, export, handle, maps, mount, restart, status, umount
+from handlefs.control import ControlError
+from handlefs.errors import StartupError
+from handlefs.mount import OptionError
+from handlefs.nfs import NfsError
+
+# What to tell the user in one line, without a traceback.
+EXPECTED = (click.ClickException, StartupError, ControlError, NfsError, OptionError)
+
+
+class Commands(click.Group):
+    """Without a command name the arguments are those of ``mount``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
+            words = [arg for arg in args if not arg.startswith("-")]
+            near = difflib.get_close_matches(args[0], self.commands, n=1)
+            if len(words) == 1 and near:
+                raise click.UsageError(f"no command '{args[0]}'; did you mean 'handlefs {near[0]}'?", ctx)
+            args = ["mount", *args]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, "SOURCE MOUNTPOINT [-o OPTION,...] [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix="       ")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.version_option(__version__, prog_name="handlefs", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Mirror the directory SOURCE at MOUNTPOINT, so that it can be exported over
+    NFS and its server be restarted at any time without a client noticing."""
+
+
+for module in (mount, umount, restart, status, evict, check, handle, export, maps, completion):
+    cli.add_command(module.command)
+cli.list_commands = lambda ctx: list(cli.commands)  # type: ignore[method-assign]  # by use, not by name
+
+
+def main() -> NoReturn:
+    """The entry point ``handlefs``."""
+    sys.exit(run(lambda: cli.main(prog_name="handlefs", standalone_mode=False)))
+
+
+def mount_helper() -> NoReturn:
+    """The entry point ``mount.fuse.handlefs``, which mount(8) calls; its statuses are those of mount(8)."""
+    status = run(lambda: mount.helper(sys.argv[1:]))
+    sys.exit({0: 0, 1: 32, 2: 1}.get(status, status))
+
+
+def run(action: Callable[[], object]) -> int:
+    """The exit status of *action*: 1 and a message when it fails, 2 for wrong usage."""
+    try:
+        outcome = action()
+        sys.stdout.flush()
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except BrokenPipeError:  # the reader has what it wanted; keep Python from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (*EXPECTED, OSError) as error:
+        complain(error)
+        return 2 if isinstance(error, click.UsageError | OptionError) else 1
+    return outcome if isinstance(outcome, int) else 0
+
+
+def complain(error: BaseException) -> None:
+    """Tell the user what is wrong; when a cleanup failed after that, both."""
+    if error.__cause__ is None and isinstance(error.__context__, EXPECTED):
+        complain(error.__context__)
+    if isinstance(error, click.ClickException):
+        message = error.format_message()
+    elif isinstance(error, OSError) and error.filename:
+        message = f"{error.filename}: {error.strerror}"
+    else:
+        message = str(error)
+    print(f"handlefs: {message}", file=sys.stderr)
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        print(f"Try '{error.ctx.command_path} --help'.", file=sys.stderr)

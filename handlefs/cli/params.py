@@ -1,0 +1,52 @@
+"""What the commands share: arguments that the shell completes, and output."""
+
+import io
+import json
+import sys
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+from click.types import StringParamType
+from rich.console import Console
+from rich.table import Table
+
+from handlefs import control
+
+
+class Directory(StringParamType):
+    """A directory; unlike click.Path this never touches it: a mount point may be dead or hang."""
+
+    name = "directory"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
+
+
+class MountPoint(Directory):
+    """The mount point of a server."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        points = [record.mountpoint for record in control.servers()]
+        return [CompletionItem(point, type="plain") for point in points if point.startswith(incomplete)]
+
+
+DIRECTORY = Directory()
+MOUNTPOINT = MountPoint()
+json_option = click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
+
+
+def print_table(table: Table) -> None:
+    """Print *table* as wide as the terminal; for a pipe never folded, and without blanks at the ends of lines."""
+    if sys.stdout.isatty():
+        Console(highlight=False).print(table)
+        return
+    text = io.StringIO()
+    Console(file=text, width=4096).print(table)
+    for line in text.getvalue().splitlines():
+        click.echo(line.rstrip())
+
+
+def print_json(value: Any) -> None:
+    """Print *value* as JSON."""
+    click.echo(json.dumps(value, indent=2))

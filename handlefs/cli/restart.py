@@ -1,0 +1,67 @@
+"""``handlefs restart``: a fresh server at the same mount point, also under live NFS clients."""
+
+import contextlib
+import shlex
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+import click
+
+from handlefs import control, nfs
+from handlefs.cli.launch import check_privileges, launch
+from handlefs.cli.params import MOUNTPOINT
+from handlefs.cli.umount import stop
+from handlefs.config import Config
+from handlefs.mount import canonical, mount_at
+
+
+@click.command("restart", short_help="Start the server anew; NFS clients only wait.")
+@click.argument("mountpoint", type=MOUNTPOINT)
+def command(mountpoint: str) -> None:
+    """Start the server of MOUNTPOINT anew, as it was started; also one that was killed.
+
+    When the kernel's NFS server exports the mount, its clients wait meanwhile and go on with the files they have open.
+    """
+    mountpoint = canonical(mountpoint)
+    known = control.record(mountpoint)
+    if known is None:
+        raise click.ClickException(
+            f"no handlefs server is known for {mountpoint}: mount it with handlefs SOURCE {shlex.quote(mountpoint)}"
+        )
+    check_privileges()
+    exported = nfs.threads() > 0 and nfs.exported(mountpoint)
+    with _interruptible(), nfs.paused(mountpoint) if exported else contextlib.nullcontext():
+        if mount_at(mountpoint) is not None:
+            stop(mountpoint)
+        _start(known.config)
+
+
+def _start(config: Config) -> None:
+    try:
+        launch(config)
+    except BaseException:
+        # The record has gone with the old server: what it said must not be lost.
+        click.echo(f"handlefs: the server is not running; to start it:\n  {command_line(config)}", err=True)
+        raise
+
+
+def command_line(config: Config) -> str:
+    """The command that starts a server with this configuration."""
+    return shlex.join(["handlefs", *config.to_argv()])
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn what would end this process on the spot into an exception: the NFS server must not stay stopped."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,120 @@
+"""``handlefs status``."""
+
+import shlex
+from typing import Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from handlefs import control, nfs
+from handlefs.cli.params import MOUNTPOINT, json_option, print_json, print_table
+from handlefs.mount import canonical, mount_at
+
+
+@click.command("status", short_help="Show the servers, or one in detail.")
+@click.argument("mountpoint", required=False, type=MOUNTPOINT)
+@json_option
+def command(mountpoint: str | None, as_json: bool) -> None:
+    """Show the server of MOUNTPOINT in detail, or list all servers, those that were killed too."""
+    if mountpoint is not None:
+        details = _details(canonical(mountpoint))
+        print_json(details) if as_json else _print_details(details)
+        return
+    known = [_summary(record) for record in control.servers()]
+    if as_json:
+        print_json(known)
+    elif known:
+        _print_list(known)
+    else:
+        click.echo("No handlefs server runs here.")
+
+
+def _details(mountpoint: str) -> dict[str, Any]:
+    try:
+        reply = control.request(mountpoint, {"op": "status"})
+    except control.NoServer as error:
+        record = control.record(mountpoint)
+        if record is None:
+            raise
+        raise click.ClickException(
+            f"the server of {mountpoint} (process {record.pid}) was killed: "
+            f"bring it back with handlefs restart {shlex.quote(mountpoint)}"
+        ) from error
+    del reply["ok"]
+    return reply | {"state": _state(mountpoint, True), "exported": nfs.exported(mountpoint)}
+
+
+def _summary(record: control.Record) -> dict[str, Any]:
+    return {
+        "mountpoint": record.mountpoint,
+        "source": record.config.source,
+        "pid": record.pid,
+        "state": _state(record.mountpoint, record.alive()),
+    }
+
+
+def _state(mountpoint: str, alive: bool) -> str:
+    if not alive:
+        return "killed"
+    # After a lazy unmount the server stays for those who still use the mount.
+    return "serving" if mount_at(mountpoint) else "detached"
+
+
+def _print_list(known: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("mountpoint", "source", "pid", "state"):
+        table.add_column(name.upper(), overflow="fold")
+    for server in known:
+        table.add_row(*(Text(str(value)) for value in server.values()))
+    print_table(table)
+
+
+def _print_details(details: dict[str, Any]) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _rows(details):
+        table.add_row(name, Text(value))
+    print_table(table)
+
+
+def _rows(details: dict[str, Any]) -> list[tuple[str, str]]:
+    """The details in words; what this version has no words for comes last, as it is."""
+    rest = dict(details)
+    filesystem, cache, handle_map = rest.pop("filesystem"), rest.pop("cache"), rest.pop("map")
+    uptime, per_second = rest.pop("uptime"), rest.pop("operations_per_second")
+    operations, errors = rest.pop("operations"), rest.pop("errors")
+    asked = cache["hits"] + cache["misses"]
+    hits = f", {cache['hits'] / asked:.1%} hits" if asked else ""
+    rows = [(name.replace("_", " "), _plain(rest.pop(name))) for name in ("mountpoint", "source", "state", "pid")]
+    rows += [
+        ("up for", _duration(uptime)),
+        ("file system", f"{filesystem['type']} ({filesystem['identity']})"),
+        ("node IDs", _plain(rest.pop("nodeids"))),
+        ("inode cache", f"{cache['size']:,} of {cache['capacity']:,}{hits}, {cache['evictions']:,} evictions"),
+        ("handle map", f"{handle_map['entries']:,} entries, {handle_map['bytes']:,} bytes"),
+        ("operations", f"{rest.pop('operations_total'):,}, {per_second:.1f} per second now{_counts(operations)}"),
+        ("errors", _counts(errors).removeprefix(": ") or "none"),
+    ]
+    return rows + [(name.replace("_", " "), _plain(value)) for name, value in rest.items()]
+
+
+def _counts(counts: dict[str, int]) -> str:
+    most = sorted(counts.items(), key=lambda item: -item[1])
+    return ": " + ", ".join(f"{name} {count:,}" for name, count in most) if most else ""
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    first = next((index for index, (value, _) in enumerate(parts) if value), len(parts) - 1)
+    return " ".join(f"{value} {unit}" for value, unit in parts[first : first + 2])

@@ -1,0 +1,105 @@
+"""``handlefs umount``."""
+
+import errno
+import os
+import select
+import shlex
+import time
+
+import click
+
+from handlefs import control, nfs
+from handlefs.cli.params import MOUNTPOINT
+from handlefs.cli.users import mounted_on, users
+from handlefs.mount import Mount, canonical, mount_at, unmount
+
+EXIT_TIMEOUT = 60.0  # seconds; closing the map writes it to disk
+BUSY_RETRY = 2.0  # seconds
+
+
+@click.command("umount", short_help="Unmount, and wait until the server has ended.")
+@click.argument("mountpoint", type=MOUNTPOINT)
+@click.option("-l", "--lazy", is_flag=True, help="Detach now; the server ends when the mount's last user is gone.")
+def command(mountpoint: str, lazy: bool) -> None:
+    """Unmount MOUNTPOINT, and wait until its server has ended.
+
+    When the mount is in use, say by whom, and change nothing.
+    """
+    stop(canonical(mountpoint), lazy=lazy)
+
+
+def our_mount(mountpoint: str) -> Mount:
+    """The handlefs mount at *mountpoint*, dead or alive. Raises ClickException when there is none."""
+    mount = mount_at(mountpoint)
+    if mount is None:
+        raise click.ClickException(f"nothing is mounted at {mountpoint}")
+    if mount.fstype != "fuse.handlefs" and control.record(mountpoint) is None:
+        raise click.ClickException(f"{mountpoint} is not a handlefs mount but one of type {mount.fstype}")
+    return mount
+
+
+def stop(mountpoint: str, *, lazy: bool = False) -> None:
+    """Unmount *mountpoint* and wait for the server's end. Raises ClickException, nothing changed, when it is busy."""
+    mount = our_mount(mountpoint)
+    try:
+        server = os.pidfd_open(control.server_pid(mountpoint))
+    except (control.NoServer, ProcessLookupError):
+        # Killed. Its users get ENOTCONN whether the mount is in the tree or not.
+        unmount(mountpoint, lazy=True)
+        control.forget(mountpoint)
+        return
+    try:
+        if lazy:
+            unmount(mountpoint, lazy=True)
+        else:
+            _unmount_now(mount)
+            _wait(server, mountpoint)
+    finally:
+        os.close(server)
+
+
+def _unmount_now(mount: Mount) -> None:
+    deadline = time.monotonic() + BUSY_RETRY
+    while True:
+        try:
+            return unmount(mount.mountpoint)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+        reasons = why_busy(mount)
+        # Nobody visible: somebody in passing, or the kernel, which closes files behind our back and tells nobody.
+        if reasons or time.monotonic() > deadline:
+            raise click.ClickException(busy_message(mount.mountpoint, reasons))
+        time.sleep(0.05)
+
+
+def why_busy(mount: Mount) -> list[str]:
+    """What keeps *mount* from being unmounted, a line each."""
+    reasons = [f"process {user}" for user in users(mount)]
+    reasons += [f"a mount at {point}" for point in mounted_on(mount)]
+    if nfs.threads() and nfs.exported(mount.mountpoint):
+        reasons.append("the NFS server, which exports it")
+    return reasons
+
+
+def busy_message(mountpoint: str, reasons: list[str]) -> str:
+    """Who uses *mountpoint* and how to go on."""
+    quoted = shlex.quote(mountpoint)
+    lines = [f"{mountpoint} is in use by", *(f"  {reason}" for reason in reasons or ["somebody this user cannot see"])]
+    lines.append("Nothing has changed. To go on:")
+    if any(reason.startswith("process") for reason in reasons):
+        lines.append("  end these processes, or let them leave the mount;")
+    if any(reason.startswith("a mount") for reason in reasons):
+        lines.append("  unmount what is mounted on it;")
+    if any(reason.startswith("the NFS server") for reason in reasons):
+        lines.append(f"  to start the server anew under its NFS clients: handlefs restart {quoted}")
+        lines.append(f"  to end the export: exportfs -u CLIENT:{quoted}")
+    lines.append(f"  or let the mount end when its last user is gone: handlefs umount --lazy {quoted}")
+    return "\n".join(lines)
+
+
+def _wait(server: int, mountpoint: str) -> None:
+    poll = select.poll()
+    poll.register(server, select.POLLIN)
+    if not poll.poll(EXIT_TIMEOUT * 1000):
+        raise click.ClickException(f"{mountpoint} is unmounted, but its server still runs; see its log")
