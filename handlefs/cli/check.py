@@ -15,7 +15,7 @@ from rich.text import Text
 from handlefs import nfs
 from handlefs.cli.fuseprobe import FEATURES, FuseProtocol, ask_kernel
 from handlefs.cli.launch import CAPABILITIES, missing_capabilities
-from handlefs.cli.params import DIRECTORY, console, json_option, print_json
+from handlefs.cli.params import DIRECTORY, json_option, print_json, print_table
 from handlefs.filesystem import identify
 from handlefs.handle import FileHandle, handle_of, open_by_handle_at
 from handlefs.mount import mounts_below
@@ -77,7 +77,7 @@ def _print(findings: list[Finding]) -> None:
         if finding.advice:
             text.append(f"\n→ {finding.advice}", style="italic")
         table.add_row(Text(finding.verdict, style=STYLES[finding.verdict]), finding.name, text)
-    console().print(table)
+    print_table(table)
 
 
 # --- the source -----------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def _read_only(directory: int) -> Finding:
 
 
 def _submounts(source: str) -> Finding:
-    below = [mount.mountpoint for mount in mounts_below(source)]
+    below = sorted({mount.mountpoint for mount in mounts_below(source)})
     if not below:
         return Finding("sub-mounts", "ok", "no other file systems below the source")
     without = [path for path in below if not _has_handles(path)]

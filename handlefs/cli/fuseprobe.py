@@ -41,7 +41,7 @@ class FuseProtocol(NamedTuple):
 
 
 def ask_kernel() -> FuseProtocol:
-    """Mount /dev/fuse on a directory of our own, read what the kernel offers, unmount. OSError if that is not allowed."""
+    """Mount /dev/fuse on a directory of our own, read what the kernel offers, unmount. Raises OSError."""
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     try:
         with _mounted(device):

@@ -24,9 +24,8 @@ class Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
-            words = [arg for arg in args if not arg.startswith("-")]
             near = difflib.get_close_matches(args[0], self.commands, n=1)
-            if len(words) == 1 and near:
+            if near and not os.path.lexists(args[0]):
                 raise click.UsageError(f"no command '{args[0]}'; did you mean 'handlefs {near[0]}'?", ctx)
             args = ["mount", *args]
         return super().parse_args(ctx, args)

@@ -1,6 +1,5 @@
 """``handlefs SOURCE MOUNTPOINT`` and ``mount.fuse.handlefs``, its form for mount(8)."""
 
-import difflib
 import getopt
 import os
 from typing import Any
@@ -10,7 +9,6 @@ import click
 from handlefs.cli.launch import launch
 from handlefs.cli.params import DIRECTORY
 from handlefs.config import Config
-from handlefs.errors import StartupError
 from handlefs.mount import canonical, parse_options
 
 
@@ -37,10 +35,7 @@ def command(
     also stand in -o, as in fstab: -o cache-size=1000,submounts=hide.
     """
     config = configure(source, mountpoint, ",".join([*options, *(["ro"] if ro else [])]), own)
-    try:
-        launch(config, foreground=foreground)
-    except StartupError as error:
-        raise StartupError(str(error) + _suggestion(source)) from error
+    launch(config, foreground=foreground)
 
 
 def configure(
@@ -53,16 +48,6 @@ def configure(
     generic, in_options = parse_options(options, sloppy=sloppy)
     given = {name.replace("_", "-"): value for name, value in (own or {}).items() if value is not None}
     return Config(os.path.realpath(source), canonical(mountpoint), generic).with_options(in_options | given)
-
-
-def _suggestion(source: str) -> str:
-    """A mistyped command with two arguments looks like a mount."""
-    if "/" in source or os.path.lexists(source):
-        return ""
-    group = click.get_current_context().find_root().command
-    names = list(group.commands) if isinstance(group, click.Group) else []
-    near = difflib.get_close_matches(source, names, n=1)
-    return f"; did you mean 'handlefs {near[0]}'?" if near else ""
 
 
 def helper(argv: list[str]) -> None:
