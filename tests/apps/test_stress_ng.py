@@ -1,0 +1,87 @@
+"""stress-ng's file-system stressors, as Debian ships them, verifying what they do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from .conftest import CONTROLS, PLAIN, PRUNED, Variant
+from .place import Place, run
+
+# The stressors, with options that keep their files small.
+STRESSORS: dict[str, tuple[str, ...]] = {
+    "access": (),
+    "chdir": ("--chdir-dirs", "64"),
+    "chmod": (),
+    "chown": (),
+    "close": (),
+    "copy-file": ("--copy-file-bytes", "128m"),
+    "dentry": ("--dentries", "128"),
+    "dir": ("--dir-dirs", "64"),
+    "dirdeep": ("--dirdeep-inodes", "500"),
+    "dirmany": (),
+    "dup": (),
+    "fcntl": (),
+    "fiemap": ("--fiemap-bytes", "2m"),
+    "file-ioctl": (),
+    "filename": ("--filename-opts", "posix"),
+    "flock": (),
+    "fsize": (),
+    "fstat": (),
+    "getdent": (),
+    "handle": (),
+    "hdd": ("--hdd-bytes", "2m", "--hdd-opts", "wr-rnd,rd-rnd,fsync"),
+    "inotify": (),
+    "io": (),
+    "iomix": ("--iomix-bytes", "2m"),
+    "lease": (),
+    "link": (),
+    "locka": (),
+    "lockf": (),
+    "lockofd": (),
+    "mknod": (),
+    "mmap": ("--mmap-bytes", "1m", "--mmap-file"),
+    "open": ("--open-max", "256"),
+    "readahead": ("--readahead-bytes", "2m"),
+    "rename": (),
+    "revio": ("--revio-bytes", "2m"),
+    "seek": ("--seek-size", "2m"),
+    "sendfile": ("--sendfile-size", "1m"),
+    "splice": (),
+    "symlink": (),
+    "sync-file": ("--sync-file-bytes", "2m"),
+    "touch": (),
+    "utime": (),
+    "xattr": (),
+}
+
+
+def seconds(variant: Variant) -> int:
+    return 1 if variant == CONTROLS[0] else 6
+
+
+def stress(place: Place, stressors: dict[str, tuple[str, ...]], timeout: int) -> dict[str, int]:
+    """Run the stressors side by side; gives how much each has done."""
+    workers = [word for name, options in stressors.items() for word in (f"--{name}", "1", *options)]
+    output = run("stress-ng", *workers, "--timeout", str(timeout), "--verify", "--metrics-brief", "--no-rand-seed",
+                 "--oomable", "--stdout", "--temp-path", place.path, cwd=place.path, timeout=timeout + 120)  # fmt: skip
+    assert not re.search(r"stress-ng: (fail|error)", output), output
+    assert "skipp" not in output, output
+    done = re.findall(r"stress-ng: metrc: \[\d+\] (\S+) +(\d+) ", output)
+    return {name: int(count) for name, count in done}
+
+
+@pytest.mark.variants([PLAIN[0]])
+@pytest.mark.parametrize("stressor", STRESSORS)
+def test_alone(place: Place, stressor: str) -> None:
+    with place.pressure():
+        assert stress(place, {stressor: STRESSORS[stressor]}, 1)[stressor] > 0
+    assert list(place.source.iterdir()) == [], "left behind"
+
+
+@pytest.mark.variants([CONTROLS[0], *PLAIN[1:], *PRUNED])
+def test_side_by_side(place: Place) -> None:
+    with place.pressure():
+        done = stress(place, STRESSORS, 8)
+    assert done.keys() == STRESSORS.keys()
