@@ -113,10 +113,12 @@ class Mounted:
         self.crash()
         self.start()
 
-    def crash(self) -> None:
+    def crash(self, *, detach: bool = True) -> None:
+        """SIGKILL and, if wanted, the dead mount detached; no server runs until `start`."""
         with self._exit_awaited() as pid:
             os.kill(pid, signal.SIGKILL)
-        run("umount", "--lazy", self.path)
+        if detach:
+            run("umount", "--lazy", self.path)
 
     @contextmanager
     def _exit_awaited(self) -> Iterator[int]:
@@ -131,18 +133,12 @@ class Mounted:
         finally:
             os.close(pidfd)
 
-    def request(self, message: dict[str, Any]) -> dict[str, Any]:
-        reply: dict[str, Any] = control.request(str(self.path), message)
-        if not reply.get("ok"):
-            raise RuntimeError(f"the server refused {message}: {reply.get('error')}")
-        return reply
-
     def status(self) -> dict[str, Any]:
-        return self.request({"op": "status"})
+        return control.request(str(self.path), {"op": "status"})
 
     def evict(self, count: int | None = None) -> int:
-        """Drop `count` inodes from the server's cache, or all of them."""
-        return int(self.request({"op": "evict", "count": count}).get("evicted", 0))
+        """Drop `count` inodes from the server's cache, or all of them; returns how many there were."""
+        return int(control.request(str(self.path), {"op": "evict", "count": count})["evicted"])
 
     @property
     def pid(self) -> int:
@@ -205,6 +201,7 @@ def _end(server: Mounted) -> None:
     finally:
         if _is_mounted(server.path):
             unmount(server.path)
+        control.forget(str(server.path))  # what a killed server leaves for `handlefs restart`
     server.check_log()
 
 

@@ -1,0 +1,56 @@
+"""Results of file operations in a form that can be compared between the mount and the source."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+
+def outcome(function: Callable[[], object]) -> object:
+    """What the function returns, or the name of the error it fails with."""
+    try:
+        return function()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+
+
+def attributes(path: Path) -> dict[str, int]:
+    """What every run of a scenario must agree on: no times, no inode numbers."""
+    st = path.lstat()
+    size = -1 if stat.S_ISDIR(st.st_mode) else st.st_size
+    return {"mode": st.st_mode, "uid": st.st_uid, "gid": st.st_gid, "nlink": st.st_nlink, "size": size,
+            "rdev": st.st_rdev}
+
+
+def exact_attributes(path: Path) -> dict[str, int]:
+    """Everything stat(2) tells of one object but its device: through the mount as on the source."""
+    st = path.lstat()
+    names = ("st_mode", "st_ino", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_size", "st_blocks",
+             "st_atime_ns", "st_mtime_ns", "st_ctime_ns")
+    return {name: getattr(st, name) for name in names}
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+def acl(path: Path) -> str:
+    """The access and default ACL as getfacl prints them, without the file's name."""
+    argv = ["getfacl", "--omit-header", "--numeric", "--absolute-names", str(path)]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+
+
+def set_acl(path: Path, *options: str) -> None:
+    subprocess.run(["setfacl", *options, str(path)], check=True)
+
+
+def write_all(path: Path, data: bytes, flags: int = 0) -> None:
+    fd = os.open(path, os.O_WRONLY | flags)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)

@@ -1,0 +1,164 @@
+"""The trees under test: every file system, served with every cache mode, and the directories themselves as the control."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from ..support.filesystems import KINDS, FileSystems
+from ..support.server import Mounted, Native, mounted
+
+T = TypeVar("T")
+
+STORM_INTERVAL = 0.004
+# The first file system gets every mode; the others the two ends of the scale.
+MODES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "cache1": ("--cache-size=1",),
+    "cache0": ("--cache-size=0",),
+    "storm": (),
+    "storm1": ("--cache-size=1",),
+}
+MODES_OF = {"ext4": ("default", "cache1", "cache0", "storm")}
+OTHER_MODES = ("default", "storm1")
+
+_numbers = itertools.count()
+
+
+@dataclass
+class TestTree:
+    """One test's own directory: `path` through the server, `source` behind it, `control` beside it, never served."""
+
+    __test__ = False
+
+    kind: str
+    server: Mounted | Native
+    path: Path
+    source: Path
+    control: Path
+
+    @property
+    def native(self) -> bool:
+        return isinstance(self.server, Native)
+
+    def agree(self, scenario: Callable[[Path], T]) -> T:
+        """Run the scenario in the served directory and in the control; both must come to the same result."""
+        control, served = scenario(self.control), scenario(self.path)
+        assert served == control
+        return served
+
+    def evict(self) -> None:
+        self.server.evict()
+
+
+@contextmanager
+def evict_storm(server: Mounted) -> Iterator[None]:
+    """A thread that empties the server's inode cache every few milliseconds; its failure fails the test."""
+    stop, failures = threading.Event(), []
+
+    def storm() -> None:
+        try:
+            while not stop.wait(STORM_INTERVAL):
+                server.evict()
+        except Exception as error:  # raised below, in the test's own thread
+            failures.append(error)
+
+    thread = threading.Thread(target=storm, name="evict-storm", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+@dataclass
+class Ground:
+    """A file system with a served source in it, where tests get their directories."""
+
+    kind: str
+    server: Mounted | Native
+    root: Path
+
+    def tree(self, name: str) -> TestTree:
+        label = f"{next(_numbers)}-{name}"
+        control = self.root / "control" / label
+        control.mkdir(parents=True)
+        path = self.server.path / label
+        path.mkdir()
+        return TestTree(self.kind, self.server, path, self.server.source / label, control)
+
+
+def matrix(config: pytest.Config) -> list[str]:
+    """The trees to test: "ext4-native", "ext4-default", …"""
+    kinds = [kind for kind in config.getoption("--fs").split(",") if kind in KINDS]
+    modes = {kind: () if config.getoption("--native") else MODES_OF.get(kind, OTHER_MODES) for kind in kinds}
+    return [f"{kind}-{mode}" for kind in kinds for mode in ("native", *modes[kind])]
+
+
+def restart_matrix(config: pytest.Config) -> list[str]:
+    """For tests that restart the server: each file system natively and served."""
+    return [name for name in matrix(config) if name.endswith(("-native", "-default"))]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "ground" in metafunc.fixturenames:
+        metafunc.parametrize("ground", matrix(metafunc.config), indirect=True, scope="session")
+    if "restart_ground" in metafunc.fixturenames:
+        metafunc.parametrize("restart_ground", restart_matrix(metafunc.config), indirect=True, scope="session")
+    if "kind" in metafunc.fixturenames:
+        kinds = [] if metafunc.config.getoption("--native") else metafunc.config.getoption("--fs").split(",")
+        metafunc.parametrize("kind", kinds, scope="session")
+
+
+@contextmanager
+def open_ground(filesystems: FileSystems, name: str) -> Iterator[Ground]:
+    kind, mode = name.split("-")
+    root = filesystems[kind] / f"posix-{next(_numbers)}-{mode}"
+    source = root / "source"
+    source.mkdir(parents=True)
+    with ExitStack() as stack:
+        server: Mounted | Native = Native(source)
+        if mode != "native":
+            server = stack.enter_context(mounted(source, None, *MODES[mode]))
+            if mode.startswith("storm"):
+                stack.enter_context(evict_storm(server))
+        yield Ground(kind, server, root)
+
+
+@pytest.fixture(scope="session")
+def ground(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator[Ground]:
+    with open_ground(filesystems, request.param) as ground:
+        yield ground
+
+
+@pytest.fixture(scope="session")
+def restart_ground(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator[Ground]:
+    with open_ground(filesystems, request.param) as ground:
+        yield ground
+
+
+def _tree(ground: Ground, request: pytest.FixtureRequest) -> Iterator[TestTree]:
+    yield ground.tree(request.node.originalname)
+    ground.server.check_log()
+
+
+@pytest.fixture
+def tree(ground: Ground, request: pytest.FixtureRequest) -> Iterator[TestTree]:
+    """A directory of the test's own in every file system and cache mode."""
+    yield from _tree(ground, request)
+
+
+@pytest.fixture
+def restartable(restart_ground: Ground, request: pytest.FixtureRequest) -> Iterator[TestTree]:
+    """A directory of the test's own below a server that the test may restart and kill."""
+    yield from _tree(restart_ground, request)
