@@ -1,0 +1,134 @@
+"""Acting for a caller: whose objects are made, and which privileges are put aside meanwhile.
+
+Permissions are the kernel's business (the mount has default_permissions): it checks every request with the caller's full
+credentials, supplementary groups and all, which a FUSE request does not carry (over knfsd they are nowhere else to be
+found). The server's part is that new objects *belong* to the caller. So it switches fsuid, fsgid and umask for the
+creating system call but keeps its capabilities, else a caller allowed in by a supplementary group would be refused.
+
+All of this is per thread: the raw system calls change the calling thread only, unlike glibc's wrappers.
+"""
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+CAP_DAC_OVERRIDE = 1
+CAP_DAC_READ_SEARCH = 2
+CAP_FSETID = 4
+CAP_SYS_ADMIN = 21
+CAP_SYS_RESOURCE = 24
+
+_PR_SET_SECUREBITS = 28
+_SECBIT_NO_SETUID_FIXUP = 1 << 2
+_CLONE_FS = 0x200
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_setfsuid = _libc.setfsuid
+_setfsgid = _libc.setfsgid
+
+
+class Caller(NamedTuple):
+    """Who sent a request, as the FUSE header tells: file-system IDs, thread ID (0: unknown or another PID namespace)
+    and, for requests that create something, the umask."""
+
+    uid: int
+    gid: int
+    pid: int = 0
+    umask: int = 0
+
+
+class _CapHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _CapData(ctypes.Structure):
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+_thread = threading.local()
+
+
+def _prepare_thread() -> None:
+    """Once per thread: a umask of its own, and capabilities that stay when the fsuid changes (capabilities(7))."""
+    if getattr(_thread, "prepared", False):
+        return
+    _check(_libc.unshare(_CLONE_FS))
+    _check(_libc.prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0))
+    _thread.prepared = True
+
+
+@contextmanager
+def acting_as(caller: Caller) -> Iterator[None]:
+    """Make new objects in the name of `caller`: its uid, gid (unless the directory is set-gid) and umask, which the file
+    system ignores in favour of a default ACL as it does for a local caller."""
+    _prepare_thread()
+    umask = os.umask(caller.umask)
+    _setfsgid(caller.gid)
+    _setfsuid(caller.uid)
+    try:
+        yield
+    finally:
+        _setfsuid(0)
+        _setfsgid(0)
+        os.umask(umask)
+
+
+@contextmanager
+def without_capability(capability: int) -> Iterator[None]:
+    """Put one effective capability of this thread aside. Without CAP_FSETID a write, truncate or chown clears set-uid
+    and set-gid bits as it would for the unprivileged caller (setattr_should_drop_suidgid in fs/attr.c)."""
+    header, data = _capget()
+    word, bit = divmod(capability, 32)
+    before = data[word].effective
+    data[word].effective = before & ~(1 << bit)
+    _check(_libc.capset(ctypes.byref(header), data))
+    try:
+        yield
+    finally:
+        data[word].effective = before
+        _check(_libc.capset(ctypes.byref(header), data))
+
+
+def drop_capability(capability: int) -> None:
+    """Drop an effective capability of this thread, and so of the threads it will start, for good."""
+    header, data = _capget()
+    word, bit = divmod(capability, 32)
+    data[word].effective &= ~(1 << bit)
+    _check(_libc.capset(ctypes.byref(header), data))
+
+
+def has_capability(capability: int) -> bool:
+    """Whether this thread has `capability` in its effective set."""
+    _, data = _capget()
+    word, bit = divmod(capability, 32)
+    return bool(data[word].effective >> bit & 1)
+
+
+def supplementary_groups(pid: int) -> frozenset[int]:
+    """The supplementary groups of the thread `pid`; empty for kernel threads (knfsd), other PID namespaces and threads
+    that have gone: the kernel does not tell them."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+            for line in status:
+                if line.startswith("Groups:"):
+                    return frozenset(int(group) for group in line.split()[1:])
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return frozenset()
+
+
+def _capget() -> tuple[_CapHeader, "ctypes.Array[_CapData]"]:
+    header = _CapHeader(_LINUX_CAPABILITY_VERSION_3, 0)
+    data = (_CapData * 2)()
+    _check(_libc.capget(ctypes.byref(header), data))
+    return header, data
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))

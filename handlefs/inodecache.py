@@ -1,0 +1,109 @@
+"""The inode cache: node ID → O_PATH descriptor. Dropping any of it at any time changes speed, never results."""
+
+import os
+import threading
+from typing import NamedTuple
+
+from cachetools import LRUCache
+
+
+class Inode:
+    """An object of the source, held by an O_PATH descriptor that is closed when the last user lets go of it.
+
+    An operation keeps the Inode it works on alive by its reference alone, so the cache may evict it at any moment.
+    That relies on CPython's reference counting: the descriptor is closed with the last reference, not some time later.
+    """
+
+    __slots__ = ("fd", "ino_mask", "nodeid", "volume_id")
+
+    def __init__(self, fd: int, nodeid: int, volume_id: bytes, ino_mask: int) -> None:
+        self.fd = fd
+        self.nodeid = nodeid
+        self.volume_id = volume_id
+        self.ino_mask = ino_mask
+        """XOR of st_ino that keeps inode numbers of different file systems below one mount apart; 0 for the source's own."""
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class CacheStatistics(NamedTuple):
+    """Counts since the server started; `size` and `capacity` are numbers of descriptors."""
+
+    size: int
+    capacity: int
+    hits: int
+    misses: int
+    evictions: int
+
+
+class _Lru(LRUCache[int, Inode]):
+    """An LRU that hands over what it evicts, so that descriptors are closed outside the cache's lock: closing the last
+    reference to a removed file may take as long as freeing all its blocks."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.evicted: list[Inode] = []
+
+    def popitem(self) -> tuple[int, Inode]:
+        nodeid, inode = super().popitem()
+        self.evicted.append(inode)
+        return nodeid, inode
+
+
+class InodeCache:
+    """A bounded LRU of inodes, safe to use from several threads. A capacity of 0 caches nothing."""
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 0:
+            raise ValueError(f"the cache size must be 0 or more, not {capacity}")
+        self._lru = _Lru(capacity)
+        self._lock = threading.Lock()
+        self._hits = 0
+        self._misses = 0
+        self._evictions = 0
+
+    def get(self, nodeid: int) -> Inode | None:
+        """The cached inode of `nodeid`, now the most recently used; None if it is not here."""
+        with self._lock:
+            inode = self._lru.get(nodeid)
+            if inode is None:
+                self._misses += 1
+            else:
+                self._hits += 1
+            return inode
+
+    def put(self, inode: Inode) -> None:
+        """Cache `inode`, in the place of any other with the same node ID, evicting the least recently used if full."""
+        with self._lock:
+            if self._lru.maxsize == 0:
+                return
+            replaced = self._lru.get(inode.nodeid)
+            self._lru[inode.nodeid] = inode
+            evicted, self._lru.evicted = self._lru.evicted, []
+            self._evictions += len(evicted)
+        del replaced, evicted
+
+    def forget(self, nodeid: int) -> None:
+        """Drop `nodeid`, if it is cached."""
+        with self._lock:
+            dropped = self._lru.pop(nodeid, None)
+        del dropped
+
+    def evict(self, count: int) -> int:
+        """Drop up to `count` of the least recently used inodes; returns how many were dropped."""
+        with self._lock:
+            for _ in range(min(count, len(self._lru))):
+                self._lru.popitem()
+            evicted, self._lru.evicted = self._lru.evicted, []
+            self._evictions += len(evicted)
+        return len(evicted)
+
+    def evict_all(self) -> int:
+        """Drop everything; returns how many inodes were dropped."""
+        return self.evict(len(self._lru))
+
+    def statistics(self) -> CacheStatistics:
+        """A snapshot of the counters."""
+        with self._lock:
+            return CacheStatistics(len(self._lru), int(self._lru.maxsize), self._hits, self._misses, self._evictions)

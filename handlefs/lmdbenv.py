@@ -1,0 +1,160 @@
+"""An LMDB environment that grows by itself and whose errors are OSErrors."""
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import lmdb
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+INITIAL_MAP_SIZE = 16 << 20
+"""Bytes of address space a new environment maps; the file itself grows only as it is filled."""
+
+_ERRNO: tuple[tuple[type[lmdb.Error], int], ...] = (
+    (lmdb.DiskError, errno.ENOSPC),
+    (lmdb.MemoryError, errno.ENOMEM),
+    (lmdb.ReadonlyError, errno.EROFS),
+    (lmdb.ReadersFullError, errno.EAGAIN),
+    (lmdb.LockError, errno.EAGAIN),
+)
+
+
+class GrowingEnvironment:
+    """One LMDB environment with one unnamed and several named databases, for any number of threads and processes.
+
+    Locking: transactions run side by side (`_cond` counts them); resizing and re-opening wait until none is active in
+    this process, as mdb_env_set_mapsize demands. `_cond` is not held while a transaction runs.
+    """
+
+    def __init__(self, path: Path, *, sync: bool, databases: tuple[bytes, ...]) -> None:
+        """Open or create the environment in the directory `path` (mode 0700, files 0600).
+
+        Without `sync` a commit costs no disk flush: it survives the death of every process, but after a machine crash
+        the file may be torn and must be thrown away.
+        """
+        self.path = path
+        self._sync = sync
+        self._names = databases
+        self._cond = threading.Condition()
+        self._active = 0
+        self._exclusive = False
+        path.mkdir(mode=0o700, exist_ok=True)
+        with _as_oserror(path):
+            self._open()
+
+    def _open(self) -> None:
+        size = max(INITIAL_MAP_SIZE, 2 * _file_size(self.path / "data.mdb"))
+        self._env = lmdb.open(
+            os.fspath(self.path), map_size=size, sync=self._sync, mode=0o600, max_dbs=len(self._names), max_readers=512
+        )
+        self._env.reader_check()  # slots of killed processes would keep old pages from being used again
+        self._databases = {name: self._env.open_db(name) for name in self._names}
+
+    def database(self, name: bytes) -> "lmdb._Database":
+        """The handle of the named database, for use within `run`."""
+        return self._databases[name]
+
+    def run(self, work: Callable[[lmdb.Transaction], T], *, write: bool = False) -> T:
+        """Run `work` in a transaction, again from its start whenever the map had to grow; returns its result.
+
+        A write transaction is committed if `work` returns and aborted if it raises. Raises OSError: ENOSPC when the
+        disk is full, ENOMEM, EIO for anything LMDB calls corrupt.
+        """
+        while True:
+            try:
+                with _as_oserror(self.path), self._shared(), self._env.begin(write=write) as transaction:
+                    return work(transaction)
+            except _Resize as resize:
+                self._resize(resize.needed)
+            except _Panic:
+                self._reopen()
+
+    def close(self) -> None:
+        """Close the environment; no transaction may be running."""
+        with self._alone():
+            self._env.close()
+
+    def copy_compact(self, target: Path) -> None:
+        """Write a copy without free pages into the new directory `target`."""
+        target.mkdir(mode=0o700)
+        with _as_oserror(target), self._shared():
+            self._env.copy(os.fspath(target), compact=True)
+
+    def file_size(self) -> int:
+        """Bytes of the data file."""
+        return _file_size(self.path / "data.mdb")
+
+    def _resize(self, needed: bool) -> None:
+        with self._alone(), _as_oserror(self.path):
+            # 0 takes over the size that another process has set
+            self._env.set_mapsize(2 * self._env.info()["map_size"] if needed else 0)
+
+    def _reopen(self) -> None:
+        log.error("%s: LMDB gave up on the environment after an I/O error; opening it anew", self.path)
+        with self._alone(), _as_oserror(self.path):
+            self._env.close()
+            self._open()
+
+    @contextmanager
+    def _shared(self) -> Iterator[None]:
+        with self._cond:
+            self._cond.wait_for(lambda: not self._exclusive)
+            self._active += 1
+        try:
+            yield
+        finally:
+            with self._cond:
+                self._active -= 1
+                if self._exclusive and not self._active:
+                    self._cond.notify_all()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._cond:
+            self._cond.wait_for(lambda: not self._exclusive)
+            self._exclusive = True
+            self._cond.wait_for(lambda: not self._active)
+        try:
+            yield
+        finally:
+            with self._cond:
+                self._exclusive = False
+                self._cond.notify_all()
+
+
+class _Resize(Exception):
+    """The map is full (`needed`), or another process has made it larger."""
+
+    def __init__(self, needed: bool) -> None:
+        self.needed = needed
+
+
+class _Panic(Exception):
+    """LMDB refuses to use the environment after a failed write of a meta page."""
+
+
+@contextmanager
+def _as_oserror(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except lmdb.MapFullError:
+        raise _Resize(needed=True) from None
+    except lmdb.MapResizedError:
+        raise _Resize(needed=False) from None
+    except lmdb.PanicError:
+        raise _Panic from None
+    except lmdb.Error as error:
+        number = next((number for kind, number in _ERRNO if isinstance(error, kind)), errno.EIO)
+        raise OSError(number, f"handle map: {error}", os.fspath(path)) from error
+
+
+def _file_size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,89 @@
+"""Open files and directories, and the file handles (`fh`) the kernel holds for them.
+
+An `fh` is a hint, never the only way back: it carries what is needed to open the node again, so that a server that has
+never seen it (the kernel kept the file open across a restart) serves the request from the node ID all the same.
+"""
+
+import itertools
+import os
+import secrets
+import threading
+
+_ACCESS_MASK = os.O_ACCMODE  # bits 0 and 1
+_DIRECTORY = 1 << 2
+_NOATIME = 1 << 3
+_ID_SHIFT = 4
+_ID_MASK = (1 << 60) - 1
+
+
+class OpenFile:
+    """An open file or directory of the source; its descriptor is closed with the last reference."""
+
+    __slots__ = ("fd", "lock", "nodeid")
+
+    def __init__(self, fd: int, nodeid: int) -> None:
+        self.fd = fd
+        self.nodeid = nodeid
+        self.lock = threading.Lock()
+        """Held while the descriptor's position is in use (listing a directory)."""
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class OpenFiles:
+    """The table of open files of this process; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._files: dict[int, OpenFile] = {}
+        self._by_node: dict[int, list[OpenFile]] = {}
+        self._lock = threading.Lock()
+        # Starts at random, so that numbers of an earlier server do not come again.
+        self._ids = itertools.count(secrets.randbits(56))
+
+    def add(self, file: OpenFile, flags: int, *, directory: bool = False) -> int:
+        """Register `file`, opened with the open(2) `flags`; returns its new 64-bit `fh`."""
+        fh = (next(self._ids) & _ID_MASK) << _ID_SHIFT | flags & _ACCESS_MASK
+        fh |= (_DIRECTORY if directory else 0) | (_NOATIME if flags & os.O_NOATIME else 0)
+        self.restore(file, fh)
+        return fh
+
+    def restore(self, file: OpenFile, fh: int) -> None:
+        """Register `file` under the `fh` of an earlier server."""
+        with self._lock:
+            self._files[fh] = file
+            self._by_node.setdefault(file.nodeid, []).append(file)
+
+    def get(self, nodeid: int, fh: int) -> OpenFile | None:
+        """The open file `fh`; None if it is unknown here, or known as another node's: a number from an earlier server."""
+        file = self._files.get(fh)
+        return file if file is not None and file.nodeid == nodeid else None
+
+    def any_of(self, nodeid: int) -> OpenFile | None:
+        """Some open file of `nodeid`, by which a removed file can still be reached; None if it has none."""
+        with self._lock:
+            files = self._by_node.get(nodeid)
+            return files[0] if files else None
+
+    def remove(self, nodeid: int, fh: int) -> None:
+        """Forget `fh`, if it is known; the file is closed when the last operation on it is done."""
+        with self._lock:
+            file = self._files.get(fh)
+            if file is None or file.nodeid != nodeid:
+                return
+            del self._files[fh]
+            files = self._by_node[nodeid]
+            files.remove(file)
+            if not files:
+                del self._by_node[nodeid]
+
+    def counts(self) -> tuple[int, int]:
+        """Numbers of open files and of open directories."""
+        with self._lock:
+            directories = sum(1 for fh in self._files if fh & _DIRECTORY)
+            return len(self._files) - directories, directories
+
+
+def reopen_flags(fh: int) -> int:
+    """The open(2) flags to open the node of an unknown `fh` again."""
+    return fh & _ACCESS_MASK | (os.O_DIRECTORY if fh & _DIRECTORY else 0) | (os.O_NOATIME if fh & _NOATIME else 0)

@@ -1,0 +1,432 @@
+"""The FUSE operations over a source: synchronous, stateless, and without knowledge of any transport.
+
+Every method takes node IDs as the kernel holds them and raises OSError with the errno for the reply. No lock is held
+across a system call, but for an open directory's own, which guards its position. Nothing here counts lookups: FORGET is a
+hint, and any node ID is served whether or not this process has seen it before.
+"""
+
+import contextlib
+import errno
+import os
+import stat as st
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
+
+from handlefs.credentials import (
+    CAP_DAC_OVERRIDE,
+    CAP_DAC_READ_SEARCH,
+    CAP_FSETID,
+    Caller,
+    acting_as,
+    supplementary_groups,
+    without_capability,
+)
+from handlefs.handle import handle_of
+from handlefs.inodecache import Inode
+from handlefs.nodeid import ROOT_NODEID
+from handlefs.openfiles import OpenFile, OpenFiles, reopen_flags
+from handlefs.source import Attributes, Entry, Source, check_name, with_descriptors
+from handlefs.syscalls import (
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    DirectoryEntry,
+    Moment,
+    getdents,
+    renameat2,
+    utimens,
+)
+
+T = TypeVar("T")
+
+_OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
+"""What open(2) is given of the client's flags. Not O_APPEND: the kernel has turned an append into a write at the end
+already, and pages that it writes back from a shared mapping must go where they belong. Not O_DIRECT: request buffers
+are not aligned."""
+
+_TRANSIENT = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.EINTR, errno.ENOSPC, errno.EDQUOT}
+)
+_ACL_ACCESS = "system.posix_acl_access"
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What SETATTR asks for; None (or OMIT for times) leaves a part as it is. Times are nanoseconds since the epoch."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime: int | Moment = Moment.OMIT
+    mtime: int | Moment = Moment.OMIT
+
+
+class Operations:
+    """The operations on one source; safe to use from several threads."""
+
+    def __init__(self, source: Source, *, read_only: bool = False) -> None:
+        self.source = source
+        self.read_only = read_only
+        self.open_files = OpenFiles()
+
+    # -- nodes ---------------------------------------------------------------------------------------------------------
+
+    def lookup(self, parent: int, name: bytes) -> Entry:
+        """LOOKUP. A dead node is ESTALE; a transient failure for "." or ".." is ETIMEDOUT, which makes knfsd try again
+        where any other error would turn the client's handle stale for good (fs/nfsd/nfsfh.c, nfsd_set_fh_dentry)."""
+        if name not in (b".", b".."):
+            return self.source.entry(self.source.lookup(self.inode(parent), name))
+        try:
+            return self._lookup_dot(parent, name)
+        except OSError as error:
+            if error.errno in _TRANSIENT:
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from error
+            if error.errno == errno.ENOENT:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
+            raise
+
+    def _lookup_dot(self, nodeid: int, name: bytes) -> Entry:
+        inode = self.inode(nodeid)
+        entry = self.source.entry(self.source.lookup(inode, name))
+        if name == b"." and not entry.attributes.stat.st_nlink and nodeid != ROOT_NODEID:
+            # Removed, but perhaps held by nobody but our own cache: ask the file system again without that.
+            self.source.cache.forget(nodeid)
+            del inode
+            entry = self.source.entry(self.inode(nodeid))
+        return entry
+
+    def inode(self, nodeid: int) -> Inode:
+        """The inode of `nodeid`; a removed file is still reached through whoever has it open."""
+        try:
+            return self.source.resolve(nodeid)
+        except OSError as error:
+            file = self.open_files.any_of(nodeid) if error.errno == errno.ESTALE else None
+            if file is None:
+                raise
+        fd = self._open_path(file.fd, os.O_PATH)
+        handle, mount_id = handle_of(fd)
+        volume = self.source.volumes.of_mount(mount_id)
+        return Inode(fd, nodeid, volume.id, volume.ino_mask(os.fstat(fd).st_dev, handle))
+
+    def forget(self, nodeid: int) -> None:
+        """FORGET: the kernel has dropped the node, so its descriptor is not likely to be wanted, and would keep the
+        blocks of a removed file from being freed."""
+        self.source.cache.forget(nodeid)
+
+    def getattr(self, nodeid: int, fh: int | None = None) -> Attributes:
+        """GETATTR."""
+        return self.source.attributes(self.inode(nodeid))
+
+    def setattr(
+        self, nodeid: int, changes: Changes, fh: int | None = None, *, kill_suidgid: bool = False
+    ) -> Attributes:
+        """SETATTR. With `kill_suidgid` a truncation clears set-id bits: the caller lacks CAP_FSETID."""
+        self._check_writable()
+        inode = self.inode(nodeid)
+        path = _path(inode)
+        if changes.uid is not None or changes.gid is not None:
+            uid, gid = (-1 if value is None else value for value in (changes.uid, changes.gid))
+            os.chown(path, uid, gid)
+        if changes.size is not None:
+            with _without_fsetid(kill_suidgid):
+                self._truncate(inode, changes.size, fh)
+        if changes.mode is not None:
+            os.chmod(path, st.S_IMODE(changes.mode))
+        if changes.atime is not Moment.OMIT or changes.mtime is not Moment.OMIT:
+            utimens(inode.fd, changes.atime, changes.mtime)
+        return self.source.attributes(inode)
+
+    def _truncate(self, inode: Inode, size: int, fh: int | None) -> None:
+        file = None if fh is None else self.open_files.get(inode.nodeid, fh)
+        if file is not None:
+            os.ftruncate(file.fd, size)
+        else:
+            with_descriptors(self.source.cache, lambda: os.truncate(_path(inode), size))
+
+    def readlink(self, nodeid: int) -> bytes:
+        """READLINK."""
+        return os.readlink(b"", dir_fd=self.inode(nodeid).fd)
+
+    def access(self, nodeid: int, mask: int, caller: Caller) -> None:
+        """ACCESS, for mounts without default_permissions: EACCES unless `caller` may do `mask` (R_OK, W_OK, X_OK)."""
+        inode = self.inode(nodeid)
+        if self.read_only and mask & os.W_OK:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        with acting_as(caller), _as_unprivileged(caller):
+            allowed = os.access(_path(inode), mask, effective_ids=True)
+        if not allowed:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def statfs(self, nodeid: int = ROOT_NODEID) -> os.statvfs_result:
+        """STATFS of the file system that the node is on."""
+        return os.fstatvfs(self.inode(nodeid).fd)
+
+    # -- names ---------------------------------------------------------------------------------------------------------
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Entry:
+        """MKNOD: a regular file, fifo, socket or device."""
+        return self._make(parent, name, caller, os.unlink, lambda fd: os.mknod(name, mode, rdev, dir_fd=fd))
+
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Entry:
+        """MKDIR."""
+        return self._make(parent, name, caller, os.rmdir, lambda fd: os.mkdir(name, st.S_IMODE(mode), dir_fd=fd))
+
+    def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Entry:
+        """SYMLINK."""
+        return self._make(parent, name, caller, os.unlink, lambda fd: os.symlink(target, name, dir_fd=fd))
+
+    def link(self, nodeid: int, parent: int, name: bytes) -> Entry:
+        """LINK: another `name` for `nodeid`."""
+        self._check_writable()
+        check_name(name)
+        inode, directory = self.inode(nodeid), self.inode(parent)
+        os.link(_path(inode), name, src_dir_fd=directory.fd, dst_dir_fd=directory.fd, follow_symlinks=True)
+        return self.source.entry(inode)
+
+    def _make(
+        self, parent: int, name: bytes, caller: Caller, undo: Callable[..., None], make: Callable[[int], None]
+    ) -> Entry:
+        self._check_writable()
+        check_name(name)
+        directory = self.inode(parent)
+        with acting_as(caller):
+            make(directory.fd)
+        with _undone_on_error(lambda: undo(name, dir_fd=directory.fd)):
+            return self.source.entry(self.source.lookup(directory, name))
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """UNLINK."""
+        self._check_writable()
+        check_name(name)
+        os.unlink(name, dir_fd=self.inode(parent).fd)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        """RMDIR."""
+        self._check_writable()
+        check_name(name)
+        os.rmdir(name, dir_fd=self.inode(parent).fd)
+
+    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
+        """RENAME2; of the flags RENAME_NOREPLACE and RENAME_EXCHANGE (EINVAL for others)."""
+        self._check_writable()
+        check_name(name)
+        check_name(new_name)
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
+            raise OSError(errno.EINVAL, "rename flags not supported")
+        old, new = self.inode(parent), self.inode(new_parent)
+        renameat2(old.fd, name, new.fd, new_name, flags)
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def open(self, nodeid: int, flags: int, *, kill_suidgid: bool = False) -> int:
+        """OPEN: returns the `fh`. With `kill_suidgid` O_TRUNC clears set-id bits."""
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            self._check_writable()
+        with _without_fsetid(kill_suidgid and bool(flags & os.O_TRUNC)):
+            file = self._open_node(nodeid, flags & _OPEN_FLAGS)
+        return self.open_files.add(file, flags)
+
+    def create(
+        self, parent: int, name: bytes, mode: int, flags: int, caller: Caller, *, kill_suidgid: bool = False
+    ) -> tuple[Entry, int]:
+        """CREATE: make `name` and open it; opens what is there already unless O_EXCL. Returns the entry and the `fh`."""
+        self._check_writable()
+        check_name(name)
+        directory = self.inode(parent)
+        create_flags = flags & _OPEN_FLAGS & ~os.O_TRUNC | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with acting_as(caller):
+                fd = with_descriptors(
+                    self.source.cache, lambda: os.open(name, create_flags, st.S_IMODE(mode), dir_fd=directory.fd)
+                )
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+            return self._open_existing(directory, name, flags, kill_suidgid)
+        file = OpenFile(fd, 0)
+        with _undone_on_error(lambda: os.unlink(name, dir_fd=directory.fd)):
+            handle, mount_id = handle_of(fd)
+            entry = self.source.entry(self.source.inode(self.source.volumes.of_mount(mount_id), handle))
+        file.nodeid = entry.nodeid
+        return entry, self.open_files.add(file, flags)
+
+    def _open_existing(self, directory: Inode, name: bytes, flags: int, kill_suidgid: bool) -> tuple[Entry, int]:
+        """Somebody made `name` since the kernel looked. Anything but a regular file has to be looked up and opened by the
+        kernel itself; ESTALE makes it do that (fs/namei.c, do_filp_open)."""
+        inode = self.source.lookup(directory, name)
+        entry = self.source.entry(inode)
+        if not st.S_ISREG(entry.attributes.stat.st_mode):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return entry, self.open(inode.nodeid, flags, kill_suidgid=kill_suidgid)
+
+    def read(self, nodeid: int, fh: int, size: int, offset: int) -> bytes:
+        """READ: fewer than `size` bytes only at the end of the file."""
+        fd = (file := self._file(nodeid, fh)).fd
+        data = os.pread(fd, size, offset)
+        while data and len(data) < size:  # a signal or the source may cut a read short, which would look like the end
+            more = os.pread(fd, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        del file
+        return data
+
+    def write(self, nodeid: int, fh: int, data: bytes | memoryview, offset: int, *, kill_suidgid: bool = False) -> int:
+        """WRITE: returns the number of bytes written, fewer than given only if an error stopped the write midway. With
+        `kill_suidgid` it clears set-id bits."""
+        self._check_writable()
+        file = self._file(nodeid, fh)
+        with _without_fsetid(kill_suidgid):
+            written = os.pwrite(file.fd, data, offset)
+            while written < len(data):
+                try:
+                    written += os.pwrite(file.fd, memoryview(data)[written:], offset + written)
+                except OSError:
+                    break  # POSIX: what was written counts now, the next write meets the error
+        return written
+
+    def flush(self, nodeid: int, fh: int) -> None:
+        """FLUSH: a close(2) in the client; reports what closing the source's file would report."""
+        os.close(os.dup(self._file(nodeid, fh).fd))
+
+    def fsync(self, nodeid: int, fh: int, *, datasync: bool) -> None:
+        """FSYNC."""
+        file = self._file(nodeid, fh)
+        (os.fdatasync if datasync else os.fsync)(file.fd)
+
+    def release(self, nodeid: int, fh: int) -> None:
+        """RELEASE and RELEASEDIR."""
+        self.open_files.remove(nodeid, fh)
+
+    def _file(self, nodeid: int, fh: int) -> OpenFile:
+        """The open file `fh` of `nodeid`, opened again if this process does not know it."""
+        file = self.open_files.get(nodeid, fh)
+        if file is None:
+            file = self._open_node(nodeid, reopen_flags(fh))
+            self.open_files.restore(file, fh)
+        return file
+
+    def _open_node(self, nodeid: int, flags: int) -> OpenFile:
+        """Open `nodeid`. A file made with mode 0400 and opened for writing by its creator is no problem: the kernel has
+        checked the permission, and this process does not need it."""
+        inode = self.inode(nodeid)
+        return OpenFile(self._open_path(inode.fd, flags), nodeid)
+
+    def _open_path(self, fd: int, flags: int) -> int:
+        return with_descriptors(
+            self.source.cache, lambda: os.open(b"/proc/self/fd/%d" % fd, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+        )
+
+    # -- directories ---------------------------------------------------------------------------------------------------
+
+    def opendir(self, nodeid: int) -> int:
+        """OPENDIR: returns the `fh`."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | (os.O_NOATIME if self.read_only else 0)
+        return self.open_files.add(self._open_node(nodeid, flags), flags, directory=True)
+
+    def readdir(self, nodeid: int, fh: int, offset: int, size: int) -> list[DirectoryEntry]:
+        """READDIR: entries of the directory from `offset` on (0, or one that an entry had, in whatever process), "." and
+        ".." among them; `size` is in bytes of getdents64(2). Empty at the end. Their `ino` is the st_ino of the entry."""
+        file = self._file(nodeid, fh)
+        inode = self.inode(nodeid)
+        with file.lock:
+            os.lseek(file.fd, offset, os.SEEK_SET)
+            entries = getdents(file.fd, size)
+        if inode.ino_mask or self.source.volumes.may_nest(self.source.volumes.by_id(inode.volume_id)):
+            return [self._with_shown_ino(file.fd, inode, entry) for entry in entries]
+        if nodeid == ROOT_NODEID:
+            return [entry._replace(ino=inode_number(inode)) if entry.name == b".." else entry for entry in entries]
+        return entries
+
+    def _with_shown_ino(self, fd: int, inode: Inode, entry: DirectoryEntry) -> DirectoryEntry:
+        if entry.name == b"." or (entry.name == b".." and inode.nodeid == ROOT_NODEID):
+            return entry._replace(ino=inode_number(inode))
+        found = self.source.entries(fd, [entry.name])[0]
+        return entry if found is None else entry._replace(ino=found.attributes.ino)
+
+    def readdirplus(self, nodeid: int, fh: int, offset: int, size: int) -> list[tuple[DirectoryEntry, Entry | None]]:
+        """READDIRPLUS: as `readdir`, with the node of each entry; None for "." and ".." and for what has gone meanwhile or
+        cannot have a node (on a file system without handles mounted below the source)."""
+        file = self._file(nodeid, fh)
+        entries = self.readdir(nodeid, fh, offset, size)
+        names = [entry.name for entry in entries if entry.name not in (b".", b"..")]
+        nodes = dict(zip(names, self.source.entries(file.fd, names), strict=True))
+        return [
+            (entry if node is None else entry._replace(ino=node.attributes.ino), node)
+            for entry in entries
+            for node in (nodes.get(entry.name),)
+        ]
+
+    # -- extended attributes -------------------------------------------------------------------------------------------
+
+    def getxattr(self, nodeid: int, name: str) -> bytes:
+        """GETXATTR; ENODATA if there is none of that name."""
+        inode = self.inode(nodeid)
+        return os.getxattr(_path(inode), name)
+
+    def setxattr(self, nodeid: int, name: str, value: bytes, flags: int = 0, *, acl_kill_sgid: bool = False) -> None:
+        """SETXATTR; `flags` as for setxattr(2). With `acl_kill_sgid` (FUSE_SETXATTR_ACL_KILL_SGID) a new access ACL clears the
+        set-gid bit: the caller is not in the file's group."""
+        self._check_writable()
+        inode = self.inode(nodeid)
+        os.setxattr(_path(inode), name, value, flags)
+        if acl_kill_sgid and name == _ACL_ACCESS:
+            mode = os.fstat(inode.fd).st_mode
+            if mode & st.S_ISGID:
+                os.chmod(_path(inode), st.S_IMODE(mode) & ~st.S_ISGID)
+
+    def listxattr(self, nodeid: int, *, privileged: bool) -> list[bytes]:
+        """LISTXATTR. Names in "trusted." are for the `privileged` (CAP_SYS_ADMIN) only; the kernel leaves that to us."""
+        inode = self.inode(nodeid)
+        names = [os.fsencode(name) for name in os.listxattr(_path(inode))]
+        return names if privileged else [name for name in names if not name.startswith(b"trusted.")]
+
+    def removexattr(self, nodeid: int, name: str) -> None:
+        """REMOVEXATTR."""
+        self._check_writable()
+        inode = self.inode(nodeid)
+        os.removexattr(_path(inode), name)
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def is_group_member(caller: Caller, gid: int) -> bool:
+    """Whether `caller` is in the group `gid`, as far as can be told."""
+    return caller.gid == gid or gid in supplementary_groups(caller.pid)
+
+
+def inode_number(inode: Inode) -> int:
+    """The inode number that the mount shows for `inode`."""
+    return os.fstat(inode.fd).st_ino ^ inode.ino_mask
+
+
+def _path(inode: Inode) -> bytes:
+    """A path that leads to the inode itself, even if it is a symbolic link; valid as long as `inode` is held."""
+    return b"/proc/self/fd/%d" % inode.fd
+
+
+def _without_fsetid(wanted: bool) -> AbstractContextManager[None]:
+    return without_capability(CAP_FSETID) if wanted else nullcontext()
+
+
+@contextlib.contextmanager
+def _as_unprivileged(caller: Caller) -> Iterator[None]:
+    if caller.uid == 0:
+        yield
+    else:
+        with without_capability(CAP_DAC_OVERRIDE), without_capability(CAP_DAC_READ_SEARCH):
+            yield
+
+
+@contextlib.contextmanager
+def _undone_on_error(undo: Callable[[], None]) -> Iterator[None]:
+    """An object that gets no node ID (the handle map's disk is full) must not stay behind a failed request."""
+    try:
+        yield
+    except OSError:
+        undo()
+        raise

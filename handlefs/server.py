@@ -1,0 +1,160 @@
+"""One server: a source, its handle map, the operations, a transport and the control socket, put together."""
+
+import errno
+import logging
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+from handlefs import __version__
+from handlefs.config import Config
+from handlefs.control import ControlServer
+from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
+from handlefs.errors import StartupError
+from handlefs.handlemap import HandleMap
+from handlefs.metrics import OperationMetrics
+from handlefs.mount import mounts
+from handlefs.operations import Operations
+from handlefs.source import Source
+from handlefs.transport import pyfuse3 as pyfuse3_transport
+
+log = logging.getLogger(__name__)
+
+LARGEST_DEFAULT_CACHE = 16384
+
+
+class Server:
+    """A server for one mount; `serve` runs it once."""
+
+    def __init__(self, config: Config) -> None:
+        """Open the source and its map. Raises StartupError with what is wrong and what to do."""
+        self.config = config
+        limit = _raise_descriptor_limit()
+        cache_size = default_cache_size(limit) if config.cache_size is None else config.cache_size
+        self.source = open_source(config.source, cache_size, config)
+        self.state_dir = state_dir_of(self.source, config.state_dir)
+        key_file = Path(config.key_file) if config.key_file else None
+        self.source.attach_map(open_map(self.state_dir, self.source, key_file))
+        self.operations = Operations(self.source, read_only=config.options.read_only)
+        self.metrics = OperationMetrics()
+
+    def serve(self, on_ready: Callable[[], None]) -> None:
+        """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises StartupError if it cannot."""
+        # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
+        drop_capability(CAP_SYS_RESOURCE)
+        control = ControlServer(self.status, self.evict, self.config)
+        try:
+            control.start()
+            pyfuse3_transport.serve(self.operations, self.config, self.metrics, on_ready)
+        except OSError as error:
+            raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
+        finally:
+            control.stop()
+            self.source.map.close()
+
+    def status(self) -> dict[str, object]:
+        """What `handlefs status` shows; docs/control.md lists the keys."""
+        cache = self.source.cache.statistics()
+        files, directories = self.operations.open_files.counts()
+        filesystem = self.source.volumes.root.filesystem
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "source": self.config.source,
+            "mountpoint": self.config.mountpoint,
+            "transport": self.config.transport,
+            "filesystem": filesystem._asdict(),
+            "source_id": self.source.identity.source_id,
+            "nodeids": "mapped" if self.source.inline is None else "inline (ino, generation)",
+            "state_dir": os.fspath(self.state_dir),
+            "cache": cache._asdict(),
+            "map": {"entries": self.source.map.count(), "bytes": self.source.map.bytes_on_disk()},
+            "open_files": files,
+            "open_dirs": directories,
+            "read_only": self.operations.read_only,
+            **self.metrics.snapshot(),
+        }
+
+    def evict(self, count: int | None) -> int:
+        """Drop up to `count` of the least recently used cached inodes, or everything (None); returns how many."""
+        return self.source.evict_all() if count is None else self.source.cache.evict(count)
+
+
+def open_source(path: str, cache_size: int, config: Config) -> Source:
+    """The source at `path`; StartupError if it is not there or has no file handles."""
+    try:
+        return Source(path, cache_size=cache_size, submounts=config.submounts)
+    except OSError as error:
+        raise StartupError(_cannot_open(path, error)) from error
+
+
+def _cannot_open(path: str, error: OSError) -> str:
+    if error.errno in (errno.EOPNOTSUPP, errno.ESTALE, errno.EOVERFLOW):
+        kind = filesystem_type(path)
+        remedy = _WITHOUT_HANDLES.get(kind.removeprefix("fuse."), _WITHOUT_HANDLES.get(kind.partition(".")[0], ""))
+        return (
+            f"source {path} is on a file system of type {kind}, which has no file handles to be opened by "
+            f"(name_to_handle_at(2) or open_by_handle_at(2): {error.strerror}). {remedy}"
+            "Serve a directory on ext4, XFS, btrfs or tmpfs; `handlefs check` tells what a directory can do."
+        )
+    if error.errno == errno.EPERM:
+        return f"source {path}: not permitted. Opening files by handle needs root (CAP_DAC_READ_SEARCH)."
+    return f"source {path}: {error.strerror}"
+
+
+_WITHOUT_HANDLES = {
+    "overlay": "Mount the overlay with -o index=on,nfs_export=on. ",
+    "fuse": "Its server would have to support NFS export. ",
+}
+
+
+def filesystem_type(path: str) -> str:
+    """The type of the file system that `path` is on, as in /proc/self/mountinfo."""
+    device = os.stat(path).st_dev
+    matches = [mount.fstype for mount in mounts() if mount.dev == (os.major(device), os.minor(device))]
+    return matches[-1] if matches else "unknown"
+
+
+def state_root() -> Path:
+    """The directory below which each source has its state: /var/lib/handlefs for root, else by the XDG specification."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/handlefs")
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "handlefs"
+
+
+def state_dir_of(source: Source, given: str | None) -> Path:
+    """The state directory of `source`: `given`, or one of its own; StartupError if it is inside the source."""
+    path = Path(given) if given else state_root() / source.identity.source_id
+    root = os.fstat(source.root.fd)
+    resolved = path.resolve()
+    for parent in (resolved, *resolved.parents):
+        if parent.exists() and os.path.samestat(parent.stat(), root):
+            raise StartupError(
+                f"the state directory {path} is inside the source {source.path}: clients could read the key in it. "
+                "Give one outside with --state-dir."
+            )
+    return path
+
+
+def open_map(state_dir: Path, source: Source, key_file: Path | None = None) -> HandleMap:
+    """The handle map of `source` in `state_dir`; StartupError if it is another source's or cannot be used."""
+    try:
+        return HandleMap(state_dir, source.identity, key_file=key_file)
+    except OSError as error:
+        raise StartupError(
+            f"cannot open the handle map in {state_dir}: {error.strerror}. Free space there, or give another --state-dir "
+            "(a new map has a new key: handles given out so far become stale unless --key-file holds the old one)."
+        ) from error
+
+
+def default_cache_size(descriptor_limit: int) -> int:
+    """Inodes to cache: a quarter of the descriptors, since open files and directories need theirs too."""
+    return min(descriptor_limit // 4, LARGEST_DEFAULT_CACHE)
+
+
+def _raise_descriptor_limit() -> int:
+    """Use as many descriptors as the hard limit allows; returns that number."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard

@@ -1,0 +1,265 @@
+"""The source tree: from node IDs and names to inodes and back.
+
+Everything is opened by file handle, whether it was found by name or by node ID, so there is one way to get at an inode
+and no window in which a name may come to mean something else.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+from handlefs.filesystem import SourceIdentity
+from handlefs.handle import AT_EMPTY_PATH, FileHandle, handle_of, name_to_handle_at, open_by_handle_at
+from handlefs.handlemap import HandleMap, MappedHandle
+from handlefs.inodecache import Inode, InodeCache
+from handlefs.nodeid import MAPPED_BIT, ROOT_NODEID, InlineFormat, has_wildcard_generation, inline_format
+from handlefs.volumes import Submounts, Volume, Volumes
+
+T = TypeVar("T")
+
+_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+_GONE = (errno.ENOENT, errno.EINVAL)  # what some file systems say of a handle that is not valid any more
+
+
+class Attributes(NamedTuple):
+    """What a reply says about a node: stat(2) of it, with the inode number that the mount shows for it."""
+
+    ino: int
+    stat: os.stat_result
+
+
+class Entry(NamedTuple):
+    """A node as the reply to a look-up carries it."""
+
+    nodeid: int
+    generation: int
+    attributes: Attributes
+
+
+def with_descriptors(cache: InodeCache, work: Callable[[], T]) -> T:
+    """Run `work`; if it runs out of descriptors, drop half of the cached ones and run it again."""
+    try:
+        return work()
+    except OSError as error:
+        if error.errno not in _OUT_OF_DESCRIPTORS or not cache.evict(cache.statistics().size // 2 + 1):
+            raise
+    return work()
+
+
+class Source:
+    """One directory tree, opened for serving. Safe to use from several threads.
+
+    Its methods raise OSError with the errno for the client: ESTALE for a node that is gone or never was.
+    """
+
+    def __init__(self, path: str, *, cache_size: int, submounts: Submounts = "cross") -> None:
+        """Open the directory `path`, whose handles must be decodable; OSError otherwise."""
+        self.path = path
+        self.cache = InodeCache(cache_size)
+        self.volumes = Volumes(path, submounts)
+        self.handle, _ = handle_of(self.volumes.root.fd)
+        self.identity = SourceIdentity(self.volumes.root.filesystem.identity, self.handle)
+        root_fd = open_by_handle_at(self.volumes.root.fd, self.handle, os.O_PATH)
+        self.root = Inode(root_fd, ROOT_NODEID, self.volumes.root.id, 0)
+        self.inline: InlineFormat | None = inline_format(self.handle, os.fstat(root_fd).st_ino)
+        """How handles of the source's own file system go into node IDs; None if all have to be mapped."""
+        self._map: HandleMap | None = None
+
+    def attach_map(self, handle_map: HandleMap) -> None:
+        """Use `handle_map`, which was opened for this source's `identity`. Needed before anything is looked up."""
+        self._map = handle_map
+
+    @property
+    def map(self) -> HandleMap:
+        """The handle map in use."""
+        if self._map is None:
+            raise RuntimeError("the source has no handle map yet")
+        return self._map
+
+    # -- node ID → inode ---------------------------------------------------------------------------------------------
+
+    def resolve(self, nodeid: int) -> Inode:
+        """The inode of `nodeid`: cached, or opened by its handle."""
+        if nodeid == ROOT_NODEID:
+            return self.root
+        inode = self.cache.get(nodeid)
+        if inode is None:
+            volume, handle = self.handle_of_node(nodeid)
+            inode = self._open(volume, handle, nodeid)
+        return inode
+
+    def handle_of_node(self, nodeid: int) -> tuple[Volume, FileHandle]:
+        """The volume and the file handle that `nodeid` stands for, whether or not the object still exists."""
+        if nodeid == ROOT_NODEID:
+            return self.volumes.root, self.handle
+        if nodeid & MAPPED_BIT:
+            mapped = self.map.get(nodeid)
+            if mapped is not None:
+                return self.volumes.by_id(mapped.volume), mapped.handle
+        elif self.inline is not None and nodeid >> 32:
+            return self.volumes.root, self.inline.decode(nodeid)
+        raise OSError(errno.ESTALE, "unknown node ID")
+
+    def _open(self, volume: Volume, handle: FileHandle, nodeid: int) -> Inode:
+        """Open `handle` and cache it under `nodeid`."""
+
+        def open_checked() -> int:
+            try:
+                return open_by_handle_at(volume.fd, handle, os.O_PATH)
+            except OSError as error:
+                if error.errno in _GONE:
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
+                raise
+
+        fd = with_descriptors(self.cache, open_checked)
+        inode = Inode(fd, nodeid, volume.id, 0)
+        if has_wildcard_generation(handle) and handle_of(fd)[0] != handle:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        stat = os.fstat(fd)
+        if not nodeid & MAPPED_BIT and stat.st_ino != nodeid >> 32:
+            raise OSError(errno.EIO, "the file system's handles do not carry its inode numbers", str(handle))
+        inode.ino_mask = volume.ino_mask(stat.st_dev, handle)
+        self.cache.put(inode)
+        return inode
+
+    # -- name → node ID ----------------------------------------------------------------------------------------------
+
+    def lookup(self, parent: Inode, name: bytes) -> Inode:
+        """The inode of `name` in `parent`; "." and ".." too, the latter ending at the root.
+
+        Raises OSError: ENOENT, ENOTDIR, ENAMETOOLONG, EOPNOTSUPP for an object on a file system without handles below
+        the source, ESTALE for a parent that is outside the source by now.
+        """
+        if name == b".":
+            return parent
+        if name == b"..":
+            return self._parent(parent)
+        check_name(name)
+        handle, mount_id = name_to_handle_at(parent.fd, name)
+        return self.inode(self.volumes.of_mount(mount_id), handle)
+
+    def inode(self, volume: Volume, handle: FileHandle) -> Inode:
+        """The inode that `handle` names on `volume`, and its node ID given out if it had none."""
+        nodeid = self.nodeid(volume, handle)
+        if nodeid == ROOT_NODEID:
+            return self.root
+        return self.cache.get(nodeid) or self._open(volume, handle, nodeid)
+
+    def _parent(self, inode: Inode) -> Inode:
+        if inode.nodeid == ROOT_NODEID:
+            return self.root
+        handle, mount_id = name_to_handle_at(inode.fd, b"..")
+        if mount_id == self.volumes.root.mount_id and handle == self.handle:
+            return self.root
+        parent = self.inode(self.volumes.of_mount(mount_id), handle)
+        if not self._is_inside(parent):
+            self.cache.forget(parent.nodeid)
+            raise OSError(errno.ESTALE, "the directory has been moved out of the source")
+        return parent
+
+    def _is_inside(self, directory: Inode) -> bool:
+        """Whether `directory` is below the source's root now: a directory is always connected to its parents, so the path
+        that the kernel gives is the true one (proc_pid_fd(5))."""
+        root, path = self.path_of(self.root), self.path_of(directory)
+        return path == root or path.startswith(root.rstrip(b"/") + b"/")
+
+    @staticmethod
+    def path_of(inode: Inode) -> bytes:
+        """The path the kernel knows for `inode`; without a meaning for a file whose name it has not seen."""
+        return os.readlink(b"/proc/self/fd/%d" % inode.fd)
+
+    # -- handle → node ID --------------------------------------------------------------------------------------------
+
+    def nodeid(self, volume: Volume, handle: FileHandle) -> int:
+        """The node ID of `handle` on `volume`, given out now if it had none; OSError(ENOSPC) if the map's disk is full."""
+        nodeid = self._unmapped(volume, handle)
+        return self.map.assign([MappedHandle(volume.id, handle)])[0] if nodeid is None else nodeid
+
+    def nodeids(self, items: Sequence[tuple[Volume, FileHandle]]) -> list[int]:
+        """`nodeid` of many, with one transaction for all that have to be mapped."""
+        unmapped = [self._unmapped(volume, handle) for volume, handle in items]
+        if None not in unmapped:
+            return [nodeid for nodeid in unmapped if nodeid is not None]
+        new = [
+            MappedHandle(item[0].id, item[1]) for item, nodeid in zip(items, unmapped, strict=True) if nodeid is None
+        ]
+        assigned = iter(self.map.assign(new))
+        return [next(assigned) if nodeid is None else nodeid for nodeid in unmapped]
+
+    def _unmapped(self, volume: Volume, handle: FileHandle) -> int | None:
+        """The node ID of `handle` if it needs no map."""
+        if volume is not self.volumes.root:
+            return None
+        if handle == self.handle:
+            return ROOT_NODEID
+        return self.inline.encode(handle) if self.inline is not None else None
+
+    # -- entries -----------------------------------------------------------------------------------------------------
+
+    def entry(self, inode: Inode) -> Entry:
+        """The reply for a look-up that found `inode`."""
+        return Entry(inode.nodeid, self.map.nodeids.generation(inode.nodeid), self.attributes(inode))
+
+    @staticmethod
+    def attributes(inode: Inode) -> Attributes:
+        """The attributes of `inode` as they are now."""
+        stat = os.fstat(inode.fd)
+        return Attributes(stat.st_ino ^ inode.ino_mask, stat)
+
+    def entries(self, directory_fd: int, names: Sequence[bytes]) -> list[Entry | None]:
+        """Look up many `names` of one directory without opening any of them; None for a name that is gone.
+
+        Nothing enters the cache: a listing would push out what is in use.
+        """
+        found = [self._peek(directory_fd, name) for name in names]
+        nodeids = iter(self.nodeids([(item[0], item[1]) for item in found if item is not None]))
+        generation = self.map.nodeids.generation
+        result: list[Entry | None] = []
+        for item in found:
+            if item is None:
+                result.append(None)
+                continue
+            volume, handle, stat = item
+            nodeid = next(nodeids)
+            ino = stat.st_ino ^ volume.ino_mask(stat.st_dev, handle)
+            result.append(Entry(nodeid, generation(nodeid), Attributes(ino, stat)))
+        return result
+
+    def _peek(self, directory_fd: int, name: bytes) -> tuple[Volume, FileHandle, os.stat_result] | None:
+        """Handle and attributes of one and the same object: taken again if the name was given to another in between."""
+        with contextlib.suppress(FileNotFoundError):
+            for _ in range(3):
+                handle, mount_id = name_to_handle_at(directory_fd, name)
+                stat = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+                if name_to_handle_at(directory_fd, name) == (handle, mount_id):
+                    try:
+                        return self.volumes.of_mount(mount_id), handle, stat
+                    except OSError as error:
+                        if error.errno == errno.ESTALE:
+                            return None  # unmounted in between
+                        raise
+        return None
+
+    def evict_all(self) -> int:
+        """Forget every cached inode, and let go of other file systems below the source; returns the number of inodes."""
+        count = self.cache.evict_all()
+        self.volumes.release()
+        return count
+
+
+def check_name(name: bytes) -> None:
+    """Refuse what is not the name of one directory entry (EINVAL): nothing but the kernel's good manners says that a
+    request cannot hold ``../..``."""
+    if not name or b"/" in name or b"\0" in name or name in (b".", b".."):
+        raise OSError(errno.EINVAL, "not a file name", name)
+
+
+def handle_by_path(path: bytes) -> tuple[FileHandle, int]:
+    """The handle and mount ID of `path`, a final symbolic link not followed."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return name_to_handle_at(fd, b"", AT_EMPTY_PATH)
+    finally:
+        os.close(fd)

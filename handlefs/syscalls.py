@@ -1,0 +1,84 @@
+"""System calls that Python's os module lacks."""
+
+import ctypes
+import os
+import struct
+from enum import Enum
+from typing import NamedTuple
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+
+_AT_EMPTY_PATH = 0x1000
+_UTIME_NOW = (1 << 30) - 1
+_UTIME_OMIT = (1 << 30) - 2
+_SYS_GETDENTS64 = 217 if os.uname().machine == "x86_64" else 61  # 61: the generic table (arm64, riscv)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_renameat2 = _libc.renameat2
+_renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+_utimensat = _libc.utimensat
+_utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+_DIRENT64 = struct.Struct("=QqHB")
+_TIMESPECS = struct.Struct("=qqqq")
+
+
+class Moment(Enum):
+    """Special values of a file time, as UTIME_NOW and UTIME_OMIT in utimensat(2)."""
+
+    NOW = _UTIME_NOW
+    OMIT = _UTIME_OMIT
+
+
+class DirectoryEntry(NamedTuple):
+    """One entry of getdents64(2)."""
+
+    name: bytes
+    ino: int
+    type: int
+    """DT_* of readdir(3)."""
+    offset: int
+    """Position after this entry, for lseek(2)."""
+
+
+def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) -> None:
+    """renameat2(2); `flags` are RENAME_NOREPLACE or RENAME_EXCHANGE."""
+    if _renameat2(old_dir, old, new_dir, new, flags) < 0:
+        _raise_errno()
+
+
+def utimens(fd: int, atime: int | Moment, mtime: int | Moment) -> None:
+    """Set the times, in nanoseconds since the epoch, of the object `fd`, which may be O_PATH (utimensat(2) with
+    AT_EMPTY_PATH, Linux 5.8)."""
+    times = _TIMESPECS.pack(*_timespec(atime), *_timespec(mtime))
+    if _utimensat(fd, b"", times, _AT_EMPTY_PATH) < 0:
+        _raise_errno()
+
+
+def _timespec(time: int | Moment) -> tuple[int, int]:
+    return (0, time.value) if isinstance(time, Moment) else divmod(time, 10**9)
+
+
+def getdents(fd: int, size: int) -> list[DirectoryEntry]:
+    """The next entries of the directory `fd`, as many as fit `size` bytes; empty at its end (getdents64(2))."""
+    buffer = ctypes.create_string_buffer(size)
+    count = _syscall(_SYS_GETDENTS64, fd, buffer, size)
+    if count < 0:
+        _raise_errno()
+    data = buffer.raw[:count]
+    entries = []
+    position = 0
+    while position < count:
+        ino, offset, length, kind = _DIRENT64.unpack_from(data, position)
+        start = position + _DIRENT64.size
+        entries.append(DirectoryEntry(data[start : data.index(0, start)], ino, kind, offset))
+        position += length
+    return entries
+
+
+def _raise_errno() -> None:
+    error = ctypes.get_errno()
+    raise OSError(error, os.strerror(error))
