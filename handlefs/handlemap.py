@@ -41,7 +41,8 @@ FLUSH_INTERVAL = 1.0
 _META = b"meta"
 _NODES = b"nodes"
 _VALUE = struct.Struct("<16si")
-_BATCH = 1000
+_FLUSH_BATCH = 10_000
+_READ_BATCH = 1000
 
 
 class MappedHandle(NamedTuple):
@@ -107,11 +108,7 @@ class HandleMap:
 
     def _find(self, key: bytes) -> bytes | None:
         # Recent first: an entry is in the durable environment before it leaves the recent one, so it cannot be missed.
-        for environment in (self._recent, self._durable):
-            value = environment.run(lambda transaction, env=environment: transaction.get(key, db=env.database(_NODES)))  # type: ignore[misc]
-            if value is not None:
-                return bytes(value)
-        return None
+        return self._recent.get(_NODES, key) or self._durable.get(_NODES, key)
 
     def _candidates(self, item: MappedHandle) -> Iterator[int]:
         """The node IDs that `item` may have: the first one, unless another handle was there before it, and so on."""
@@ -136,14 +133,10 @@ class HandleMap:
             packed = item.pack()
             for nodeid in self._candidates(item):
                 key = nodeid.to_bytes(8, "big")
-                value = transaction.get(key, db=nodes)
+                value = transaction.get(key, db=nodes) or self._durable.get(_NODES, key)
                 if value is None:
-                    value = self._durable.run(
-                        lambda durable, key=key: durable.get(key, db=self._durable.database(_NODES))
-                    )  # type: ignore[misc]
-                    if value is None:
-                        transaction.put(key, packed, db=nodes)
-                        value = packed
+                    transaction.put(key, packed, db=nodes)
+                    value = packed
                 if value == packed:
                     nodeids.append(nodeid)
                     break
@@ -155,23 +148,11 @@ class HandleMap:
         """Make every entry durable now; returns how many were moved."""
         moved = 0
         with self._flush_lock:
-            while batch := self._recent.run(self._recent_batch):
-                self._durable.run(lambda transaction, batch=batch: self._put_all(transaction, batch), write=True)  # type: ignore[misc]
-                self._recent.run(lambda transaction, batch=batch: self._delete_all(transaction, batch), write=True)  # type: ignore[misc]
+            while batch := self._recent.range(_NODES, b"\0", _FLUSH_BATCH):
+                self._durable.put_all(_NODES, batch)
+                self._recent.delete_all(_NODES, [key for key, _ in batch])
                 moved += len(batch)
         return moved
-
-    def _recent_batch(self, transaction: lmdb.Transaction) -> list[tuple[bytes, bytes]]:
-        with transaction.cursor(db=self._recent.database(_NODES)) as cursor:
-            return [(bytes(key), bytes(value)) for (key, value), _ in zip(cursor, range(10 * _BATCH), strict=False)]
-
-    def _put_all(self, transaction: lmdb.Transaction, batch: list[tuple[bytes, bytes]]) -> None:
-        for key, value in batch:
-            transaction.put(key, value, db=self._durable.database(_NODES))
-
-    def _delete_all(self, transaction: lmdb.Transaction, batch: list[tuple[bytes, bytes]]) -> None:
-        for key, _ in batch:
-            transaction.delete(key, db=self._recent.database(_NODES))
 
     def _flush_loop(self) -> None:
         failed = False
@@ -208,19 +189,11 @@ class HandleMap:
     def entries(self) -> Iterator[tuple[int, MappedHandle]]:
         """All entries in the order of their node IDs, read in batches; those made meanwhile may be missing."""
         self.flush()
-        start = bytes(8)
-        while batch := self._durable.run(lambda transaction, start=start: self._range(transaction, start)):  # type: ignore[misc]
+        start = b"\0"
+        while batch := self._durable.range(_NODES, start, _READ_BATCH):
             for key, value in batch:
                 yield int.from_bytes(key, "big"), MappedHandle.unpack(value)
-            start = (int.from_bytes(batch[-1][0], "big") + 1).to_bytes(9, "big")[-8:]
-            if start == bytes(8):
-                return
-
-    def _range(self, transaction: lmdb.Transaction, start: bytes) -> list[tuple[bytes, bytes]]:
-        with transaction.cursor(db=self._durable.database(_NODES)) as cursor:
-            if not cursor.set_range(start):
-                return []
-            return [(bytes(key), bytes(value)) for (key, value), _ in zip(cursor, range(_BATCH), strict=False)]
+            start = batch[-1][0] + b"\0"
 
     def chain(self, nodeid: int, item: MappedHandle) -> list[int] | None:
         """The node IDs that were tried and taken before `item` got `nodeid` (none, but for collisions); None if `nodeid`
@@ -236,14 +209,9 @@ class HandleMap:
 
     def remove(self, nodeids: Sequence[int]) -> None:
         """Remove entries. Only for dead handles, and never one that is in the `chain` of a live one."""
-        keys = [(nodeid.to_bytes(8, "big"), b"") for nodeid in nodeids]
-
-        def delete(transaction: lmdb.Transaction) -> None:
-            for key, _ in keys:
-                transaction.delete(key, db=self._durable.database(_NODES))
-
-        self._recent.run(lambda transaction: self._delete_all(transaction, keys), write=True)
-        self._durable.run(delete, write=True)
+        keys = [nodeid.to_bytes(8, "big") for nodeid in nodeids]
+        self._recent.delete_all(_NODES, keys)
+        self._durable.delete_all(_NODES, keys)
 
     def shrink(self) -> bool:
         """Rewrite the data file without its free pages. False, with nothing done, while another process uses the map."""
@@ -270,10 +238,7 @@ class HandleMap:
     def count(self) -> int:
         """Number of entries."""
         # An entry that is being moved counts twice for an instant.
-        return sum(
-            environment.run(lambda transaction, env=environment: int(transaction.stat(env.database(_NODES))["entries"]))  # type: ignore[misc]
-            for environment in (self._durable, self._recent)
-        )
+        return self._durable.count(_NODES) + self._recent.count(_NODES)
 
     def bytes_on_disk(self) -> int:
         """Bytes of the data files."""

@@ -1,10 +1,11 @@
 """An LMDB environment that grows by itself and whose errors are OSErrors."""
 
 import errno
+import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -76,6 +77,44 @@ class GrowingEnvironment:
                 self._resize(resize.needed)
             except _Panic:
                 self._reopen()
+
+    def get(self, database: bytes, key: bytes) -> bytes | None:
+        """The value of `key`, or None."""
+        value = self.run(lambda transaction: transaction.get(key, db=self._databases[database]))
+        return None if value is None else bytes(value)
+
+    def range(self, database: bytes, start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        """Up to `limit` (key, value) pairs in order of their keys, the first key being `start` or the next greater."""
+
+        def read(transaction: lmdb.Transaction) -> list[tuple[bytes, bytes]]:
+            with transaction.cursor(db=self._databases[database]) as cursor:
+                if not cursor.set_range(start):
+                    return []
+                return [(bytes(key), bytes(value)) for key, value in itertools.islice(cursor, limit)]
+
+        return self.run(read)
+
+    def put_all(self, database: bytes, items: Iterable[tuple[bytes, bytes]]) -> None:
+        """Put all (key, value) pairs in one transaction."""
+
+        def put(transaction: lmdb.Transaction) -> None:
+            for key, value in items:
+                transaction.put(key, value, db=self._databases[database])
+
+        self.run(put, write=True)
+
+    def delete_all(self, database: bytes, keys: Iterable[bytes]) -> None:
+        """Delete all `keys` that are there in one transaction."""
+
+        def delete(transaction: lmdb.Transaction) -> None:
+            for key in keys:
+                transaction.delete(key, db=self._databases[database])
+
+        self.run(delete, write=True)
+
+    def count(self, database: bytes) -> int:
+        """Number of entries."""
+        return self.run(lambda transaction: int(transaction.stat(self._databases[database])["entries"]))
 
     def close(self) -> None:
         """Close the environment; no transaction may be running."""

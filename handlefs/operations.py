@@ -125,7 +125,7 @@ class Operations:
         """SETATTR. With `kill_suidgid` a truncation clears set-id bits: the caller lacks CAP_FSETID."""
         self._check_writable()
         inode = self.inode(nodeid)
-        path = _path(inode)
+        path = self.source.path_to(inode)
         if changes.uid is not None or changes.gid is not None:
             uid, gid = (-1 if value is None else value for value in (changes.uid, changes.gid))
             os.chown(path, uid, gid)
@@ -143,7 +143,7 @@ class Operations:
         if file is not None:
             os.ftruncate(file.fd, size)
         else:
-            with_descriptors(self.source.cache, lambda: os.truncate(_path(inode), size))
+            with_descriptors(self.source.cache, lambda: os.truncate(self.source.path_to(inode), size))
 
     def readlink(self, nodeid: int) -> bytes:
         """READLINK."""
@@ -155,7 +155,7 @@ class Operations:
         if self.read_only and mask & os.W_OK:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         with acting_as(caller), _as_unprivileged(caller):
-            allowed = os.access(_path(inode), mask, effective_ids=True)
+            allowed = os.access(self.source.path_to(inode), mask, effective_ids=True)
         if not allowed:
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -182,7 +182,9 @@ class Operations:
         self._check_writable()
         check_name(name)
         inode, directory = self.inode(nodeid), self.inode(parent)
-        os.link(_path(inode), name, src_dir_fd=directory.fd, dst_dir_fd=directory.fd, follow_symlinks=True)
+        os.link(
+            self.source.path_to(inode), name, src_dir_fd=directory.fd, dst_dir_fd=directory.fd, follow_symlinks=True
+        )
         return self.source.entry(inode)
 
     def _make(
@@ -364,30 +366,30 @@ class Operations:
     def getxattr(self, nodeid: int, name: str) -> bytes:
         """GETXATTR; ENODATA if there is none of that name."""
         inode = self.inode(nodeid)
-        return os.getxattr(_path(inode), name)
+        return os.getxattr(self.source.path_to(inode), name)
 
     def setxattr(self, nodeid: int, name: str, value: bytes, flags: int = 0, *, acl_kill_sgid: bool = False) -> None:
         """SETXATTR; `flags` as for setxattr(2). With `acl_kill_sgid` (FUSE_SETXATTR_ACL_KILL_SGID) a new access ACL clears the
         set-gid bit: the caller is not in the file's group."""
         self._check_writable()
         inode = self.inode(nodeid)
-        os.setxattr(_path(inode), name, value, flags)
+        os.setxattr(self.source.path_to(inode), name, value, flags)
         if acl_kill_sgid and name == _ACL_ACCESS:
             mode = os.fstat(inode.fd).st_mode
             if mode & st.S_ISGID:
-                os.chmod(_path(inode), st.S_IMODE(mode) & ~st.S_ISGID)
+                os.chmod(self.source.path_to(inode), st.S_IMODE(mode) & ~st.S_ISGID)
 
     def listxattr(self, nodeid: int, *, privileged: bool) -> list[bytes]:
         """LISTXATTR. Names in "trusted." are for the `privileged` (CAP_SYS_ADMIN) only; the kernel leaves that to us."""
         inode = self.inode(nodeid)
-        names = [os.fsencode(name) for name in os.listxattr(_path(inode))]
+        names = [os.fsencode(name) for name in os.listxattr(self.source.path_to(inode))]
         return names if privileged else [name for name in names if not name.startswith(b"trusted.")]
 
     def removexattr(self, nodeid: int, name: str) -> None:
         """REMOVEXATTR."""
         self._check_writable()
         inode = self.inode(nodeid)
-        os.removexattr(_path(inode), name)
+        os.removexattr(self.source.path_to(inode), name)
 
     def _check_writable(self) -> None:
         if self.read_only:
@@ -402,11 +404,6 @@ def is_group_member(caller: Caller, gid: int) -> bool:
 def inode_number(inode: Inode) -> int:
     """The inode number that the mount shows for `inode`."""
     return os.fstat(inode.fd).st_ino ^ inode.ino_mask
-
-
-def _path(inode: Inode) -> bytes:
-    """A path that leads to the inode itself, even if it is a symbolic link; valid as long as `inode` is held."""
-    return b"/proc/self/fd/%d" % inode.fd
 
 
 def _without_fsetid(wanted: bool) -> AbstractContextManager[None]:

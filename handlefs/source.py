@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from handlefs.filesystem import SourceIdentity
-from handlefs.handle import AT_EMPTY_PATH, FileHandle, handle_of, name_to_handle_at, open_by_handle_at
+from handlefs.handle import FileHandle, handle_of, name_to_handle_at, open_by_handle_at
 from handlefs.handlemap import HandleMap, MappedHandle
 from handlefs.inodecache import Inode, InodeCache
 from handlefs.nodeid import MAPPED_BIT, ROOT_NODEID, InlineFormat, has_wildcard_generation, inline_format
@@ -104,25 +104,19 @@ class Source:
 
     def _open(self, volume: Volume, handle: FileHandle, nodeid: int) -> Inode:
         """Open `handle` and cache it under `nodeid`."""
-
-        def open_checked() -> int:
-            try:
-                return open_by_handle_at(volume.fd, handle, os.O_PATH)
-            except OSError as error:
-                if error.errno in _GONE:
-                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
-                raise
-
-        fd = with_descriptors(self.cache, open_checked)
+        fd = with_descriptors(self.cache, lambda: _open_handle(volume, handle))
         inode = Inode(fd, nodeid, volume.id, 0)
-        if has_wildcard_generation(handle) and handle_of(fd)[0] != handle:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         stat = os.fstat(fd)
         if not nodeid & MAPPED_BIT and stat.st_ino != nodeid >> 32:
             raise OSError(errno.EIO, "the file system's handles do not carry its inode numbers", str(handle))
         inode.ino_mask = volume.ino_mask(stat.st_dev, handle)
         self.cache.put(inode)
         return inode
+
+    @staticmethod
+    def check_alive(volume: Volume, handle: FileHandle) -> None:
+        """OSError(ESTALE) if the object of `handle` is gone; nothing is cached."""
+        os.close(_open_handle(volume, handle))
 
     # -- name → node ID ----------------------------------------------------------------------------------------------
 
@@ -166,9 +160,14 @@ class Source:
         return path == root or path.startswith(root.rstrip(b"/") + b"/")
 
     @staticmethod
+    def path_to(inode: Inode) -> bytes:
+        """A path that leads to `inode` itself, even if it is a symbolic link; valid as long as `inode` is held."""
+        return b"/proc/self/fd/%d" % inode.fd
+
+    @staticmethod
     def path_of(inode: Inode) -> bytes:
         """The path the kernel knows for `inode`; without a meaning for a file whose name it has not seen."""
-        return os.readlink(b"/proc/self/fd/%d" % inode.fd)
+        return os.readlink(Source.path_to(inode))
 
     # -- handle → node ID --------------------------------------------------------------------------------------------
 
@@ -249,17 +248,22 @@ class Source:
         return count
 
 
+def _open_handle(volume: Volume, handle: FileHandle) -> int:
+    """An O_PATH descriptor of exactly the object that `handle` names; OSError(ESTALE) if it is gone."""
+    try:
+        fd = open_by_handle_at(volume.fd, handle, os.O_PATH)
+    except OSError as error:
+        if error.errno in _GONE:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
+        raise
+    if has_wildcard_generation(handle) and handle_of(fd)[0] != handle:
+        os.close(fd)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    return fd
+
+
 def check_name(name: bytes) -> None:
     """Refuse what is not the name of one directory entry (EINVAL): nothing but the kernel's good manners says that a
     request cannot hold ``../..``."""
     if not name or b"/" in name or b"\0" in name or name in (b".", b".."):
         raise OSError(errno.EINVAL, "not a file name", name)
-
-
-def handle_by_path(path: bytes) -> tuple[FileHandle, int]:
-    """The handle and mount ID of `path`, a final symbolic link not followed."""
-    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        return name_to_handle_at(fd, b"", AT_EMPTY_PATH)
-    finally:
-        os.close(fd)
