@@ -185,12 +185,9 @@ class ControlServer:
         self._server: _SocketServer | None = None
 
     def start(self) -> None:
-        """Listen, and write the record. Raises StartupError when another live server has the mount point."""
-        mountpoint = self._config.mountpoint
-        path = _file(mountpoint, "sock")
+        """Listen, and write the record, in the place of a server that was killed or whose mount is detached."""
+        path = _file(self._config.mountpoint, "sock")
         with _locked_runtime_dir():
-            with contextlib.suppress(NoServer):
-                raise StartupError(f"a handlefs server (process {server_pid(mountpoint)}) already serves {mountpoint}")
             path.unlink(missing_ok=True)
             self._server = _SocketServer(os.fspath(path), self.answer)
             path.chmod(0o600)
@@ -224,7 +221,7 @@ class ControlServer:
             message = json.loads(line)
             if not isinstance(message, dict):
                 raise ValueError("expected an object")
-        except ValueError as error:  # bad UTF-8 as well as bad JSON
+        except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, or too deep
             return {"ok": False, "error": f"not a JSON object: {error}"}
         try:
             return self._perform(message)

@@ -103,9 +103,13 @@ def _child(serve: Callable[[Callable[[], None]], None], writer: int) -> NoReturn
     except StartupError as error:
         _report(writer, str(error))
         status = 1
+    except OSError as error:
+        log.exception("the server failed")
+        _report(writer, f"cannot serve: {error.strerror}{f': {error.filename}' if error.filename else ''}")
+        status = 1
     except BaseException as error:
         log.exception("the server failed")
-        _report(writer, f"internal error: {error!r}")
+        _report(writer, f"internal error, see the log: {error!r}")
         status = 1
     finally:
         logging.shutdown()

@@ -219,7 +219,7 @@ def _unescape(field: bytes) -> str:
 
 def parse_mountinfo(content: bytes) -> Iterator[Mount]:
     """The mounts a mountinfo file lists, in its order."""
-    for line in content.splitlines():
+    for line in content.rstrip(b"\n").split(b"\n"):
         left, right = line.split(b" - ", 1)
         mount_id, parent_id, dev, root, mountpoint, options = left.split(b" ")[:6]
         fstype, source, super_options = (*right.split(b" "), b"", b"")[:3]

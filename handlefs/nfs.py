@@ -45,17 +45,17 @@ class Export:
 
     def line(self) -> str:
         """This export as a line of exports(5)."""
-        path = re.sub(r'[\s"\\#]', lambda match: f"\\{ord(match[0]):03o}", self.path)
-        return f"{path} {self.client}({','.join(self.options)})"
+        path = re.sub(rb'[\0-\40"\\#]', lambda match: b"\\%03o" % ord(match[0]), os.fsencode(self.path))
+        return f"{os.fsdecode(path)} {self.client}({','.join(self.options)})"
 
 
-def parse_exports(content: str) -> list[Export]:
+def parse_exports(content: bytes) -> list[Export]:
     """The exports in a file of the form of /var/lib/nfs/etab or /proc/fs/nfsd/exports."""
     found = []
-    for line in content.splitlines():
-        if match := re.fullmatch(r"(/\S*)\s+(\S+?)\(([^)]*)\).*", line):
-            path = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), os.fsencode(match[1]))
-            found.append(Export(os.fsdecode(path), match[2], tuple(match[3].split(","))))
+    for line in content.split(b"\n"):
+        if match := re.fullmatch(rb"(/\S*)\s+(\S+?)\(([^)]*)\).*", line):
+            path = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), match[1])
+            found.append(Export(os.fsdecode(path), os.fsdecode(match[2]), tuple(os.fsdecode(match[3]).split(","))))
     return found
 
 
@@ -64,7 +64,7 @@ def exports() -> list[Export]:
     found: list[Export] = []
     for path in (ETAB, NFSD / "exports"):
         with contextlib.suppress(FileNotFoundError):
-            found += parse_exports(os.fsdecode(path.read_bytes()))
+            found += parse_exports(path.read_bytes())
     return found
 
 

@@ -71,14 +71,14 @@ def check_privileges() -> None:
 
 def replace_dead_mount(mountpoint: str) -> None:
     """Take away the mount that a killed server of ours left at *mountpoint*. Raises StartupError for a live one."""
+    mount = mount_at(mountpoint)
+    if mount is None or not mount.fstype.startswith("fuse"):
+        return  # a server that is still there serves a mount that was detached
     with contextlib.suppress(control.NoServer):
         pid = control.server_pid(mountpoint)
         known = control.record(mountpoint)
         source = f" of {known.config.source}" if known else ""
         raise StartupError(f"{mountpoint} is already a handlefs mount{source} (process {pid})")
-    mount = mount_at(mountpoint)
-    if mount is None or not mount.fstype.startswith("fuse"):
-        return
     ours = control.record(mountpoint) is not None or mount.fstype == "fuse.handlefs"
     try:
         os.stat(mountpoint)

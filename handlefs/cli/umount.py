@@ -25,7 +25,19 @@ def command(mountpoint: str, lazy: bool) -> None:
 
     When the mount is in use, say by whom, and change nothing.
     """
-    stop(canonical(mountpoint), lazy=lazy)
+    mountpoint = canonical(mountpoint)
+    if mount_at(mountpoint) is None and _forget_killed(mountpoint):
+        click.echo(f"{mountpoint} was not mounted any more; its killed server is forgotten")
+    else:
+        stop(mountpoint, lazy=lazy)
+
+
+def _forget_killed(mountpoint: str) -> bool:
+    record = control.record(mountpoint)
+    if record is None or record.alive():
+        return False
+    control.forget(mountpoint)
+    return True
 
 
 def our_mount(mountpoint: str) -> Mount:

@@ -1,0 +1,87 @@
+"""The server's configuration: checked, kept as JSON, turned into a command line."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handlefs.cli import mount as mount_command
+from handlefs.config import Config
+from handlefs.mount import MountOptions, OptionError
+
+BASE = Config("/srv", "/mnt")
+SECONDS = st.floats(0, 1e9, allow_nan=False)
+PATHS = st.none() | st.text("abc ,\\=", min_size=1).map(lambda name: f"/{name}")
+CONFIGS = st.builds(
+    Config,
+    source=st.just("/srv"),
+    mountpoint=st.just("/mnt"),
+    options=st.builds(MountOptions, read_only=st.booleans(), noatime=st.booleans(), fsname=st.none() | st.text()),
+    state_dir=PATHS,
+    key_file=PATHS,
+    cache_size=st.none() | st.integers(0, 1 << 40),
+    entry_timeout=SECONDS,
+    attr_timeout=SECONDS,
+    submounts=st.sampled_from(["cross", "hide"]),
+    log_file=PATHS,
+)
+
+
+@given(CONFIGS)
+def test_json_round_trip(config: Config) -> None:
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@given(CONFIGS)
+def test_the_command_line_gives_the_same_configuration(config: Config) -> None:
+    context = mount_command.command.make_context("mount", config.to_argv())
+    given: dict[str, Any] = dict(context.params)
+    assert not given.pop("ro") and not given.pop("foreground")
+    options = ",".join(given.pop("options"))
+    assert mount_command.configure(given.pop("source"), given.pop("mountpoint"), options, given) == config
+
+
+def test_keys_of_another_version_are_left_out() -> None:
+    assert Config.from_dict({"source": "/srv", "mountpoint": "/mnt", "workers": 4}) == BASE
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("cache-size", "0", replace(BASE, cache_size=0)),
+        ("entry-timeout", "0", replace(BASE, entry_timeout=0.0)),
+        ("attr-timeout", "1.5", replace(BASE, attr_timeout=1.5)),
+        ("state-dir", "/var/x/../y", replace(BASE, state_dir="/var/y")),
+        ("key-file", "/etc/key", replace(BASE, key_file="/etc/key")),
+        ("submounts", "hide", replace(BASE, submounts="hide")),
+        ("transport", "pyfuse3", BASE),
+        ("log-file", "/tmp/log", replace(BASE, log_file="/tmp/log")),
+    ],
+)
+def test_options_are_applied(name: str, text: str, expected: Config) -> None:
+    assert BASE.with_options({name: text}) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("cache-size", "-1"),
+        ("cache-size", "many"),
+        ("cache-size", "1e3"),
+        ("cache-size", "\u0661"),
+        ("entry-timeout", "-0.1"),
+        ("entry-timeout", "nan"),
+        ("attr-timeout", "inf"),
+        ("attr-timeout", "soon"),
+        ("submounts", "maybe"),
+        ("transport", "pigeon"),
+    ],
+)
+def test_bad_values_are_named(name: str, text: str) -> None:
+    with pytest.raises(OptionError) as raised:
+        BASE.with_options({name: text})
+    assert name in str(raised.value)
+    assert text in str(raised.value)
