@@ -1,0 +1,1 @@
+"""handlefs exported by the kernel's NFS server to the kernel's NFS client, in the lab."""
