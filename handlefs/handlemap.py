@@ -41,7 +41,7 @@ FLUSH_INTERVAL = 1.0
 _META = b"meta"
 _NODES = b"nodes"
 _VALUE = struct.Struct("<16si")
-_FLUSH_BATCH = 10_000
+_FLUSH_BATCH = 2000  # random keys: each entry may dirty a page of 4 KiB, which LMDB keeps in memory until the commit
 _READ_BATCH = 1000
 
 
