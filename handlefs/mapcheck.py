@@ -98,7 +98,8 @@ def rebuild(source: Source, progress: Progress = lambda done: None) -> int:
 def _children(source: Source, nodeid: int) -> list[tuple[int, bool]]:
     """(node ID, whether it is a directory) of everything in the directory `nodeid`."""
     try:
-        fd = os.open(source.path_to(source.resolve(nodeid)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        directory = source.resolve(nodeid)  # held while its path is in use
+        fd = os.open(source.path_to(directory), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.ESTALE, errno.ENOENT):
             return []

@@ -3,6 +3,9 @@
 Every method takes node IDs as the kernel holds them and raises OSError with the errno for the reply. No lock is held
 across a system call, but for an open directory's own, which guards its position. Nothing here counts lookups: FORGET is a
 hint, and any node ID is served whether or not this process has seen it before.
+
+An Inode or OpenFile must be in a variable while its descriptor is in use: the reference is what keeps it open when the
+cache drops it meanwhile.
 """
 
 import contextlib
@@ -147,7 +150,8 @@ class Operations:
 
     def readlink(self, nodeid: int) -> bytes:
         """READLINK."""
-        return os.readlink(b"", dir_fd=self.inode(nodeid).fd)
+        inode = self.inode(nodeid)
+        return os.readlink(b"", dir_fd=inode.fd)
 
     def access(self, nodeid: int, mask: int, caller: Caller) -> None:
         """ACCESS, for mounts without default_permissions: EACCES unless `caller` may do `mask` (R_OK, W_OK, X_OK)."""
@@ -161,7 +165,8 @@ class Operations:
 
     def statfs(self, nodeid: int = ROOT_NODEID) -> os.statvfs_result:
         """STATFS of the file system that the node is on."""
-        return os.fstatvfs(self.inode(nodeid).fd)
+        inode = self.inode(nodeid)
+        return os.fstatvfs(inode.fd)
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
@@ -202,13 +207,15 @@ class Operations:
         """UNLINK."""
         self._check_writable()
         check_name(name)
-        os.unlink(name, dir_fd=self.inode(parent).fd)
+        directory = self.inode(parent)
+        os.unlink(name, dir_fd=directory.fd)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """RMDIR."""
         self._check_writable()
         check_name(name)
-        os.rmdir(name, dir_fd=self.inode(parent).fd)
+        directory = self.inode(parent)
+        os.rmdir(name, dir_fd=directory.fd)
 
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
         """RENAME2; of the flags RENAME_NOREPLACE and RENAME_EXCHANGE (EINVAL for others)."""
@@ -265,14 +272,13 @@ class Operations:
 
     def read(self, nodeid: int, fh: int, size: int, offset: int) -> bytes:
         """READ: fewer than `size` bytes only at the end of the file."""
-        fd = (file := self._file(nodeid, fh)).fd
-        data = os.pread(fd, size, offset)
+        file = self._file(nodeid, fh)
+        data = os.pread(file.fd, size, offset)
         while data and len(data) < size:  # a signal or the source may cut a read short, which would look like the end
-            more = os.pread(fd, size - len(data), offset + len(data))
+            more = os.pread(file.fd, size - len(data), offset + len(data))
             if not more:
                 break
             data += more
-        del file
         return data
 
     def write(self, nodeid: int, fh: int, data: bytes | memoryview, offset: int, *, kill_suidgid: bool = False) -> int:
@@ -291,7 +297,8 @@ class Operations:
 
     def flush(self, nodeid: int, fh: int) -> None:
         """FLUSH: a close(2) in the client; reports what closing the source's file would report."""
-        os.close(os.dup(self._file(nodeid, fh).fd))
+        file = self._file(nodeid, fh)
+        os.close(os.dup(file.fd))
 
     def fsync(self, nodeid: int, fh: int, *, datasync: bool) -> None:
         """FSYNC."""
