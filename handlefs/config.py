@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 from handlefs.mount import MountOptions, OptionError
 
 Submounts = Literal["cross", "hide"]
-Transport = Literal["pyfuse3"]
+Transport = Literal["pyfuse3", "direct"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ cache drops it meanwhile.
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat as st
 from collections.abc import Callable, Iterator
@@ -36,8 +37,11 @@ from handlefs.syscalls import (
     RENAME_NOREPLACE,
     DirectoryEntry,
     Moment,
+    fallocate,
     getdents,
     renameat2,
+    statx,
+    syncfs,
     utimens,
 )
 
@@ -51,6 +55,14 @@ are not aligned."""
 _TRANSIENT = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.EINTR, errno.ENOSPC, errno.EDQUOT}
 )
+_LARGEST_COPY = 64 << 20
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_FS_IOC_FSGETXATTR = 0x801C581F
+_FS_IOC_FSSETXATTR = 0x401C5820
+_SETTING_IOCTLS = frozenset({_FS_IOC_SETFLAGS, _FS_IOC_FSSETXATTR})
+_INODE_IOCTLS = _SETTING_IOCTLS | {_FS_IOC_GETFLAGS, _FS_IOC_FSGETXATTR}
+_SMALLEST_IOCTL_BUFFER = 32
 _ACL_ACCESS = "system.posix_acl_access"
 
 
@@ -121,6 +133,11 @@ class Operations:
     def getattr(self, nodeid: int, fh: int | None = None) -> Attributes:
         """GETATTR."""
         return self.source.attributes(self.inode(nodeid))
+
+    def statx(self, nodeid: int) -> tuple[int, bytes]:
+        """STATX: the inode number that the mount shows, and struct statx of the source (with its own inode number)."""
+        inode = self.inode(nodeid)
+        return inode_number(inode), statx(inode.fd)
 
     def setattr(
         self, nodeid: int, changes: Changes, fh: int | None = None, *, kill_suidgid: bool = False
@@ -256,8 +273,28 @@ class Operations:
             return self._open_existing(directory, name, flags, kill_suidgid)
         file = OpenFile(fd, 0)
         with _undone_on_error(lambda: os.unlink(name, dir_fd=directory.fd)):
-            handle, mount_id = handle_of(fd)
-            entry = self.source.entry(self.source.inode(self.source.volumes.of_mount(mount_id), handle))
+            return self._opened(file, flags)
+
+    def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Entry, int]:
+        """TMPFILE: make a file without a name in `parent` and open it. Returns the entry and the `fh`."""
+        self._check_writable()
+        directory = self.inode(parent)
+        with acting_as(caller):
+            fd = with_descriptors(
+                self.source.cache,
+                lambda: os.open(
+                    b".",
+                    flags & _OPEN_FLAGS & ~os.O_TRUNC | os.O_TMPFILE | os.O_CLOEXEC,
+                    st.S_IMODE(mode),
+                    dir_fd=directory.fd,
+                ),
+            )
+        return self._opened(OpenFile(fd, 0), flags)
+
+    def _opened(self, file: OpenFile, flags: int) -> tuple[Entry, int]:
+        """The entry and the `fh` of the new `file`, whose node ID is not known yet."""
+        handle, mount_id = handle_of(file.fd)
+        entry = self.source.entry(self.source.inode(self.source.volumes.of_mount(mount_id), handle))
         file.nodeid = entry.nodeid
         return entry, self.open_files.add(file, flags)
 
@@ -294,6 +331,43 @@ class Operations:
                 except OSError:
                     break  # POSIX: what was written counts now, the next write meets the error
         return written
+
+    def lseek(self, nodeid: int, fh: int, offset: int, whence: int) -> int:
+        """LSEEK with SEEK_DATA or SEEK_HOLE: the next data or hole from `offset` on; ENXIO beyond the end."""
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(errno.EINVAL, "the kernel does other seeks itself")
+        file = self._file(nodeid, fh)
+        return os.lseek(file.fd, offset, whence)
+
+    def fallocate(self, nodeid: int, fh: int, mode: int, offset: int, length: int) -> None:
+        """FALLOCATE, in every mode that the source's file system has."""
+        self._check_writable()
+        file = self._file(nodeid, fh)
+        fallocate(file.fd, mode, offset, length)
+
+    def copy_file_range(
+        self, nodeid: int, fh: int, offset: int, nodeid_out: int, fh_out: int, offset_out: int, size: int
+    ) -> int:
+        """COPY_FILE_RANGE: copies, or shares blocks, on the source; returns the number of bytes."""
+        self._check_writable()
+        source, target = self._file(nodeid, fh), self._file(nodeid_out, fh_out)
+        # The reply has 32 bits for the size, and a copy of gigabytes should not keep a thread for minutes.
+        return os.copy_file_range(source.fd, target.fd, min(size, _LARGEST_COPY), offset, offset_out)
+
+    def inode_ioctl(self, nodeid: int, fh: int, command: int, data: bytes, out_size: int) -> bytes:
+        """IOCTL, of those that get or set inode flags and attributes (lsattr, chattr, project IDs); ENOTTY for others."""
+        if command not in _INODE_IOCTLS:
+            raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+        if command in _SETTING_IOCTLS:
+            self._check_writable()
+        file = self._file(nodeid, fh)
+        buffer = bytearray(data.ljust(max(out_size, _SMALLEST_IOCTL_BUFFER), b"\0"))
+        fcntl.ioctl(file.fd, command, buffer)
+        return bytes(buffer[:out_size])
+
+    def syncfs(self, nodeid: int) -> None:
+        """SYNCFS: flush the file system of the source."""
+        syncfs(self.source.volumes.root.fd)
 
     def flush(self, nodeid: int, fh: int) -> None:
         """FLUSH: a close(2) in the client; reports what closing the source's file would report."""

@@ -17,6 +17,7 @@ from handlefs.metrics import OperationMetrics
 from handlefs.mount import mounts
 from handlefs.operations import Operations
 from handlefs.source import Source
+from handlefs.transport import direct
 from handlefs.transport import pyfuse3 as pyfuse3_transport
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class Server:
         control = ControlServer(self.status, self.evict, self.config)
         try:
             control.start()
-            pyfuse3_transport.serve(self.operations, self.config, self.metrics, on_ready)
+            transport = direct if self.config.transport == "direct" else pyfuse3_transport
+            transport.serve(self.operations, self.config, self.metrics, on_ready)
         except OSError as error:
             raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
         finally:

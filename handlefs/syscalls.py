@@ -10,6 +10,8 @@ RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 
 _AT_EMPTY_PATH = 0x1000
+_STATX_BASIC_STATS = 0x7FF
+_STATX_BTIME = 0x800
 _UTIME_NOW = (1 << 30) - 1
 _UTIME_OMIT = (1 << 30) - 2
 _SYS_GETDENTS64 = 217 if os.uname().machine == "x86_64" else 61  # 61: the generic table (arm64, riscv)
@@ -19,6 +21,11 @@ _renameat2 = _libc.renameat2
 _renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _utimensat = _libc.utimensat
 _utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
+_fallocate = _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_statx = _libc.statx
+_statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
+_syncfs = _libc.syncfs
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 
@@ -60,6 +67,26 @@ def utimens(fd: int, atime: int | Moment, mtime: int | Moment) -> None:
 
 def _timespec(time: int | Moment) -> tuple[int, int]:
     return (0, time.value) if isinstance(time, Moment) else divmod(time, 10**9)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2)."""
+    if _fallocate(fd, mode, offset, length) < 0:
+        _raise_errno()
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2)."""
+    if _syncfs(fd) < 0:
+        _raise_errno()
+
+
+def statx(fd: int) -> bytes:
+    """The 256 bytes of struct statx for the object `fd`, which may be O_PATH, with the basic fields and the birth time."""
+    buffer = ctypes.create_string_buffer(256)
+    if _statx(fd, b"", _AT_EMPTY_PATH, _STATX_BASIC_STATS | _STATX_BTIME, buffer) < 0:
+        _raise_errno()
+    return buffer.raw
 
 
 def getdents(fd: int, size: int) -> list[DirectoryEntry]:

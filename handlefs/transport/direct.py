@@ -1,0 +1,541 @@
+"""The direct transport: reads requests from /dev/fuse, calls the operations and writes the replies, without libfuse.
+
+Several threads read the device, each with a buffer of its own; any of them serves any request. No lock is held here
+across an operation.
+"""
+
+import errno
+import logging
+import os
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from handlefs.config import Config
+from handlefs.credentials import Caller
+from handlefs.metrics import OperationMetrics
+from handlefs.mount import mount_fuse, unmount
+from handlefs.operations import Changes, Operations
+from handlefs.protocol import abi
+from handlefs.protocol.init import MAX_WRITE, Negotiated, negotiate
+from handlefs.source import Attributes, Entry
+from handlefs.syscalls import DirectoryEntry, Moment
+
+log = logging.getLogger(__name__)
+
+WORKER_THREADS = 4
+"""Requests served at the same time."""
+
+_LARGEST_REQUEST = MAX_WRITE + 4096
+_MALFORMED = (struct.error, ValueError, IndexError)
+
+Reply = bytes | Sequence[bytes] | None
+"""The payload of a reply, in one or more pieces; None for requests that have none."""
+
+
+class Request(NamedTuple):
+    """One request: the header's fields that matter, and what follows the header, without extensions."""
+
+    unique: int
+    nodeid: int
+    uid: int
+    gid: int
+    pid: int
+    body: memoryview
+
+
+def serve(operations: Operations, config: Config, metrics: OperationMetrics, on_ready: Callable[[], None]) -> None:
+    """Mount and serve until the mount is gone. Calls `on_ready` in this thread once the mount has answered a request.
+
+    Raises OSError if the mount fails, ProtocolError if the kernel is too old.
+    """
+    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    options = config.options
+    mount_fuse(
+        options.device(config.source), config.mountpoint, options.fstype(), options.flags(), options.fuse_data(device)
+    )
+    try:
+        negotiated = _answer_init(device)
+        dispatcher = Dispatcher(operations, negotiated, config, metrics)
+        threads = [
+            threading.Thread(target=_worker, args=(device, dispatcher), name=f"fuse-{number}", daemon=True)
+            for number in range(WORKER_THREADS)
+        ]
+        for thread in threads:
+            thread.start()
+        os.statvfs(config.mountpoint)
+        on_ready()
+    except BaseException:
+        unmount(config.mountpoint, lazy=True)
+        raise
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(1.0)  # not for ever, so that this thread runs signal handlers
+    os.close(device)
+
+
+def _answer_init(device: int) -> Negotiated:
+    buffer = os.read(device, _LARGEST_REQUEST)
+    _, opcode, unique, *_ = abi.fuse_in_header.unpack_from(buffer)
+    if opcode != abi.FUSE_INIT:
+        raise OSError(errno.EPROTO, "the kernel's first request is not INIT")
+    negotiated, payload = negotiate(memoryview(buffer)[abi.fuse_in_header.size :])
+    os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique) + payload)
+    return negotiated
+
+
+def _worker(device: int, dispatcher: "Dispatcher") -> None:
+    """Serve requests until the mount is gone."""
+    buffer = bytearray(dispatcher.negotiated.buffer_size)
+    view = memoryview(buffer)
+    buffers = (buffer,)
+    while True:
+        try:
+            size = os.readv(device, buffers)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
+                continue  # ENOENT: the request was interrupted before it was read
+            if error.errno == errno.ENODEV:
+                return  # unmounted
+            raise
+        reply = dispatcher.answer(view[:size])
+        if reply is not None:
+            try:
+                os.writev(device, reply)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENODEV):  # interrupted, or unmounted, meanwhile
+                    log.exception("a reply could not be written")
+
+
+class Dispatcher:
+    """Turns requests into operations and their results into replies. It keeps nothing between requests."""
+
+    def __init__(
+        self, operations: Operations, negotiated: Negotiated, config: Config, metrics: OperationMetrics
+    ) -> None:
+        self.negotiated = negotiated
+        self._operations = operations
+        self._metrics = metrics
+        self._entry_timeout = divmod(round(config.entry_timeout * 10**9), 10**9)
+        self._attr_timeout = divmod(round(config.attr_timeout * 10**9), 10**9)
+        self._setxattr_in = (
+            abi.fuse_setxattr_in if negotiated.has(abi.FUSE_SETXATTR_EXT) else abi.fuse_setxattr_in_compat
+        )
+        self._handlers: dict[int, Callable[[Request], Reply]] = {
+            abi.FUSE_LOOKUP: self._lookup,
+            abi.FUSE_FORGET: self._forget,
+            abi.FUSE_BATCH_FORGET: self._batch_forget,
+            abi.FUSE_GETATTR: self._getattr,
+            abi.FUSE_SETATTR: self._setattr,
+            abi.FUSE_STATX: self._statx,
+            abi.FUSE_READLINK: self._readlink,
+            abi.FUSE_ACCESS: self._access,
+            abi.FUSE_STATFS: self._statfs,
+            abi.FUSE_SYMLINK: self._symlink,
+            abi.FUSE_MKNOD: self._mknod,
+            abi.FUSE_MKDIR: self._mkdir,
+            abi.FUSE_UNLINK: self._unlink,
+            abi.FUSE_RMDIR: self._rmdir,
+            abi.FUSE_RENAME: self._rename,
+            abi.FUSE_RENAME2: self._rename2,
+            abi.FUSE_LINK: self._link,
+            abi.FUSE_OPEN: self._open,
+            abi.FUSE_CREATE: self._create,
+            abi.FUSE_TMPFILE: self._tmpfile,
+            abi.FUSE_READ: self._read,
+            abi.FUSE_WRITE: self._write,
+            abi.FUSE_FLUSH: self._flush,
+            abi.FUSE_RELEASE: self._release,
+            abi.FUSE_FSYNC: self._fsync,
+            abi.FUSE_LSEEK: self._lseek,
+            abi.FUSE_FALLOCATE: self._fallocate,
+            abi.FUSE_COPY_FILE_RANGE: self._copy_file_range,
+            abi.FUSE_COPY_FILE_RANGE_64: self._copy_file_range_64,
+            abi.FUSE_IOCTL: self._ioctl,
+            abi.FUSE_OPENDIR: self._opendir,
+            abi.FUSE_READDIR: self._readdir,
+            abi.FUSE_READDIRPLUS: self._readdirplus,
+            abi.FUSE_RELEASEDIR: self._release,
+            abi.FUSE_FSYNCDIR: self._fsync,
+            abi.FUSE_SYNCFS: self._syncfs,
+            abi.FUSE_SETXATTR: self._setxattr,
+            abi.FUSE_GETXATTR: self._getxattr,
+            abi.FUSE_LISTXATTR: self._listxattr,
+            abi.FUSE_REMOVEXATTR: self._removexattr,
+            abi.FUSE_INTERRUPT: self._interrupt,
+            abi.FUSE_DESTROY: self._destroy,
+        }
+
+    def answer(self, message: memoryview) -> Sequence[bytes] | None:
+        """The reply to one request as the device gave it, in pieces for writev(2); None where there is none to give.
+
+        Whatever a request holds, this answers with an errno at worst: EINVAL for a malformed one, ENOSYS for an opcode not
+        served here (the kernel then does without it), EIO and a line in the log for a failure of ours. What has not even
+        a whole header is dropped, since there is nobody to answer.
+        """
+        if len(message) < abi.fuse_in_header.size:
+            log.error("dropped a request of %d bytes, shorter than its header", len(message))
+            return None
+        size, opcode, unique, nodeid, uid, gid, pid, extensions, _ = abi.fuse_in_header.unpack_from(message)
+        name = abi.OPCODE_NAMES.get(opcode, "unknown")
+        self._metrics.count(name)
+        handler = self._handlers.get(opcode)
+        end = size - 8 * extensions
+        if handler is None:
+            return self._error(unique, errno.ENOSYS, name)
+        if size != len(message) or end < abi.fuse_in_header.size:
+            return self._error(unique, errno.EINVAL, name)
+        try:
+            payload = handler(Request(unique, nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end]))
+        except OSError as error:
+            # EMFILE: the client's own descriptor table is not the one that is full.
+            number = error.errno or errno.EIO
+            return self._error(unique, errno.ENFILE if number == errno.EMFILE else number, name, opcode)
+        except _MALFORMED:
+            log.exception("malformed %s request", name)
+            return self._error(unique, errno.EINVAL, name, opcode)
+        except Exception:
+            log.exception("%s failed", name)
+            return self._error(unique, errno.EIO, name, opcode)
+        if payload is None:
+            return None
+        if isinstance(payload, bytes):
+            return (abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique), payload)
+        size = abi.fuse_out_header.size + sum(map(len, payload))
+        return (abi.fuse_out_header.pack(size, 0, unique), *payload)
+
+    def _error(self, unique: int, number: int, name: str, opcode: int = 0) -> Sequence[bytes] | None:
+        self._metrics.error(name)
+        if opcode in (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT):
+            return None  # never answered
+        return (abi.fuse_out_header.pack(abi.fuse_out_header.size, -number, unique),)
+
+    # -- pieces of replies -----------------------------------------------------------------------------------------------
+
+    def _entry(self, entry: Entry) -> bytes:
+        ino, st = entry.attributes
+        entry_seconds, entry_nanoseconds = self._entry_timeout
+        attr_seconds, attr_nanoseconds = self._attr_timeout
+        return abi.fuse_entry_out.pack(
+            entry.nodeid,
+            entry.generation,
+            entry_seconds,
+            attr_seconds,
+            entry_nanoseconds,
+            attr_nanoseconds,
+            *_attr(ino, st),
+        )
+
+    def _attributes(self, attributes: Attributes) -> bytes:
+        seconds, nanoseconds = self._attr_timeout
+        return abi.fuse_attr_out.pack(seconds, nanoseconds, 0, *_attr(*attributes))
+
+    # -- nodes -----------------------------------------------------------------------------------------------------------
+
+    def _lookup(self, request: Request) -> Reply:
+        return self._entry(self._operations.lookup(request.nodeid, _name(request.body)))
+
+    def _forget(self, request: Request) -> Reply:
+        self._operations.forget(request.nodeid)
+        return None
+
+    def _batch_forget(self, request: Request) -> Reply:
+        count, _ = abi.fuse_batch_forget_in.unpack_from(request.body)
+        start = abi.fuse_batch_forget_in.size
+        for nodeid, _ in abi.fuse_forget_one.iter_unpack(
+            request.body[start : start + count * abi.fuse_forget_one.size]
+        ):
+            self._operations.forget(nodeid)
+        return None
+
+    def _getattr(self, request: Request) -> Reply:
+        return self._attributes(self._operations.getattr(request.nodeid))
+
+    def _setattr(self, request: Request) -> Reply:
+        (valid, _, fh, size, _, atime, mtime, _, atimensec, mtimensec, _, mode, _, uid, gid, _) = (
+            abi.fuse_setattr_in.unpack_from(request.body)
+        )
+        changes = Changes(
+            mode=mode if valid & abi.FATTR_MODE else None,
+            uid=uid if valid & abi.FATTR_UID else None,
+            gid=gid if valid & abi.FATTR_GID else None,
+            size=size if valid & abi.FATTR_SIZE else None,
+            atime=_moment(valid, abi.FATTR_ATIME, abi.FATTR_ATIME_NOW, atime * 10**9 + atimensec),
+            mtime=_moment(valid, abi.FATTR_MTIME, abi.FATTR_MTIME_NOW, mtime * 10**9 + mtimensec),
+        )
+        attributes = self._operations.setattr(
+            request.nodeid,
+            changes,
+            fh if valid & abi.FATTR_FH else None,
+            kill_suidgid=bool(valid & abi.FATTR_KILL_SUIDGID),
+        )
+        return self._attributes(attributes)
+
+    def _statx(self, request: Request) -> Reply:
+        ino, statx = self._operations.statx(request.nodeid)
+        seconds, nanoseconds = self._attr_timeout
+        # struct fuse_statx is struct statx up to the device numbers; only the inode number is ours.
+        head = abi.fuse_statx_head.pack(seconds, nanoseconds, 0)
+        return head, statx[:32], abi.fuse_statx_ino.pack(ino), statx[40:144], bytes(112)
+
+    def _readlink(self, request: Request) -> Reply:
+        return self._operations.readlink(request.nodeid)
+
+    def _access(self, request: Request) -> Reply:
+        mask, _ = abi.fuse_access_in.unpack_from(request.body)
+        self._operations.access(request.nodeid, mask, Caller(request.uid, request.gid, request.pid))
+        return b""
+
+    def _statfs(self, request: Request) -> Reply:
+        st = self._operations.statfs(request.nodeid)
+        return abi.fuse_statfs_out.pack(
+            st.f_blocks, st.f_bfree, st.f_bavail, st.f_files, st.f_ffree, st.f_bsize, st.f_namemax, st.f_frsize, 0
+        )
+
+    # -- names -----------------------------------------------------------------------------------------------------------
+
+    def _symlink(self, request: Request) -> Reply:
+        name, target = _names(request.body, 2)
+        caller = Caller(request.uid, request.gid, request.pid)
+        return self._entry(self._operations.symlink(request.nodeid, name, target, caller))
+
+    def _mknod(self, request: Request) -> Reply:
+        mode, rdev, umask, _ = abi.fuse_mknod_in.unpack_from(request.body)
+        caller = Caller(request.uid, request.gid, request.pid, umask)
+        name = _name(request.body[abi.fuse_mknod_in.size :])
+        device = os.makedev(*abi.new_decode_dev(rdev))
+        return self._entry(self._operations.mknod(request.nodeid, name, mode, device, caller))
+
+    def _mkdir(self, request: Request) -> Reply:
+        mode, umask = abi.fuse_mkdir_in.unpack_from(request.body)
+        caller = Caller(request.uid, request.gid, request.pid, umask)
+        name = _name(request.body[abi.fuse_mkdir_in.size :])
+        return self._entry(self._operations.mkdir(request.nodeid, name, mode, caller))
+
+    def _unlink(self, request: Request) -> Reply:
+        self._operations.unlink(request.nodeid, _name(request.body))
+        return b""
+
+    def _rmdir(self, request: Request) -> Reply:
+        self._operations.rmdir(request.nodeid, _name(request.body))
+        return b""
+
+    def _rename(self, request: Request) -> Reply:
+        (new_parent,) = abi.fuse_rename_in.unpack_from(request.body)
+        old, new = _names(request.body[abi.fuse_rename_in.size :], 2)
+        self._operations.rename(request.nodeid, old, new_parent, new)
+        return b""
+
+    def _rename2(self, request: Request) -> Reply:
+        new_parent, flags, _ = abi.fuse_rename2_in.unpack_from(request.body)
+        old, new = _names(request.body[abi.fuse_rename2_in.size :], 2)
+        self._operations.rename(request.nodeid, old, new_parent, new, flags)
+        return b""
+
+    def _link(self, request: Request) -> Reply:
+        (nodeid,) = abi.fuse_link_in.unpack_from(request.body)
+        name = _name(request.body[abi.fuse_link_in.size :])
+        return self._entry(self._operations.link(nodeid, request.nodeid, name))
+
+    # -- files -----------------------------------------------------------------------------------------------------------
+
+    def _open(self, request: Request) -> Reply:
+        flags, open_flags = abi.fuse_open_in.unpack_from(request.body)
+        kill = bool(open_flags & abi.FUSE_OPEN_KILL_SUIDGID)
+        return abi.fuse_open_out.pack(self._operations.open(request.nodeid, flags, kill_suidgid=kill), 0, 0)
+
+    def _create(self, request: Request) -> Reply:
+        flags, mode, umask, open_flags = abi.fuse_create_in.unpack_from(request.body)
+        caller = Caller(request.uid, request.gid, request.pid, umask)
+        name = _name(request.body[abi.fuse_create_in.size :])
+        kill = bool(open_flags & abi.FUSE_OPEN_KILL_SUIDGID)
+        entry, fh = self._operations.create(request.nodeid, name, mode, flags, caller, kill_suidgid=kill)
+        return self._entry(entry) + abi.fuse_open_out.pack(fh, 0, 0)
+
+    def _tmpfile(self, request: Request) -> Reply:
+        flags, mode, umask, _ = abi.fuse_create_in.unpack_from(request.body)
+        caller = Caller(request.uid, request.gid, request.pid, umask)
+        entry, fh = self._operations.tmpfile(request.nodeid, mode, flags, caller)
+        return self._entry(entry) + abi.fuse_open_out.pack(fh, 0, 0)
+
+    def _read(self, request: Request) -> Reply:
+        fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
+        return self._operations.read(request.nodeid, fh, min(size, self.negotiated.buffer_size), offset)
+
+    def _write(self, request: Request) -> Reply:
+        fh, offset, size, write_flags, *_ = abi.fuse_write_in.unpack_from(request.body)
+        data = request.body[abi.fuse_write_in.size :]
+        if len(data) != size:
+            raise OSError(errno.EINVAL, "a WRITE with another size than it says")
+        kill = bool(write_flags & abi.FUSE_WRITE_KILL_SUIDGID)
+        written = self._operations.write(request.nodeid, fh, data, offset, kill_suidgid=kill)
+        return abi.fuse_write_out.pack(written, 0)
+
+    def _flush(self, request: Request) -> Reply:
+        self._operations.flush(request.nodeid, abi.fuse_flush_in.unpack_from(request.body)[0])
+        return b""
+
+    def _release(self, request: Request) -> Reply:
+        self._operations.release(request.nodeid, abi.fuse_release_in.unpack_from(request.body)[0])
+        return b""
+
+    def _fsync(self, request: Request) -> Reply:
+        fh, flags, _ = abi.fuse_fsync_in.unpack_from(request.body)
+        self._operations.fsync(request.nodeid, fh, datasync=bool(flags & abi.FUSE_FSYNC_FDATASYNC))
+        return b""
+
+    def _lseek(self, request: Request) -> Reply:
+        fh, offset, whence, _ = abi.fuse_lseek_in.unpack_from(request.body)
+        return abi.fuse_lseek_out.pack(self._operations.lseek(request.nodeid, fh, offset, whence))
+
+    def _fallocate(self, request: Request) -> Reply:
+        fh, offset, length, mode, _ = abi.fuse_fallocate_in.unpack_from(request.body)
+        self._operations.fallocate(request.nodeid, fh, mode, offset, length)
+        return b""
+
+    def _copied(self, request: Request) -> int:
+        fh_in, off_in, nodeid_out, fh_out, off_out, size, flags = abi.fuse_copy_file_range_in.unpack_from(request.body)
+        if flags:
+            raise OSError(errno.EINVAL, "unknown flags of copy_file_range")
+        return self._operations.copy_file_range(request.nodeid, fh_in, off_in, nodeid_out, fh_out, off_out, size)
+
+    def _copy_file_range(self, request: Request) -> Reply:
+        return abi.fuse_write_out.pack(self._copied(request), 0)
+
+    def _copy_file_range_64(self, request: Request) -> Reply:
+        return abi.fuse_copy_file_range_out.pack(self._copied(request))
+
+    def _ioctl(self, request: Request) -> Reply:
+        fh, _, command, _, in_size, out_size = abi.fuse_ioctl_in.unpack_from(request.body)
+        data = bytes(request.body[abi.fuse_ioctl_in.size :][:in_size])
+        result = self._operations.inode_ioctl(request.nodeid, fh, command, data, out_size)
+        return abi.fuse_ioctl_out.pack(0, 0, 0, 0) + result
+
+    # -- directories -----------------------------------------------------------------------------------------------------
+
+    def _opendir(self, request: Request) -> Reply:
+        return abi.fuse_open_out.pack(self._operations.opendir(request.nodeid), 0, 0)
+
+    def _readdir(self, request: Request) -> Reply:
+        fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
+        # A fuse_dirent is 5 bytes longer than a linux_dirent64, and at least 32 bytes long.
+        pieces: list[bytes] = []
+        for entry in self._operations.readdir(request.nodeid, fh, offset, max(size * 5 // 6, 512)):
+            piece = _dirent(entry)
+            size -= len(piece)
+            if size < 0:
+                break
+            pieces.append(piece)
+        return pieces
+
+    def _readdirplus(self, request: Request) -> Reply:
+        fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
+        # An entry takes 128 bytes more than its fuse_dirent: ask for about as many as fit.
+        pieces: list[bytes] = []
+        for entry, node in self._operations.readdirplus(request.nodeid, fh, offset, max(size // 5, 512)):
+            piece = (_NO_ENTRY if node is None else self._entry(node)) + _dirent(entry)
+            size -= len(piece)
+            if size < 0:
+                break
+            pieces.append(piece)
+        return pieces
+
+    def _syncfs(self, request: Request) -> Reply:
+        self._operations.syncfs(request.nodeid)
+        return b""
+
+    # -- extended attributes ---------------------------------------------------------------------------------------------
+
+    def _setxattr(self, request: Request) -> Reply:
+        layout = self._setxattr_in
+        size, flags, *extra = layout.unpack_from(request.body)
+        name, _, value = bytes(request.body[layout.size :]).partition(b"\0")
+        if len(value) != size:
+            raise OSError(errno.EINVAL, "a SETXATTR with another size than it says")
+        kill = bool(extra and extra[0] & abi.FUSE_SETXATTR_ACL_KILL_SGID)
+        self._operations.setxattr(request.nodeid, os.fsdecode(name), value, flags, acl_kill_sgid=kill)
+        return b""
+
+    def _getxattr(self, request: Request) -> Reply:
+        size, _ = abi.fuse_getxattr_in.unpack_from(request.body)
+        name = _name(request.body[abi.fuse_getxattr_in.size :])
+        return _sized(self._operations.getxattr(request.nodeid, os.fsdecode(name)), size)
+
+    def _listxattr(self, request: Request) -> Reply:
+        size, _ = abi.fuse_getxattr_in.unpack_from(request.body)
+        names = self._operations.listxattr(request.nodeid, privileged=request.uid == 0)
+        return _sized(b"".join(name + b"\0" for name in names), size)
+
+    def _removexattr(self, request: Request) -> Reply:
+        self._operations.removexattr(request.nodeid, os.fsdecode(_name(request.body)))
+        return b""
+
+    def _interrupt(self, request: Request) -> Reply:
+        """Nothing is interrupted: every operation ends by itself."""
+        return None
+
+    def _destroy(self, request: Request) -> Reply:
+        return b""
+
+
+_NO_ENTRY = bytes(abi.fuse_entry_out.size)
+
+
+def _attr(ino: int, st: os.stat_result) -> tuple[int, ...]:
+    atime, atimensec = divmod(st.st_atime_ns, 10**9)
+    mtime, mtimensec = divmod(st.st_mtime_ns, 10**9)
+    ctime, ctimensec = divmod(st.st_ctime_ns, 10**9)
+    rdev = st.st_rdev and abi.new_encode_dev(os.major(st.st_rdev), os.minor(st.st_rdev))
+    return (
+        ino,
+        st.st_size,
+        st.st_blocks,
+        atime,
+        mtime,
+        ctime,
+        atimensec,
+        mtimensec,
+        ctimensec,
+        st.st_mode,
+        st.st_nlink,
+        st.st_uid,
+        st.st_gid,
+        rdev,
+        st.st_blksize,
+        0,
+    )
+
+
+def _dirent(entry: DirectoryEntry) -> bytes:
+    size = abi.fuse_dirent.size + len(entry.name)
+    head = abi.fuse_dirent.pack(entry.ino, entry.offset, len(entry.name), entry.type)
+    return (head + entry.name).ljust(abi.padded(size), b"\0")
+
+
+def _name(body: memoryview) -> bytes:
+    """The one name in `body`, which must end with its NUL."""
+    return _names(body, 1)[0]
+
+
+def _names(body: memoryview, count: int) -> list[bytes]:
+    """The `count` names in `body`, each with a NUL behind it; OSError(EINVAL) for anything else."""
+    names = bytes(body).split(b"\0")
+    if len(names) != count + 1 or names.pop():
+        raise OSError(errno.EINVAL, "malformed names")
+    return names
+
+
+def _moment(valid: int, given: int, now: int, time: int) -> int | Moment:
+    if valid & now:
+        return Moment.NOW
+    return time if valid & given else Moment.OMIT
+
+
+def _sized(value: bytes, size: int) -> bytes:
+    """A reply to a question for an attribute: its size if asked with size 0, ERANGE if it does not fit."""
+    if size == 0:
+        return abi.fuse_getxattr_out.pack(len(value), 0)
+    if len(value) > size:
+        raise OSError(errno.ERANGE, os.strerror(errno.ERANGE))
+    return value
