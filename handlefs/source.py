@@ -14,7 +14,14 @@ from handlefs.filesystem import SourceIdentity
 from handlefs.handle import FileHandle, handle_of, name_to_handle_at, open_by_handle_at
 from handlefs.handlemap import HandleMap, MappedHandle
 from handlefs.inodecache import Inode, InodeCache
-from handlefs.nodeid import MAPPED_BIT, ROOT_NODEID, InlineFormat, has_wildcard_generation, inline_format
+from handlefs.nodeid import (
+    INLINE_FILESYSTEMS,
+    MAPPED_BIT,
+    ROOT_NODEID,
+    InlineFormat,
+    has_wildcard_generation,
+    inline_format,
+)
 from handlefs.volumes import Submounts, Volume, Volumes
 
 T = TypeVar("T")
@@ -63,7 +70,9 @@ class Source:
         self.identity = SourceIdentity(self.volumes.root.filesystem.identity, self.handle)
         root_fd = open_by_handle_at(self.volumes.root.fd, self.handle, os.O_PATH)
         self.root = Inode(root_fd, ROOT_NODEID, self.volumes.root.id, 0)
-        self.inline: InlineFormat | None = inline_format(self.handle, os.fstat(root_fd).st_ino)
+        self.inline: InlineFormat | None = None
+        if self.volumes.root.filesystem.type in INLINE_FILESYSTEMS:
+            self.inline = inline_format(self.handle, os.fstat(root_fd).st_ino)
         """How handles of the source's own file system go into node IDs; None if all have to be mapped."""
         self._map: HandleMap | None = None
 
