@@ -88,6 +88,9 @@ def complain(error: BaseException) -> None:
         message = f"{error.filename}: {error.strerror}"
     else:
         message = str(error)
+    if message.startswith("Usage: "):  # a group without a command
+        print(message, file=sys.stderr)
+        return
     print(f"handlefs: {message}", file=sys.stderr)
     if isinstance(error, click.UsageError) and error.ctx is not None:
         print(f"Try '{error.ctx.command_path} --help'.", file=sys.stderr)

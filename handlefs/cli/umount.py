@@ -105,7 +105,8 @@ def busy_message(mountpoint: str, reasons: list[str]) -> str:
     if any(reason.startswith("the NFS server") for reason in reasons):
         lines.append(f"  to start the server anew under its NFS clients: handlefs restart {quoted}")
         lines.append(f"  to end the export: exportfs -u CLIENT:{quoted}")
-    lines.append(f"  or let the mount end when its last user is gone: handlefs umount --lazy {quoted}")
+    if not nfs.exported(mountpoint):  # NFSv4 clients would lose the files they have open
+        lines.append(f"  or let the mount end when its last user is gone: handlefs umount --lazy {quoted}")
     return "\n".join(lines)
 
 
