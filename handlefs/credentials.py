@@ -9,6 +9,7 @@ All of this is per thread: the raw system calls change the calling thread only, 
 """
 
 import ctypes
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 _libc = ctypes.CDLL(None, use_errno=True)
 _setfsuid = _libc.setfsuid
 _setfsgid = _libc.setfsgid
+_setfsuid.restype = _setfsgid.restype = ctypes.c_uint32  # what was set before; there is no error
+_NO_ID = ctypes.c_uint32(-1)
 
 
 class Caller(NamedTuple):
@@ -67,13 +70,14 @@ def acting_as(caller: Caller) -> Iterator[None]:
     system ignores in favour of a default ACL as it does for a local caller."""
     _prepare_thread()
     umask = os.umask(caller.umask)
-    _setfsgid(caller.gid)
-    _setfsuid(caller.uid)
+    gid, uid = _setfsgid(caller.gid), _setfsuid(caller.uid)
     try:
+        if (_setfsuid(_NO_ID), _setfsgid(_NO_ID)) != (caller.uid, caller.gid):
+            raise OSError(errno.EPERM, "acting for another user needs CAP_SETUID and CAP_SETGID")
         yield
     finally:
-        _setfsuid(0)
-        _setfsgid(0)
+        _setfsuid(uid)
+        _setfsgid(gid)
         os.umask(umask)
 
 

@@ -35,7 +35,9 @@ def set_up_logging(destination: str | None, *, foreground: bool) -> None:
     try:
         handler = _log_handler(destination, foreground)
     except OSError as error:
-        raise StartupError(f"cannot log to {destination or default_log()}: {error.strerror}; use --log FILE") from error
+        raise StartupError(
+            f"cannot log to {destination or default_log()}: {error.strerror}; use --log-file FILE"
+        ) from error
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
 
 
@@ -95,8 +97,10 @@ def _child(serve: Callable[[Callable[[], None]], None], writer: int) -> NoReturn
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+    # What the caller happens to have open is none of ours; a file on our own mount would hang us when we end.
+    os.closerange(3, writer)
+    os.closerange(writer + 1, os.sysconf("SC_OPEN_MAX"))
     os.setsid()
-    os.chdir("/")
     status = 0
     try:
         serve(on_ready)

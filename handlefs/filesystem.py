@@ -17,7 +17,11 @@ _EXT4_IOC_GETFSUUID = (0x8008662C, 24, 8, struct.pack("=II", 16, 0))
 _BTRFS_IOC_FS_INFO = (0x8400941F, 1024, 16, b"")
 _XFS_IOC_FSGEOMETRY_V1 = (0x80705864, 112, 64, b"")
 _FS_IOC_GETFSUUID = (0x80111500, 17, 1, b"")
-_UUID_REQUESTS = {"ext4": _EXT4_IOC_GETFSUUID, "btrfs": _BTRFS_IOC_FS_INFO, "xfs": _XFS_IOC_FSGEOMETRY_V1}
+_UUID_REQUESTS = {
+    **dict.fromkeys(("ext2", "ext3", "ext4"), _EXT4_IOC_GETFSUUID),
+    "btrfs": _BTRFS_IOC_FS_INFO,
+    "xfs": _XFS_IOC_FSGEOMETRY_V1,
+}
 
 
 class FileSystem(NamedTuple):

@@ -5,6 +5,7 @@ is never given to another inode: a handle of a removed file is answered with EST
 """
 
 import ctypes
+import errno
 import os
 from typing import NamedTuple, NoReturn, Self
 
@@ -98,6 +99,8 @@ def open_by_handle_at(mount_fd: int, handle: FileHandle, flags: int) -> int:
 
     Raises OSError: ESTALE if the object is gone or the handle was never valid, EPERM without the capability.
     """
+    if len(handle.data) > MAX_HANDLE_SZ:  # it would be written past the buffer
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(handle))
     buffer = _FileHandleStruct(len(handle.data), handle.type)
     ctypes.memmove(ctypes.addressof(buffer) + _HEADER_SIZE, handle.data, len(handle.data))
     fd: int = _open_by_handle_at(mount_fd, buffer, flags | os.O_CLOEXEC)

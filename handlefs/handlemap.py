@@ -11,7 +11,6 @@ Two LMDB environments make it up (docs/handle-map.md has the reasons):
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from handlefs.filesystem import SourceIdentity
 from handlefs.handle import FileHandle
 from handlefs.lmdbenv import GrowingEnvironment
 from handlefs.nodeid import KEY_SIZE, NodeIds
+from handlefs.statedir import StateDirectory
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +76,18 @@ class HandleMap:
         Raises StartupError when the map belongs to another source, another version or another key.
         """
         self.state_dir = state_dir
-        _make_private(state_dir)
-        self._use_lock = _take_use_lock(state_dir)
-        self._durable = GrowingEnvironment(state_dir / "map", sync=True, databases=(_META, _NODES))
-        self.key = self._check_meta(identity, key_file)
-        self.nodeids = NodeIds(self.key, hash_bits)
-        _remove_other_boots(state_dir)
-        self._recent = GrowingEnvironment(state_dir / f"recent-{_boot_id()}", sync=False, databases=(_NODES,))
+        recent = f"recent-{_boot_id()}"
+        with contextlib.ExitStack() as stack:
+            self._directory = StateDirectory(state_dir, ("map", recent))
+            stack.callback(self._directory.close)
+            self._durable = GrowingEnvironment(state_dir / "map", sync=True, databases=(_META, _NODES))
+            stack.callback(self._durable.close)
+            self.key = self._check_meta(identity, key_file)
+            self.nodeids = NodeIds(self.key, hash_bits)
+            _remove_other_boots(state_dir)
+            self._recent = GrowingEnvironment(state_dir / recent, sync=False, databases=(_NODES,))
+            stack.callback(self._recent.close)
+            self._parts = stack.pop_all()  # closed in the opposite order
         self._dirty = threading.Event()
         self._closing = threading.Event()
         self._flush_lock = threading.Lock()
@@ -180,9 +185,7 @@ class HandleMap:
         try:
             self.flush()
         finally:
-            self._recent.close()
-            self._durable.close()
-            os.close(self._use_lock)
+            self._parts.close()
 
     # -- maintenance -------------------------------------------------------------------------------------------------
 
@@ -216,24 +219,15 @@ class HandleMap:
     def shrink(self) -> bool:
         """Rewrite the data file without its free pages. False, with nothing done, while another process uses the map."""
         self.flush()
-        try:
-            fcntl.flock(self._use_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fcntl.flock(self._use_lock, fcntl.LOCK_SH)
-            return False
         scratch = self.state_dir / "compacting"
-        shutil.rmtree(scratch, ignore_errors=True)
-        try:
-            self._durable.copy_compact(scratch)
-            _fsync(scratch / "data.mdb")
-            self._durable.close()
-            (scratch / "data.mdb").replace(self._durable.path / "data.mdb")
-            _fsync(self._durable.path)
-            self._durable = GrowingEnvironment(self._durable.path, sync=True, databases=(_META, _NODES))
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-            fcntl.flock(self._use_lock, fcntl.LOCK_SH)
-        return True
+        with self._directory.sole_user() as alone:
+            if alone:
+                shutil.rmtree(scratch, ignore_errors=True)
+                try:
+                    self._durable.compact(scratch)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
+        return alone
 
     def count(self) -> int:
         """Number of entries."""
@@ -274,15 +268,29 @@ class HandleMap:
                 f"the handle map in {self.state_dir} has schema version {schema}; this handlefs knows {SCHEMA_VERSION}. "
                 "Use the version of handlefs that made it, or another --state-dir."
             )
-        record = json.loads(bytes(transaction.get(b"identity", b"{}", db=meta)))
-        found = SourceIdentity(record["filesystem"], FileHandle.parse(record["root"]))
+        key = bytes(transaction.get(b"key", b"", db=meta))
+        try:
+            record = json.loads(bytes(transaction.get(b"identity", b"", db=meta)))
+            found = SourceIdentity(record["filesystem"], FileHandle.parse(record["root"]))
+        except (ValueError, KeyError, TypeError):
+            found = None
+        if found is None or len(key) != KEY_SIZE:
+            raise StartupError(f"the handle map in {self.state_dir} is damaged. {how_to_replace(self.state_dir)}")
         if found != identity:
             raise StartupError(
                 f"the state directory {self.state_dir} belongs to another source: it was made for {found}, and this "
                 f"source is {identity}. Serving it with that map could give one file's handle to another. Give "
                 "another --state-dir, or leave the option out: each source then gets its own."
             )
-        return bytes(transaction.get(b"key", b"", db=meta))
+        return key
+
+
+def how_to_replace(state_dir: Path) -> str:
+    """What to do about a damaged map."""
+    return (
+        f"Move {state_dir / 'map'} away, start again with --key-file and a copy of the old key (without the key all handles "
+        "given out so far become stale), and run `handlefs map rebuild`."
+    )
 
 
 def read_key(path: Path) -> bytes:
@@ -310,24 +318,6 @@ def write_key(path: Path, key: bytes) -> None:
         raise StartupError(f"cannot write the key file {path}: {error.strerror}") from error
 
 
-def _make_private(directory: Path) -> None:
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if directory.stat().st_mode & 0o077:
-            directory.chmod(0o700)
-    except OSError as error:
-        raise StartupError(
-            f"cannot make the state directory {directory}: {error.strerror}. Give one on a local file system with --state-dir."
-        ) from error
-
-
-def _take_use_lock(directory: Path) -> int:
-    """Shared by everybody who uses the map; `HandleMap.shrink` needs it alone."""
-    fd = os.open(directory / "in-use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_SH)
-    return fd
-
-
 def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
@@ -338,11 +328,3 @@ def _remove_other_boots(directory: Path) -> None:
         if old.name != current:
             with contextlib.suppress(FileNotFoundError):  # another process does the same
                 shutil.rmtree(old)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -47,6 +47,7 @@ class GrowingEnvironment:
         self._cond = threading.Condition()
         self._active = 0
         self._exclusive = False
+        self._broken = False
         path.mkdir(mode=0o700, exist_ok=True)
         with _as_oserror(path):
             self._open()
@@ -58,6 +59,8 @@ class GrowingEnvironment:
         )
         self._env.reader_check()  # slots of killed processes would keep old pages from being used again
         self._databases = {name: self._env.open_db(name) for name in self._names}
+        self._map_size = int(self._env.info()["map_size"])
+        self._broken = False
 
     def database(self, name: bytes) -> "lmdb._Database":
         """The handle of the named database, for use within `run`."""
@@ -70,11 +73,12 @@ class GrowingEnvironment:
         disk is full, ENOMEM, EIO for anything LMDB calls corrupt.
         """
         while True:
+            size = self._map_size
             try:
                 with _as_oserror(self.path), self._shared(), self._env.begin(write=write) as transaction:
                     return work(transaction)
             except _Resize as resize:
-                self._resize(resize.needed)
+                self._resize(size, resize.needed)
             except _Panic:
                 self._reopen()
 
@@ -121,31 +125,45 @@ class GrowingEnvironment:
         with self._alone():
             self._env.close()
 
-    def copy_compact(self, target: Path) -> None:
-        """Write a copy without free pages into the new directory `target`."""
-        target.mkdir(mode=0o700)
-        with _as_oserror(target), self._shared():
-            self._env.copy(os.fspath(target), compact=True)
+    def compact(self, scratch: Path) -> None:
+        """Replace the data file by a copy without free pages, made in the new directory `scratch` on the same file system.
+        No other process may have the environment open; threads of this one wait."""
+        scratch.mkdir(mode=0o700)
+        self.run(lambda _: None)  # takes over the size that another process may have set
+        with self._alone(), _as_oserror(self.path):
+            self._env.copy(os.fspath(scratch), compact=True)
+            _fsync(scratch / "data.mdb")
+            self._env.close()
+            self._broken = True
+            (scratch / "data.mdb").replace(self.path / "data.mdb")
+            _fsync(self.path)
+            self._open()
 
     def file_size(self) -> int:
         """Bytes of the data file."""
         return _file_size(self.path / "data.mdb")
 
-    def _resize(self, needed: bool) -> None:
+    def _resize(self, size: int, needed: bool) -> None:
+        """Make the map larger than `size`, unless another thread has done so already."""
         with self._alone(), _as_oserror(self.path):
-            # 0 takes over the size that another process has set
-            self._env.set_mapsize(2 * self._env.info()["map_size"] if needed else 0)
+            if self._map_size == size:
+                # 0 takes over the size that another process has set
+                self._env.set_mapsize(2 * size if needed else 0)
+                self._map_size = int(self._env.info()["map_size"])
 
     def _reopen(self) -> None:
         log.error("%s: LMDB gave up on the environment after an I/O error; opening it anew", self.path)
         with self._alone(), _as_oserror(self.path):
             self._env.close()
+            self._broken = True  # until it is open again: that may fail too
             self._open()
 
     @contextmanager
     def _shared(self) -> Iterator[None]:
         with self._cond:
             self._cond.wait_for(lambda: not self._exclusive)
+            if self._broken:
+                raise _Panic
             self._active += 1
         try:
             yield
@@ -193,6 +211,14 @@ def _as_oserror(path: Path) -> Iterator[None]:
     except lmdb.Error as error:
         number = next((number for kind, number in _ERRNO if isinstance(error, kind)), errno.EIO)
         raise OSError(number, f"handle map: {error}", os.fspath(path)) from error
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _file_size(path: Path) -> int:

@@ -109,8 +109,8 @@ def threads() -> int:
 def paused(mountpoint: str) -> Iterator[None]:
     """Stop knfsd, so that its clients wait and *mountpoint* can be unmounted; start it again at the end, always."""
     count = threads()
-    _set_threads(0)
     try:
+        _set_threads(0)
         # Newer kernels say EINVAL here: there nothing is left to unlock once the threads are gone.
         with contextlib.suppress(OSError):
             (NFSD / "unlock_filesystem").write_text(mountpoint + "\n")

@@ -55,6 +55,10 @@ class InlineFormat(NamedTuple):
         return FileHandle(self.type, self.layout.pack(nodeid >> 32, nodeid & 0xFFFFFFFF))
 
 
+INLINE_FILESYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs"})
+"""File systems whose handles are known to be in an inline format, each one of them. The root's handle alone cannot tell:
+CephFS has type 1 and 8 bytes too, but they are one 64-bit inode number, and its root is number 1."""
+
 INLINE_FORMATS = (
     InlineFormat(FILEID_INO32_GEN, struct.Struct("=II")),
     InlineFormat(FILEID_INO64_GEN, struct.Struct("=QI")),

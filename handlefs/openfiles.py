@@ -35,7 +35,8 @@ class OpenFiles:
     """The table of open files of this process; safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._files: dict[int, OpenFile] = {}
+        # With the node ID: numbers of an earlier server may coincide with new ones.
+        self._files: dict[tuple[int, int], OpenFile] = {}
         self._by_node: dict[int, list[OpenFile]] = {}
         self._lock = threading.Lock()
         # Starts at random, so that numbers of an earlier server do not come again.
@@ -48,16 +49,18 @@ class OpenFiles:
         self.restore(file, fh)
         return fh
 
-    def restore(self, file: OpenFile, fh: int) -> None:
-        """Register `file` under the `fh` of an earlier server."""
+    def restore(self, file: OpenFile, fh: int) -> OpenFile:
+        """Register `file` under the `fh` of an earlier server; returns what another thread has registered meanwhile, if
+        any, else `file`."""
         with self._lock:
-            self._files[fh] = file
-            self._by_node.setdefault(file.nodeid, []).append(file)
+            registered = self._files.setdefault((file.nodeid, fh), file)
+            if registered is file:
+                self._by_node.setdefault(file.nodeid, []).append(file)
+            return registered
 
     def get(self, nodeid: int, fh: int) -> OpenFile | None:
-        """The open file `fh`; None if it is unknown here, or known as another node's: a number from an earlier server."""
-        file = self._files.get(fh)
-        return file if file is not None and file.nodeid == nodeid else None
+        """The open file `fh` of `nodeid`; None if it is unknown here: a number from an earlier server."""
+        return self._files.get((nodeid, fh))
 
     def any_of(self, nodeid: int) -> OpenFile | None:
         """Some open file of `nodeid`, by which a removed file can still be reached; None if it has none."""
@@ -68,10 +71,9 @@ class OpenFiles:
     def remove(self, nodeid: int, fh: int) -> None:
         """Forget `fh`, if it is known; the file is closed when the last operation on it is done."""
         with self._lock:
-            file = self._files.get(fh)
-            if file is None or file.nodeid != nodeid:
+            file = self._files.pop((nodeid, fh), None)
+            if file is None:
                 return
-            del self._files[fh]
             files = self._by_node[nodeid]
             files.remove(file)
             if not files:
@@ -80,7 +82,7 @@ class OpenFiles:
     def counts(self) -> tuple[int, int]:
         """Numbers of open files and of open directories."""
         with self._lock:
-            directories = sum(1 for fh in self._files if fh & _DIRECTORY)
+            directories = sum(1 for _, fh in self._files if fh & _DIRECTORY)
             return len(self._files) - directories, directories
 
 

@@ -11,9 +11,10 @@ cache drops it meanwhile.
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import stat as st
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
@@ -44,6 +45,8 @@ from handlefs.syscalls import (
     syncfs,
     utimens,
 )
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -254,10 +257,8 @@ class Operations:
             file = self._open_node(nodeid, flags & _OPEN_FLAGS)
         return self.open_files.add(file, flags)
 
-    def create(
-        self, parent: int, name: bytes, mode: int, flags: int, caller: Caller, *, kill_suidgid: bool = False
-    ) -> tuple[Entry, int]:
-        """CREATE: make `name` and open it; opens what is there already unless O_EXCL. Returns the entry and the `fh`."""
+    def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Entry, int]:
+        """CREATE: make `name` and open it. Returns the entry and the `fh`."""
         self._check_writable()
         check_name(name)
         directory = self.inode(parent)
@@ -270,7 +271,9 @@ class Operations:
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
-            return self._open_existing(directory, name, flags, kill_suidgid)
+            # Somebody made `name` since the kernel looked. The kernel takes what CREATE returns for new and checks no
+            # permission on it, so it must look up and open the file itself: ESTALE makes it (fs/namei.c, do_filp_open).
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
         file = OpenFile(fd, 0)
         with _undone_on_error(lambda: os.unlink(name, dir_fd=directory.fd)):
             return self._opened(file, flags)
@@ -297,15 +300,6 @@ class Operations:
         entry = self.source.entry(self.source.inode(self.source.volumes.of_mount(mount_id), handle))
         file.nodeid = entry.nodeid
         return entry, self.open_files.add(file, flags)
-
-    def _open_existing(self, directory: Inode, name: bytes, flags: int, kill_suidgid: bool) -> tuple[Entry, int]:
-        """Somebody made `name` since the kernel looked. Anything but a regular file has to be looked up and opened by the
-        kernel itself; ESTALE makes it do that (fs/namei.c, do_filp_open)."""
-        inode = self.source.lookup(directory, name)
-        entry = self.source.entry(inode)
-        if not st.S_ISREG(entry.attributes.stat.st_mode):
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return entry, self.open(inode.nodeid, flags, kill_suidgid=kill_suidgid)
 
     def read(self, nodeid: int, fh: int, size: int, offset: int) -> bytes:
         """READ: fewer than `size` bytes only at the end of the file."""
@@ -372,7 +366,7 @@ class Operations:
     def flush(self, nodeid: int, fh: int) -> None:
         """FLUSH: a close(2) in the client; reports what closing the source's file would report."""
         file = self._file(nodeid, fh)
-        os.close(os.dup(file.fd))
+        os.close(with_descriptors(self.source.cache, lambda: os.dup(file.fd)))
 
     def fsync(self, nodeid: int, fh: int, *, datasync: bool) -> None:
         """FSYNC."""
@@ -387,8 +381,7 @@ class Operations:
         """The open file `fh` of `nodeid`, opened again if this process does not know it."""
         file = self.open_files.get(nodeid, fh)
         if file is None:
-            file = self._open_node(nodeid, reopen_flags(fh))
-            self.open_files.restore(file, fh)
+            file = self.open_files.restore(self._open_node(nodeid, reopen_flags(fh)), fh)
         return file
 
     def _open_node(self, nodeid: int, flags: int) -> OpenFile:
@@ -412,35 +405,40 @@ class Operations:
     def readdir(self, nodeid: int, fh: int, offset: int, size: int) -> list[DirectoryEntry]:
         """READDIR: entries of the directory from `offset` on (0, or one that an entry had, in whatever process), "." and
         ".." among them; `size` is in bytes of getdents64(2). Empty at the end. Their `ino` is the st_ino of the entry."""
-        file = self._file(nodeid, fh)
-        inode = self.inode(nodeid)
-        with file.lock:
-            os.lseek(file.fd, offset, os.SEEK_SET)
-            entries = getdents(file.fd, size)
+        file, inode = self._file(nodeid, fh), self.inode(nodeid)
+        entries = self._list(file, offset, size)
         if inode.ino_mask or self.source.volumes.may_nest(self.source.volumes.by_id(inode.volume_id)):
-            return [self._with_shown_ino(file.fd, inode, entry) for entry in entries]
+            return [entry for entry, _ in self._with_nodes(file, inode, entries)]
         if nodeid == ROOT_NODEID:
             return [entry._replace(ino=inode_number(inode)) if entry.name == b".." else entry for entry in entries]
         return entries
 
-    def _with_shown_ino(self, fd: int, inode: Inode, entry: DirectoryEntry) -> DirectoryEntry:
-        if entry.name == b"." or (entry.name == b".." and inode.nodeid == ROOT_NODEID):
-            return entry._replace(ino=inode_number(inode))
-        found = self.source.entries(fd, [entry.name])[0]
-        return entry if found is None else entry._replace(ino=found.attributes.ino)
-
     def readdirplus(self, nodeid: int, fh: int, offset: int, size: int) -> list[tuple[DirectoryEntry, Entry | None]]:
         """READDIRPLUS: as `readdir`, with the node of each entry; None for "." and ".." and for what has gone meanwhile or
         cannot have a node (on a file system without handles mounted below the source)."""
-        file = self._file(nodeid, fh)
-        entries = self.readdir(nodeid, fh, offset, size)
-        names = [entry.name for entry in entries if entry.name not in (b".", b"..")]
+        file, inode = self._file(nodeid, fh), self.inode(nodeid)
+        return self._with_nodes(file, inode, self._list(file, offset, size))
+
+    @staticmethod
+    def _list(file: OpenFile, offset: int, size: int) -> list[DirectoryEntry]:
+        with file.lock:
+            os.lseek(file.fd, offset, os.SEEK_SET)
+            return getdents(file.fd, size)
+
+    def _with_nodes(
+        self, file: OpenFile, inode: Inode, entries: Sequence[DirectoryEntry]
+    ) -> list[tuple[DirectoryEntry, Entry | None]]:
+        """The `entries` of the directory `inode` with the inode numbers that the mount shows and with their nodes, which
+        are given out in one transaction."""
+        itself = (b".", b"..") if inode.nodeid == ROOT_NODEID else (b".",)
+        names = [entry.name for entry in entries if entry.name not in itself]
         nodes = dict(zip(names, self.source.entries(file.fd, names), strict=True))
-        return [
-            (entry if node is None else entry._replace(ino=node.attributes.ino), node)
-            for entry in entries
-            for node in (nodes.get(entry.name),)
-        ]
+        result = []
+        for entry in entries:
+            node = nodes.get(entry.name)
+            ino = inode_number(inode) if entry.name in itself else node.attributes.ino if node else entry.ino
+            result.append((entry._replace(ino=ino), None if entry.name == b".." else node))
+        return result
 
     # -- extended attributes -------------------------------------------------------------------------------------------
 
@@ -502,9 +500,14 @@ def _as_unprivileged(caller: Caller) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undone_on_error(undo: Callable[[], None]) -> Iterator[None]:
-    """An object that gets no node ID (the handle map's disk is full) must not stay behind a failed request."""
+    """An object that gets no node ID (the handle map's disk is full) must not stay behind a failed request. One that
+    somebody else has removed or replaced meanwhile is not ours any more."""
     try:
         yield
-    except OSError:
-        undo()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            try:
+                undo()
+            except OSError as failure:
+                log.error("an object made by a request that failed stays behind: %s", failure)
         raise

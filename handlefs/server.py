@@ -12,7 +12,7 @@ from handlefs.config import Config
 from handlefs.control import ControlServer
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.errors import StartupError
-from handlefs.handlemap import HandleMap
+from handlefs.handlemap import HandleMap, how_to_replace
 from handlefs.metrics import OperationMetrics
 from handlefs.mount import mounts
 from handlefs.operations import Operations
@@ -144,6 +144,10 @@ def open_map(state_dir: Path, source: Source, key_file: Path | None = None) -> H
     try:
         return HandleMap(state_dir, source.identity, key_file=key_file)
     except OSError as error:
+        if error.errno == errno.EIO:
+            raise StartupError(
+                f"cannot read the handle map in {state_dir}: {error.strerror}. {how_to_replace(state_dir)}"
+            ) from error
         raise StartupError(
             f"cannot open the handle map in {state_dir}: {error.strerror}. Free space there, or give another --state-dir "
             "(a new map has a new key: handles given out so far become stale unless --key-file holds the old one)."

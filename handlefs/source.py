@@ -14,7 +14,14 @@ from handlefs.filesystem import SourceIdentity
 from handlefs.handle import FileHandle, handle_of, name_to_handle_at, open_by_handle_at
 from handlefs.handlemap import HandleMap, MappedHandle
 from handlefs.inodecache import Inode, InodeCache
-from handlefs.nodeid import MAPPED_BIT, ROOT_NODEID, InlineFormat, has_wildcard_generation, inline_format
+from handlefs.nodeid import (
+    INLINE_FILESYSTEMS,
+    MAPPED_BIT,
+    ROOT_NODEID,
+    InlineFormat,
+    has_wildcard_generation,
+    inline_format,
+)
 from handlefs.volumes import Submounts, Volume, Volumes
 
 T = TypeVar("T")
@@ -63,7 +70,9 @@ class Source:
         self.identity = SourceIdentity(self.volumes.root.filesystem.identity, self.handle)
         root_fd = open_by_handle_at(self.volumes.root.fd, self.handle, os.O_PATH)
         self.root = Inode(root_fd, ROOT_NODEID, self.volumes.root.id, 0)
-        self.inline: InlineFormat | None = inline_format(self.handle, os.fstat(root_fd).st_ino)
+        self.inline: InlineFormat | None = None
+        if self.volumes.root.filesystem.type in INLINE_FILESYSTEMS:
+            self.inline = inline_format(self.handle, os.fstat(root_fd).st_ino)
         """How handles of the source's own file system go into node IDs; None if all have to be mapped."""
         self._map: HandleMap | None = None
 
@@ -131,8 +140,17 @@ class Source:
         if name == b"..":
             return self._parent(parent)
         check_name(name)
-        handle, mount_id = name_to_handle_at(parent.fd, name)
-        return self.inode(self.volumes.of_mount(mount_id), handle)
+        found = name_to_handle_at(parent.fd, name)
+        while True:
+            handle, mount_id = found
+            try:
+                return self.inode(self.volumes.of_mount(mount_id), handle)
+            except OSError as error:
+                # Removed before it was opened. The name may stand for another file by now: a name that is replaced by
+                # rename(2) always exists. Not so if the handle is the same: the file system cannot open it.
+                if error.errno != errno.ESTALE or (again := name_to_handle_at(parent.fd, name)) == found:
+                    raise
+                found = again
 
     def inode(self, volume: Volume, handle: FileHandle) -> Inode:
         """The inode that `handle` names on `volume`, and its node ID given out if it had none."""
@@ -156,8 +174,29 @@ class Source:
     def _is_inside(self, directory: Inode) -> bool:
         """Whether `directory` is below the source's root now: a directory is always connected to its parents, so the path
         that the kernel gives is the true one (proc_pid_fd(5))."""
-        root, path = self.path_of(self.root), self.path_of(directory)
-        return path == root or path.startswith(root.rstrip(b"/") + b"/")
+        try:
+            root, path = self.path_of(self.root), self.path_of(directory)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:  # the kernel gives no path longer than a page
+                raise
+            return self._leads_to_root(directory)
+        return path == root or path.startswith(root.rstrip(b"/") + b"/") or self._leads_to_root(directory)
+
+    def _leads_to_root(self, directory: Inode) -> bool:
+        """Whether the way up from `directory` passes the source's root: slower, but true for any depth, and also while a
+        directory above the root is being renamed."""
+        root = os.fstat(self.root.fd)
+        fd = os.dup(directory.fd)
+        try:
+            while not os.path.samestat(here := os.fstat(fd), root):
+                parent = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+                os.close(fd)
+                fd = parent
+                if os.path.samestat(os.fstat(fd), here):  # the root of all
+                    return False
+            return True
+        finally:
+            os.close(fd)
 
     @staticmethod
     def path_to(inode: Inode) -> bytes:
@@ -227,18 +266,17 @@ class Source:
         return result
 
     def _peek(self, directory_fd: int, name: bytes) -> tuple[Volume, FileHandle, os.stat_result] | None:
-        """Handle and attributes of one and the same object: taken again if the name was given to another in between."""
-        with contextlib.suppress(FileNotFoundError):
+        """Handle and attributes of one and the same object: taken again if the name was given to another in between.
+
+        None for one that has gone, and on any error: one entry that cannot be looked up (the root of a file system
+        without handles, or of one whose server is dead) must not fail the listing. Its own look-up will tell.
+        """
+        with contextlib.suppress(OSError):
             for _ in range(3):
                 handle, mount_id = name_to_handle_at(directory_fd, name)
                 stat = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
                 if name_to_handle_at(directory_fd, name) == (handle, mount_id):
-                    try:
-                        return self.volumes.of_mount(mount_id), handle, stat
-                    except OSError as error:
-                        if error.errno == errno.ESTALE:
-                            return None  # unmounted in between
-                        raise
+                    return self.volumes.of_mount(mount_id), handle, stat
         return None
 
     def evict_all(self) -> int:

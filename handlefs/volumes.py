@@ -109,7 +109,7 @@ class Volumes:
     def may_nest(self, volume: Volume) -> bool:
         """Whether a directory on `volume` may hold entries that belong to another volume or subvolume, so that the inode
         number in its listing is not the one that stat(2) gives."""
-        if volume.filesystem.type == "btrfs":
+        if volume.filesystem.type in ("btrfs", "overlay"):
             return True
         with self._lock:
             return self._cross and bool(self._below())

@@ -56,7 +56,7 @@ def command(what: str, source: str | None, state_dir: str | None, search: bool, 
     with opened(config) as tree:
         inode = _by_name(tree, relative, what) if target is None else _find(tree, target)
         below = _relative_path(tree, config, inode)
-        if below is None and search:
+        if below is None and search and os.fstat(inode.fd).st_nlink:
             below = _search(config, inode)
         facts = _facts(tree, config, inode, below)
     print_json(facts) if as_json else _print(facts)
@@ -183,6 +183,7 @@ def _facts(tree: Source, config: Config, inode: Inode, below: str | None) -> dic
     return {
         "path": None if below is None else config.source.rstrip("/") + below or "/",
         "mount_path": None if below is None or not config.mountpoint else config.mountpoint + below,
+        "links": entry.attributes.stat.st_nlink,
         "file_system": volume.filesystem.type,
         "handle": str(handle),
         "ino": entry.attributes.ino if ids is None else ids[0],
@@ -240,6 +241,8 @@ def _print(facts: dict[str, object]) -> None:
     for key, label in LABELS.items():
         if facts[key] is not None:
             table.add_row(label, Text(str(facts[key])))
-        elif key == "path":
+        elif key == "path" and facts["links"]:
             table.add_row(label, "unknown: the kernel has no name for this file in its cache (see --search)")
+        elif key == "path":
+            table.add_row(label, "none: removed, but still open")
     print_table(table)

@@ -39,6 +39,7 @@ def launch(config: Config, *, foreground: bool = False) -> None:
     check_directories(config)
 
     def serve(on_ready: Callable[[], None]) -> None:
+        os.chdir("/")
         set_up_logging(config.log_file, foreground=foreground)
         from handlefs.server import Server  # noqa: PLC0415 - not before the fork: it brings LMDB and trio
 
@@ -102,7 +103,7 @@ def replace_dead_mount(mountpoint: str) -> None:
 
 def check_directories(config: Config) -> None:
     """Raise StartupError unless source and mount point are directories, neither of them inside the other."""
-    source = _directory("source", config.source, "")
+    source = check_source(config)
     mountpoint = _directory("mount point", config.mountpoint, f" (mkdir -p {shlex.quote(config.mountpoint)})")
     # By inode, not by name: a bind mount may give a directory another path.
     if any(os.path.samestat(source, os.stat(parent)) for parent in _and_parents(config.mountpoint)):
@@ -115,6 +116,11 @@ def check_directories(config: Config) -> None:
             f"source {config.source} is inside mount point {config.mountpoint}: the mount would hide it; "
             "choose a mount point elsewhere"
         )
+
+
+def check_source(config: Config) -> os.stat_result:
+    """The source's attributes. Raises StartupError unless it is a directory."""
+    return _directory("source", config.source, "")
 
 
 def _and_parents(path: str) -> list[Path]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from handlefs import __version__
 from handlefs.cli import check, completion, evict, export, handle, maps, mount, restart, status, umount
@@ -29,6 +30,9 @@ class Commands(click.Group):
                 raise click.UsageError(f"no command '{args[0]}'; did you mean 'handlefs {near[0]}'?", ctx)
             args = ["mount", *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir"), *super().shell_complete(ctx, incomplete)]
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "SOURCE MOUNTPOINT [-o OPTION,...] [OPTIONS]")
@@ -84,6 +88,9 @@ def complain(error: BaseException) -> None:
         message = f"{error.filename}: {error.strerror}"
     else:
         message = str(error)
+    if message.startswith("Usage: "):  # a group without a command
+        print(message, file=sys.stderr)
+        return
     print(f"handlefs: {message}", file=sys.stderr)
     if isinstance(error, click.UsageError) and error.ctx is not None:
         print(f"Try '{error.ctx.command_path} --help'.", file=sys.stderr)

@@ -1,6 +1,7 @@
 """``handlefs restart``: a fresh server at the same mount point, also under live NFS clients."""
 
 import contextlib
+import importlib
 import shlex
 import signal
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from types import FrameType
 import click
 
 from handlefs import control, nfs
-from handlefs.cli.launch import check_privileges, launch
+from handlefs.cli.launch import check_privileges, check_source, launch
 from handlefs.cli.params import MOUNTPOINT
 from handlefs.cli.umount import stop
 from handlefs.config import Config
@@ -30,6 +31,8 @@ def command(mountpoint: str) -> None:
             f"no handlefs server is known for {mountpoint}: mount it with handlefs SOURCE {shlex.quote(mountpoint)}"
         )
     check_privileges()
+    check_source(known.config)
+    importlib.import_module("handlefs.server")  # now: clients are going to wait for the rest
     exported = nfs.threads() > 0 and nfs.exported(mountpoint)
     with _interruptible(), nfs.paused(mountpoint) if exported else contextlib.nullcontext():
         if mount_at(mountpoint) is not None:

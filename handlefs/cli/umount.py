@@ -14,7 +14,7 @@ from handlefs.cli.users import mounted_on, users
 from handlefs.mount import Mount, canonical, mount_at, unmount
 
 EXIT_TIMEOUT = 60.0  # seconds; closing the map writes it to disk
-BUSY_RETRY = 2.0  # seconds
+BUSY_RETRY = 1.0  # seconds
 
 
 @click.command("umount", short_help="Unmount, and wait until the server has ended.")
@@ -71,6 +71,7 @@ def stop(mountpoint: str, *, lazy: bool = False) -> None:
 
 
 def _unmount_now(mount: Mount) -> None:
+    # Somebody may just pass by, and the kernel closes files behind our back; neither is announced, so try again.
     deadline = time.monotonic() + BUSY_RETRY
     while True:
         try:
@@ -78,10 +79,8 @@ def _unmount_now(mount: Mount) -> None:
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-        reasons = why_busy(mount)
-        # Nobody visible: somebody in passing, or the kernel, which closes files behind our back and tells nobody.
-        if reasons or time.monotonic() > deadline:
-            raise click.ClickException(busy_message(mount.mountpoint, reasons))
+        if time.monotonic() > deadline:
+            raise click.ClickException(busy_message(mount.mountpoint, why_busy(mount)))
         time.sleep(0.05)
 
 
@@ -106,7 +105,8 @@ def busy_message(mountpoint: str, reasons: list[str]) -> str:
     if any(reason.startswith("the NFS server") for reason in reasons):
         lines.append(f"  to start the server anew under its NFS clients: handlefs restart {quoted}")
         lines.append(f"  to end the export: exportfs -u CLIENT:{quoted}")
-    lines.append(f"  or let the mount end when its last user is gone: handlefs umount --lazy {quoted}")
+    if not nfs.exported(mountpoint):  # NFSv4 clients would lose the files they have open
+        lines.append(f"  or let the mount end when its last user is gone: handlefs umount --lazy {quoted}")
     return "\n".join(lines)
 
 

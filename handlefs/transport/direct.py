@@ -346,11 +346,10 @@ class Dispatcher:
         return abi.fuse_open_out.pack(self._operations.open(request.nodeid, flags, kill_suidgid=kill), 0, 0)
 
     def _create(self, request: Request) -> Reply:
-        flags, mode, umask, open_flags = abi.fuse_create_in.unpack_from(request.body)
+        flags, mode, umask, _ = abi.fuse_create_in.unpack_from(request.body)
         caller = Caller(request.uid, request.gid, request.pid, umask)
         name = _name(request.body[abi.fuse_create_in.size :])
-        kill = bool(open_flags & abi.FUSE_OPEN_KILL_SUIDGID)
-        entry, fh = self._operations.create(request.nodeid, name, mode, flags, caller, kill_suidgid=kill)
+        entry, fh = self._operations.create(request.nodeid, name, mode, flags, caller)
         return self._entry(entry) + abi.fuse_open_out.pack(fh, 0, 0)
 
     def _tmpfile(self, request: Request) -> Reply:

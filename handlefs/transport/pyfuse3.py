@@ -303,7 +303,7 @@ class Handlers(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         def work() -> tuple[Entry, int]:
-            return self._operations.create(parent_inode, name, mode, flags, _caller(ctx), kill_suidgid=ctx.uid != 0)
+            return self._operations.create(parent_inode, name, mode, flags, _caller(ctx))
 
         entry, fh = self._call("create", work)
         self._nodeids[fh] = entry.nodeid

@@ -56,8 +56,8 @@ done < "$lab_run/visible"
 mount -t tmpfs -o mode=755 nfs /var/lib/nfs
 mkdir -p /var/lib/nfs/sm /var/lib/nfs/sm.bak /var/lib/nfs/v4recovery /var/lib/nfs/nfsdcld
 touch /var/lib/nfs/etab /var/lib/nfs/rmtab /var/lib/nfs/state
-rm -rf /etc/exports /etc/exports.d /etc/mtab /etc/nfs.conf.d
-touch /etc/exports
+rm -rf /etc/exports /etc/exports.d /etc/mtab /etc/nfs.conf /etc/nfs.conf.d
+touch /etc/exports /etc/nfs.conf     # Debian's makes the server look groups up in /etc/group, where the tests' users are not
 ln -s /proc/self/mounts /etc/mtab
 echo '127.0.0.1 localhost guest' > /etc/hosts
 hostname guest

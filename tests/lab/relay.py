@@ -19,7 +19,7 @@ import pytest
 from .guest import Guest, LabError
 
 IN_GUEST = "HANDLEFS_LAB_GUEST" in os.environ
-TEST_TIME = 120  # seconds; pytest-timeout in the guest ends a test that takes longer, and with it the guest
+TEST_TIME = 120  # seconds; the guest ends when a test takes longer
 GUEST_TIME = 1200.0
 LOG_LINES = 60
 
@@ -35,7 +35,7 @@ class Run:
         self.config = items[0].config
         root = self.config.rootpath
         options = ["-p", "tests.lab.reporter", "-p", "no:cacheprovider", f"--rootdir={root}", "--color=no", "-q"]
-        limits = [f"--timeout={TEST_TIME}", "--timeout-method=thread"]
+        limits = [f"--limit={TEST_TIME}", "--timeout=0"]
         command = [sys.executable, "-m", "pytest", *options, *limits, *(item.nodeid for item in items)]
         self.guest = Guest(command, [filesystem], GUEST_TIME)
         self.log_seen = 0

@@ -135,7 +135,8 @@ class HandlefsExport(Export):
         self.command("export", str(self.path), CLIENT, "-o", "no_root_squash", "--apply")
 
     def command(self, *arguments: str) -> str:
-        return run(sys.executable, "-m", "handlefs", *arguments)
+        """Run handlefs, as an administrator on the server does: not in a directory on the client, which may hang."""
+        return run("env", "--chdir=/", sys.executable, "-m", "handlefs", *arguments)
 
     @property
     def pid(self) -> int:

@@ -21,10 +21,11 @@ OLD, NEW = b"old content", b"new content"
 LOST = {errno.ESTALE, errno.EIO, errno.EBADF}  # the latter two for an open file that an NFSv4 client could not reclaim
 
 
-def replace(path: Path) -> bool:
+def replace(export: Export, path: Path) -> bool:
     """Delete the file and make another one of that name; True if it has got the old one's inode number."""
     ino = path.stat().st_ino
     path.unlink()
+    export.forget()  # a cached descriptor would keep the inode, and its number, in use
     for attempt in range(100):
         new = path.with_name(f"new-{attempt}")
         new.write_bytes(NEW)
@@ -70,7 +71,7 @@ def holding(path: Path, flags: int) -> Iterator[int]:
 @pytest.fixture
 def replace_file(export: Export, place: Path) -> Callable[[], None]:
     def replace_it() -> None:
-        reused = replace(place / "file")
+        reused = replace(export, place / "file")
         assert reused or "btrfs" in str(place), "the inode number has not been given again; this would prove little"
 
     (place / "file").write_bytes(OLD)
@@ -92,7 +93,7 @@ def test_a_file_replaced_while_open(export: Export, there: Path, place: Path) ->
     (place / "file").write_bytes(OLD)
     with holding(there / "file", os.O_RDONLY) as fd:
         assert os.pread(fd, 100, 0) == OLD
-        replace(place / "file")
+        replace(export, place / "file")
         export.forget()
         assert read_held(fd) in {OLD, errno.ESTALE}
         assert (there / "file").read_bytes() == NEW

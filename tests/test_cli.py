@@ -1,0 +1,810 @@
+"""The command line: real commands, real mounts."""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from handlefs import control, nfs
+from handlefs.cli.main import cli
+from handlefs.mount import mount_at, unmount
+
+from .support.filesystems import FileSystems
+
+HANDLEFS = [sys.executable, "-m", "handlefs"]
+MAN_PAGE = Path(__file__).parents[1] / "docs/handlefs.8"
+TIMEOUT = 120
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A runtime directory of this test's own: servers elsewhere on this machine are not its business."""
+    directory = tmp_path / "run"
+    monkeypatch.setenv("HANDLEFS_RUNTIME_DIR", str(directory))
+    return directory
+
+
+def handlefs(*words: object, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    argv = [*HANDLEFS, *(str(word) for word in words)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT, check=False, cwd=cwd)
+
+
+def ok(*words: object) -> str:
+    """Run a command that must succeed, and say nothing on stderr."""
+    done = handlefs(*words)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stderr == ""
+    return done.stdout
+
+
+def fails(*words: object, status: int = 1) -> str:
+    """Run a command that must fail with a message; the message."""
+    done = handlefs(*words)
+    assert done.returncode == status, done.stderr + done.stdout
+    assert done.stderr.startswith("handlefs: ")
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+class Place:
+    """A source, a mount point and the rest of what a server needs."""
+
+    def __init__(self, base: Path, source: Path) -> None:
+        self.source = source
+        self.path = base / "mnt"
+        self.state_dir = base / "state"
+        self.log = base / "log"
+        self.path.mkdir()
+        (source / "file").write_text("content")
+        (source / "dir").mkdir()
+
+    def options(self) -> list[object]:
+        return ["--state-dir", self.state_dir, "--log-file", self.log]
+
+    def mount(self, *words: object) -> str:
+        return ok(self.source, self.path, *self.options(), *words)
+
+    @property
+    def pid(self) -> int:
+        return control.server_pid(str(self.path))
+
+    def is_mounted(self) -> bool:
+        return mount_at(str(self.path)) is not None
+
+    def kill(self) -> None:
+        pid = self.pid
+        server = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGKILL)
+        wait_for_end(server)
+
+
+def wait_for_end(server: int) -> None:
+    """Wait until the process of a pidfd has ended, and close that."""
+    poll = select.poll()
+    poll.register(server, select.POLLIN)
+    ended = poll.poll(TIMEOUT * 1000)
+    os.close(server)
+    assert ended, "the server still runs"
+
+
+@pytest.fixture
+def place(tmp_path: Path, filesystems: FileSystems) -> Iterator[Place]:
+    source = filesystems["ext4"] / "cli"
+    source.mkdir()
+    place = Place(tmp_path, source)
+    yield place
+    while place.is_mounted():
+        unmount(str(place.path), lazy=True)
+    shutil.rmtree(source)
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+
+def commands(
+    command: click.Command = cli, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """All commands by their names, the group itself included."""
+    yield path, command
+    if isinstance(command, click.Group):
+        for name, below in command.commands.items():
+            yield from commands(below, (*path, name))
+
+
+def test_help_fits_one_screen() -> None:
+    lines = ok("--help").splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    assert ok("-h") == ok("--help")
+
+
+@pytest.mark.parametrize("path", [path for path, _ in commands() if path], ids=" ".join)
+def test_every_command_has_help(path: tuple[str, ...]) -> None:
+    lines = ok(*path, "--help").splitlines()
+    assert lines[0].startswith(f"Usage: handlefs {' '.join(path)}")
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("words", [[], ["map"]])
+def test_without_a_command_there_is_help(words: list[str]) -> None:
+    done = handlefs(*words)
+    assert done.stdout + done.stderr == ok(*words, "--help")
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"handlefs \d+\.\d+\.\d+\n", ok("--version"))
+
+
+def test_the_man_page_has_every_command_and_option() -> None:
+    page = MAN_PAGE.read_text()
+    for path, command in commands():
+        if path and not isinstance(command, click.Group):
+            assert re.search(rf"^\.It Cm {' '.join(path)}\b", page, re.MULTILINE), path
+        for parameter in command.params:
+            for name in parameter.opts if isinstance(parameter, click.Option) else ():
+                written = name.lstrip("-") if len(name) == 2 else name[1:].replace("-", r"\-")
+                assert f"Fl {written}" in page, (path, name)
+
+
+def test_the_man_page_is_well_formed() -> None:
+    if shutil.which("mandoc"):
+        checker = ["mandoc", "-T", "lint", "-W", "warning", str(MAN_PAGE)]
+    elif shutil.which("groff"):
+        checker = ["groff", "-mdoc", "-ww", "-z", "-T", "utf8", str(MAN_PAGE)]
+    else:
+        pytest.skip("neither mandoc nor groff is installed")
+    done = subprocess.run(checker, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+# --- mounting -------------------------------------------------------------------------------------------------------
+
+
+@needs_root
+def test_mount_and_umount(place: Place) -> None:
+    assert place.mount() == ""
+    assert (place.path / "file").read_text() == "content"
+    assert mount_at(str(place.path)).fstype == "fuse.handlefs"  # type: ignore[union-attr]
+    assert mount_at(str(place.path)).source == str(place.source)  # type: ignore[union-attr]
+    server = os.pidfd_open(place.pid)
+    assert ok("umount", place.path) == ""
+    assert not place.is_mounted()
+    poll = select.poll()
+    poll.register(server, select.POLLIN)
+    assert poll.poll(0), "umount must have waited for the server's end"
+    os.close(server)
+    assert control.servers() == []
+    log = place.log.read_text()
+    assert f"serving {place.source} at {place.path}" in log
+    assert "is unmounted" in log
+
+
+@needs_root
+def test_the_server_leaves_its_callers_world(place: Place) -> None:
+    argv = [*HANDLEFS, str(place.source), str(place.path), *map(str, place.options())]
+    with (place.source / "file").open() as held:
+        subprocess.run(argv, pass_fds=[held.fileno()], cwd=place.source, check=True, timeout=TIMEOUT)
+    process = Path(f"/proc/{place.pid}")
+    assert os.readlink(process / "cwd") == "/"
+    assert {os.readlink(process / f"fd/{number}") for number in (0, 1, 2)} == {"/dev/null"}
+    assert os.getsid(place.pid) == place.pid
+    assert str(place.source / "file") not in [os.readlink(link) for link in (process / "fd").iterdir()]
+    ok("umount", place.path)
+
+
+@needs_root
+@pytest.mark.parametrize("words", [["--ro"], ["-o", "ro"], ["-o", "noatime,ro,_netdev,x-systemd.automount"]])
+def test_read_only_is_enforced(place: Place, words: list[str]) -> None:
+    place.mount(*words)
+    with pytest.raises(OSError, match="Read-only") as raised:
+        (place.path / "new").write_text("")
+    assert raised.value.errno == errno.EROFS
+    assert json.loads(ok("status", place.path, "--json"))["read_only"] is True
+    ok("umount", place.path)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("options", "fstype", "source"),
+    [
+        ("fsname=tank", "fuse", "tank"),
+        ("subtype=mirror", "fuse.mirror", None),
+        ("fsname=tank,subtype=mirror", "fuse.mirror", "tank"),
+    ],
+)
+def test_fsname_and_subtype_reach_the_mount(place: Place, options: str, fstype: str, source: str | None) -> None:
+    place.mount("-o", options)
+    mount = mount_at(str(place.path))
+    assert mount is not None
+    assert (mount.fstype, mount.source) == (fstype, source or str(place.source))
+    ok("umount", place.path)
+
+
+@needs_root
+def test_mount_flags_reach_the_mount(place: Place) -> None:
+    place.mount("-o", "nosuid,nodev,noexec,noatime")
+    assert {"nosuid", "nodev", "noexec", "noatime"} <= set(mount_at(str(place.path)).options.split(","))  # type: ignore[union-attr]
+    ok("umount", place.path)
+
+
+@needs_root
+def test_options_of_the_command_line_win_over_those_in_o(place: Place) -> None:
+    place.mount("-o", "cache-size=5", "--cache-size", "6", "-o", "submounts=hide")
+    config = control.request(str(place.path), {"op": "config"})["config"]
+    assert (config["cache_size"], config["submounts"]) == (6, "hide")
+    ok("umount", place.path)
+
+
+@needs_root
+def test_foreground_stays_until_interrupted(place: Place) -> None:
+    argv = [*HANDLEFS, "--foreground", place.source, place.path, "--state-dir", place.state_dir]
+    with subprocess.Popen([str(word) for word in argv], stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        assert "serving" in server.stderr.readline()
+        assert (place.path / "file").read_text() == "content"
+        server.send_signal(signal.SIGINT)
+        assert server.wait(TIMEOUT) == 0
+        assert "Traceback" not in server.stderr.read()
+    assert not place.is_mounted()
+
+
+@needs_root
+def test_sigterm_unmounts_and_the_last_user_ends_the_server(place: Place) -> None:
+    place.mount()
+    server = os.pidfd_open(place.pid)
+    with (place.path / "file").open() as held:
+        ended = threading.Event()
+        signal.pidfd_send_signal(server, signal.SIGTERM)
+        wait_until_unmounted(place)
+        assert json.loads(ok("status", "--json"))[0]["state"] == "detached"
+        assert held.read() == "content"
+        assert not ended.is_set()
+    wait_for_end(server)
+    assert control.servers() == []
+
+
+def wait_until_unmounted(place: Place) -> None:
+    """The kernel flags a change of the mount table to poll(2)."""
+    with open("/proc/self/mountinfo") as table:
+        poll = select.poll()
+        poll.register(table, select.POLLPRI)
+        while place.is_mounted():
+            assert poll.poll(TIMEOUT * 1000), "still mounted"
+
+
+@needs_root
+def test_mistakes_are_told(place: Place, tmp_path: Path) -> None:
+    source, path = place.source, place.path
+    (source / "inside").mkdir()
+    (path / "below").mkdir()
+    a_file = tmp_path / "a file"
+    a_file.write_text("")
+    link = tmp_path / "link"
+    link.symlink_to(source / "inside")
+    cases: list[tuple[list[object], str]] = [
+        ([tmp_path / "none", path], f"source {tmp_path}/none does not exist"),
+        ([a_file, path], f"source {a_file} is not a directory"),
+        ([source, tmp_path / "none"], f"mount point {tmp_path}/none does not exist (mkdir -p {tmp_path}/none)"),
+        ([source, a_file], f"mount point {a_file} is not a directory"),
+        ([source, source / "inside"], "is inside source"),
+        ([source, link], "is inside source"),
+        ([source, source], "is inside source"),
+        ([path / "below", path], "is inside mount point"),
+        ([source, path, "--state-dir", source / "inside"], "is inside the source"),
+        ([source, path, "--log-file", tmp_path / "none/log"], f"cannot log to {tmp_path}/none/log: No such file"),
+        ([source, path, "--key-file", a_file], "is not a key file"),
+        (["/proc", path], "no file handles"),
+    ]
+    for words, message in cases:
+        assert message in fails(*place.options(), *words), words
+        assert not place.is_mounted()
+    usage: list[tuple[list[object], str]] = [
+        ([source], "MOUNTPOINT"),
+        ([source, path, "more"], "more"),
+        ([source, path, "-o", "nosiud"], "unknown mount option 'nosiud'; did you mean 'nosuid'?"),
+        ([source, path, "-o", "remount,ro"], "remount is not possible"),
+        ([source, path, "--cache-size", "lots"], "bad cache-size 'lots'"),
+        ([source, path, "--entry-timeout", "-1"], "bad entry-timeout '-1'"),
+        ([source, path, "--submounts", "maybe"], "bad submounts 'maybe'"),
+        ([source, path, "--transport", "pigeon"], "bad transport 'pigeon'"),
+        ([source, path, "--bogus"], "--bogus"),
+        ([source, ""], "MOUNTPOINT is empty"),
+    ]
+    for words, message in usage:
+        assert message in fails(*words, status=2), words
+    assert control.servers() == []
+
+
+@needs_root
+def test_without_capabilities_it_says_which(place: Place) -> None:
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv(1) is not installed")
+    argv = ["setpriv", "--bounding-set=-sys_admin,-dac_read_search", *HANDLEFS, str(place.source), str(place.path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 1
+    assert "run it as root" in done.stderr
+    assert "CAP_DAC_READ_SEARCH" in done.stderr
+    assert "CAP_SYS_ADMIN" in done.stderr
+
+
+@needs_root
+def test_a_second_mount_at_the_same_place_is_refused(place: Place) -> None:
+    place.mount()
+    message = fails(place.source, place.path, *place.options())
+    assert f"{place.path} is already a handlefs mount of {place.source} (process {place.pid})" in message
+    ok("umount", place.path)
+
+
+@needs_root
+def test_the_dead_mount_of_a_killed_server_is_replaced(place: Place) -> None:
+    place.mount()
+    place.kill()
+    with pytest.raises(OSError, match="not connected"):
+        place.path.stat()
+    assert json.loads(ok("status", "--json"))[0]["state"] == "killed"
+    assert "handlefs restart" in fails("status", place.path)
+    done = handlefs(place.source, place.path, *place.options())
+    assert done.returncode == 0
+    assert f"replacing the dead mount at {place.path}" in done.stderr
+    assert (place.path / "file").read_text() == "content"
+    ok("umount", place.path)
+
+
+@pytest.mark.parametrize("words", [["statsu"], ["statsu", "/mnt"], ["evcit", "/mnt", "--all"]])
+def test_a_mistyped_command_is_no_mount(words: list[str]) -> None:
+    assert re.search("no command '(statsu|evcit)'; did you mean 'handlefs (status|evict)'", fails(*words, status=2))
+
+
+@needs_root
+def test_a_source_named_like_a_command(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "status").symlink_to(place.source)
+    done = handlefs("./status", place.path, *place.options(), cwd=tmp_path)
+    assert done.returncode == 0
+    assert (place.path / "file").exists()
+    ok("umount", place.path)
+
+
+# --- umount ---------------------------------------------------------------------------------------------------------
+
+
+@needs_root
+def test_umount_says_who_is_in_the_way(place: Place) -> None:
+    place.mount()
+    (place.path / "program").write_bytes(Path("/bin/sleep").read_bytes())
+    (place.path / "program").chmod(0o755)
+    with (
+        (place.path / "file").open() as held,
+        subprocess.Popen(["sleep", "1000"], cwd=place.path / "dir") as inside,
+        subprocess.Popen([place.path / "program", "1000"]) as program,
+    ):
+        message = fails("umount", place.path)
+        assert re.search(rf"process {os.getpid()} \(.*\): descriptor {held.fileno()}\n", message)
+        assert f"process {inside.pid} (sleep): cwd" in message
+        assert f"process {program.pid} (program): exe" in message
+        assert f"handlefs umount --lazy {place.path}" in message
+        assert (place.path / "file").read_text() == "content"
+        inside.kill()
+        program.kill()
+    ok("umount", place.path)
+
+
+@needs_root
+def test_umount_names_a_mount_on_the_mount(place: Place) -> None:
+    place.mount()
+    subprocess.run(["mount", "-t", "tmpfs", "none", place.path / "dir"], check=True)
+    assert f"a mount at {place.path}/dir" in fails("umount", place.path)
+    unmount(str(place.path / "dir"))
+    ok("umount", place.path)
+
+
+@needs_root
+def test_lazy_umount_and_a_new_mount_meanwhile(place: Place) -> None:
+    place.mount()
+    first = os.pidfd_open(place.pid)
+    with (place.path / "file").open() as held:
+        ok("umount", "--lazy", place.path)
+        assert not place.is_mounted()
+        place.mount()
+        assert held.read() == "content"
+    wait_for_end(first)
+    assert json.loads(ok("status", place.path, "--json"))["state"] == "serving"
+    ok("umount", place.path)
+
+
+@needs_root
+def test_umount_after_the_server_was_killed(place: Place) -> None:
+    place.mount()
+    held = os.open(place.path / "file", os.O_PATH)
+    place.kill()
+    ok("umount", place.path)
+    os.close(held)
+    assert not place.is_mounted()
+    assert control.servers() == []
+
+
+@needs_root
+def test_umount_elsewhere_is_refused(place: Place, tmp_path: Path) -> None:
+    assert f"nothing is mounted at {place.path}" in fails("umount", place.path)
+    subprocess.run(["mount", "-t", "tmpfs", "none", place.path], check=True)
+    assert "is not a handlefs mount but one of type tmpfs" in fails("umount", place.path)
+    unmount(str(place.path))
+
+
+# --- restart --------------------------------------------------------------------------------------------------------
+
+
+@needs_root
+def test_restart_keeps_configuration_and_handles(place: Place) -> None:
+    place.mount("--cache-size", "9", "-o", "noatime", "--entry-timeout", "2.5")
+    before = control.request(str(place.path), {"op": "config"})["config"]
+    first, handle = place.pid, json.loads(ok("handle", place.path / "file", "--json"))
+    ok("restart", place.path)
+    assert place.pid != first
+    assert control.request(str(place.path), {"op": "config"})["config"] == before
+    assert json.loads(ok("handle", place.path / "file", "--json")) == handle
+    place.kill()
+    assert ok("restart", place.path) == ""
+    assert (place.path / "file").read_text() == "content"
+    assert control.request(str(place.path), {"op": "config"})["config"] == before
+    ok("umount", place.path)
+
+
+@needs_root
+def test_restart_of_a_busy_mount_changes_nothing(place: Place) -> None:
+    place.mount()
+    pid = place.pid
+    with (place.path / "file").open():
+        assert f"process {os.getpid()} (" in fails("restart", place.path)
+    assert place.pid == pid
+    ok("umount", place.path)
+
+
+@needs_root
+def test_a_failed_restart_says_how_to_go_on(place: Place) -> None:
+    place.log = place.log.with_name("logs") / "log"
+    place.log.parent.mkdir()
+    place.mount()
+    hidden = place.source.with_name("hidden")
+    place.source.rename(hidden)
+    try:
+        assert f"source {place.source} does not exist" in fails("restart", place.path)
+    finally:
+        hidden.rename(place.source)
+    assert (place.path / "file").exists(), "what can be seen before must not end the server"
+    shutil.rmtree(place.log.parent)
+    message = fails("restart", place.path)
+    place.log.parent.mkdir()
+    assert f"cannot log to {place.log}" in message
+    (command,) = re.findall(r"^  handlefs (.*)$", message, re.MULTILINE)
+    ok(*shlex.split(command))
+    assert (place.path / "file").exists()
+    ok("umount", place.path)
+
+
+def test_restart_of_what_never_ran(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        assert f"no handlefs server is known for {tmp_path}" in fails("restart", tmp_path)
+
+
+# --- status, evict --------------------------------------------------------------------------------------------------
+
+
+@needs_root
+def test_status(place: Place) -> None:
+    assert ok("status") == "No handlefs server runs here.\n"
+    assert json.loads(ok("status", "--json")) == []
+    place.mount()
+    (place.path / "file").read_text()
+    lines = ok("status").splitlines()
+    assert lines[0].split() == ["MOUNTPOINT", "SOURCE", "PID", "STATE"]
+    assert lines[1].split() == [str(place.path), str(place.source), str(place.pid), "serving"]
+    with (place.path / "file").open():
+        details = json.loads(ok("status", place.path, "--json"))
+        text = ok("status", place.path)
+    assert details["pid"] == place.pid
+    assert details["source"] == str(place.source)
+    assert details["filesystem"]["type"] == "ext4"
+    assert details["nodeids"].startswith("inline")
+    assert details["open_files"] == 1
+    assert details["operations_total"] > 0
+    assert details["exported"] is False
+    for label in ("pid", "source", "file system", "node IDs", "inode cache", "handle map", "open files", "operations"):
+        assert re.search(rf"^{label}  +\S", text, re.MULTILINE), label
+    ok("umount", place.path)
+
+
+@needs_root
+def test_evict(place: Place) -> None:
+    place.mount("--cache-size", "100")
+    with contextlib.ExitStack() as held:  # else the kernel may forget them, and then so does the server
+        for number in range(20):
+            held.enter_context((place.path / f"new{number}").open("w")).write("x")
+        assert json.loads(ok("status", place.path, "--json"))["cache"]["size"] >= 20
+        assert ok("evict", place.path, "--count", "3") == "3 evicted\n"
+        assert int(ok("evict", place.path, "--all").split()[0]) >= 17
+    assert (place.path / "new0").read_text() == "x"
+    assert "exclude each other" in fails("evict", place.path, "--all", "--count", "1", status=2)
+    assert "--count" in fails("evict", place.path, "--count", "-1", status=2)
+    ok("umount", place.path)
+    assert "no handlefs server runs" in fails("evict", place.path)
+
+
+# --- check, handle, export, map, completion -----------------------------------------------------------------------------
+
+
+def findings(source: Path | str, status: int = 0) -> dict[str, dict[str, str]]:
+    done = handlefs("check", source, "--json")
+    assert done.returncode == status, done.stdout + done.stderr
+    return {finding["name"]: finding for finding in json.loads(done.stdout)}
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("kind", "handle", "nodeids"),
+    [
+        ("ext4", "type 0x1, 8 bytes", "inline"),
+        ("xfs", "type 0x81, 12 bytes", "inline"),
+        ("btrfs", "type 0x4d, 20 bytes", "mapped"),
+        ("tmpfs", "type 0x1, 12 bytes", "mapped"),
+    ],
+)
+def test_check_knows_the_file_system(filesystems: FileSystems, kind: str, handle: str, nodeids: str) -> None:
+    found = findings(filesystems[kind])
+    assert found["file system"]["detail"].startswith(kind)
+    assert found["file handles"] == {"name": "file handles", "verdict": "ok", "detail": handle, "advice": ""}
+    assert found["node IDs"]["detail"].startswith(nodeids)
+    assert found["CAP_DAC_READ_SEARCH"]["verdict"] == found["CAP_SYS_ADMIN"]["verdict"] == "ok"
+    assert re.match(r"7\.\d+: EXPORT_SUPPORT, ", found["FUSE protocol"]["detail"])
+
+
+@needs_root
+def test_check_says_what_is_missing(tmp_path: Path) -> None:
+    handles = findings("/proc", status=1)["file handles"]
+    assert handles["verdict"] == "missing"
+    assert "ext4" in handles["advice"]
+    assert findings(tmp_path / "none", status=1)["source"]["verdict"] == "missing"
+    done = handlefs("check", "/proc")
+    assert done.returncode == 1
+    assert re.search(r"^missing +file handles .*\n +→ ", done.stdout, re.MULTILINE)
+
+
+@needs_root
+def test_check_without_capabilities(tmp_path: Path) -> None:
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv(1) is not installed")
+    argv = ["setpriv", "--bounding-set=-sys_admin,-dac_read_search", *HANDLEFS, "check", str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 1
+    assert re.search("^missing +CAP_SYS_ADMIN", done.stdout, re.MULTILINE)
+    assert re.search("^missing +CAP_DAC_READ_SEARCH", done.stdout, re.MULTILINE)
+    assert re.search("^limited +FUSE protocol", done.stdout, re.MULTILINE)
+
+
+@needs_root
+def test_check_sees_submounts(place: Place) -> None:
+    subprocess.run(["mount", "-t", "proc", "none", place.source / "dir"], check=True)
+    try:
+        found = findings(place.source)["sub-mounts"]
+    finally:
+        unmount(str(place.source / "dir"))
+    assert found["verdict"] == "limited"
+    assert f"{place.source}/dir" in found["detail"]
+    assert "--submounts=hide" in found["advice"]
+
+
+@needs_root
+def test_handle_forth_and_back(place: Place) -> None:
+    place.mount()
+    facts: dict[str, Any] = json.loads(ok("handle", place.path / "file", "--json"))
+    status = (place.source / "file").stat()
+    assert (facts["ino"], facts["path"]) == (status.st_ino, str(place.source / "file"))
+    assert facts["mount_path"] == str(place.path / "file")
+    assert int(facts["nodeid"], 16) == facts["ino"] << 32 | facts["gen"]
+    kernel = name_to_handle(place.path / "file")
+    assert facts["nfs_handle"] == kernel
+    hexadecimal = kernel.partition(":")[2]
+    knfsd = f"01000181{'00000011'}{hexadecimal}"  # NFS handle as on the wire: fsid=17
+    nodeid = int(facts["nodeid"], 16)
+    with (place.source / "file").open():  # keeps the kernel from forgetting its name
+        for what in (place.source / "file", facts["nodeid"], nodeid, kernel, hexadecimal, knfsd, facts["handle"]):
+            assert json.loads(ok("handle", what, "--json")) == facts, what
+        assert json.loads(ok("handle", facts["nodeid"], "--source", place.path, "--json")) == facts
+        assert re.search(rf"^node ID +{facts['nodeid']}$", ok("handle", place.path / "file"), re.MULTILINE)
+    root = json.loads(ok("handle", place.path, "--json"))
+    assert (root["path"], root["mount_path"], int(root["nodeid"], 16)) == (str(place.source), str(place.path), 1)
+    assert root["nfs_handle"] == name_to_handle(place.path)
+
+    forged = f"{hexadecimal[:-8]}{int(hexadecimal[-8:], 16) ^ 1:08x}"
+    assert "does not belong to node ID" in fails("handle", forged)
+    with (place.source / "file").open():
+        (place.source / "file").unlink()
+        assert re.search("^path +none: removed, but still open", ok("handle", facts["nodeid"]), re.MULTILINE)
+    ok("evict", place.path, "--all")
+    assert "stale" in fails("handle", facts["nodeid"])
+    assert "stale" in fails("handle", facts["handle"])
+    assert "No such file" in fails("handle", place.path / "file")
+    assert "neither a path nor a node ID nor a handle" in fails("handle", "nonsense", status=2)
+    assert "is not in a source or mount" in fails("handle", "/etc/passwd")
+    ok("umount", place.path)
+    assert "there are 0 handlefs servers" in fails("handle", "1")
+    assert "has no handle map" in fails("handle", "1", "--source", place.source, "--state-dir", place.state_dir / "no")
+
+
+def name_to_handle(path: Path) -> str:
+    from handlefs.handle import AT_FDCWD, name_to_handle_at  # noqa: PLC0415
+
+    return str(name_to_handle_at(AT_FDCWD, os.fsencode(path))[0])
+
+
+@needs_root
+def test_handle_searches_for_a_path(place: Place) -> None:
+    place.mount()
+    facts = json.loads(ok("handle", place.path / "file", "--json"))
+    (place.source / "file").rename(place.source / "dir/new name")
+    Path("/proc/sys/vm/drop_caches").write_text("2")
+    found = json.loads(ok("handle", facts["nodeid"], "--search", "--json"))
+    assert found["path"] == str(place.source / "dir/new name")
+    ok("umount", place.path)
+
+
+@needs_root
+def test_export_prints_the_line(place: Place) -> None:
+    place.mount()
+    source_id = json.loads(ok("status", place.path, "--json"))["source_id"]
+    number = nfs.fsid(source_id)
+    assert ok("export", place.path, "10.0.0.0/8") == f"{place.path} 10.0.0.0/8(rw,no_subtree_check,fsid={number})\n"
+    given = ok("export", place.path, "*", "-o", "ro,no_root_squash", "--fsid", "7")
+    assert given == f"{place.path} *(no_subtree_check,ro,no_root_squash,fsid=7)\n"
+    ok("restart", place.path)
+    assert f"fsid={number})" in ok("export", place.path, "client.example")
+    assert "use --fsid N" in fails("export", place.path, "*", "-o", "fsid=3")
+    assert "bad CLIENT" in fails("export", place.path, "a b", status=2)
+    assert "--fsid" in fails("export", place.path, "*", "--fsid", "0", status=2)
+    ok("umount", place.path)
+    assert "no handlefs server runs" in fails("export", place.path, "*")
+
+
+@needs_root
+def test_map_commands(tmp_path: Path, filesystems: FileSystems) -> None:
+    source = filesystems["tmpfs"] / "map"
+    source.mkdir()
+    place, key = Place(tmp_path, source), tmp_path / "key"
+    (source / "gone").write_text("")
+    place.mount("--key-file", key)
+    files = [path.stat().st_ino for path in place.path.iterdir()]
+    node = json.loads(ok("handle", place.path / "file", "--json"))
+    (place.path / "gone").unlink()
+    for where in (place.path, source):
+        stats = json.loads(ok("map", "stats", where, "--json"))
+        assert (stats["entries"], stats["state_dir"]) == (len(files), str(place.state_dir))
+    assert re.search(r"^entries +3$", ok("map", "stats", place.path), re.MULTILINE)
+    assert json.loads(ok("map", "verify", place.path, "--json")) == {"live": 2, "unmounted": 0, "dead": 1, "damaged": 0}
+    assert "a server uses it" in ok("map", "compact", place.path)
+    assert ok("map", "verify", place.path) == "2 live\n"
+    ok("umount", place.path)
+    assert "bytes before" in ok("map", "compact", source, "--state-dir", place.state_dir)
+
+    shutil.rmtree(place.state_dir)
+    here = ["--state-dir", place.state_dir]
+    assert "--key-file" in fails("map", "rebuild", source, *here)
+    assert "does not exist" in fails("map", "rebuild", source, *here, "--key-file", tmp_path / "no key")
+    assert "2 files and directories seen, 2 entries" in ok("map", "rebuild", source, *here, "--key-file", key)
+    assert json.loads(ok("handle", source / "file", "--source", source, *here, "--json"))["nodeid"] == node["nodeid"]
+    shutil.rmtree(source)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_are_valid(shell: str, tmp_path: Path) -> None:
+    script = ok("completion", shell)
+    assert "_HANDLEFS_COMPLETE" in script
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed, so its script cannot be tried")
+    file = tmp_path / "script"
+    file.write_text(script)
+    subprocess.run([shell, "-n", str(file)], check=True, timeout=TIMEOUT)
+
+
+def complete(*words: str) -> list[str]:
+    environment = {
+        "_HANDLEFS_COMPLETE": "bash_complete",
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    done = subprocess.run(
+        HANDLEFS, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=TIMEOUT
+    )
+    return done.stdout.splitlines()
+
+
+@needs_root
+def test_completion_of_commands_directories_and_mount_points(place: Place) -> None:
+    assert "plain,restart" in complete("handlefs", "re")
+    assert "dir,/sr" in complete("handlefs", "/sr")
+    assert complete("handlefs", "/srv", "/m") == ["dir,/m"]
+    place.mount()
+    assert complete("handlefs", "umount", "/") == [f"plain,{place.path}"]
+    ok("umount", place.path)
+
+
+# --- mount(8) -------------------------------------------------------------------------------------------------------
+
+HELPER = [sys.executable, "-c", "from handlefs.cli.main import mount_helper; mount_helper()"]
+
+
+def helper(*words: object) -> "subprocess.CompletedProcess[str]":
+    argv = [*HELPER, *(str(word) for word in words)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+
+
+@needs_root
+def test_the_mount_helper_takes_what_mount_passes(place: Place) -> None:
+    own = f"state-dir={place.state_dir},log-file={place.log}"
+    done = helper(place.source, place.path, "-n", "-v", "-o", f"rw,noatime,{own},cache-size=3,dev,suid")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"handlefs: {place.source} mounted on {place.path}\n"
+    assert control.request(str(place.path), {"op": "config"})["config"]["cache_size"] == 3
+    ok("umount", place.path)
+    assert helper(place.source, place.path, "-o", f"bogus,{own}").returncode == 1
+    assert helper(place.source, place.path, "-f", "-o", own).returncode == 0
+    assert not place.is_mounted()
+    assert helper(place.source, place.path, "-s", "-o", f"bogus,{own}", "-t", "fuse.handlefs").returncode == 0
+    ok("umount", place.path)
+    assert helper(place.source).returncode == 1
+    failed = helper(place.source / "none", place.path, "-o", own)
+    assert (failed.returncode, failed.stderr) == (32, f"handlefs: source {place.source}/none does not exist\n")
+
+
+@needs_root
+def test_mount_and_fstab(place: Place, tmp_path: Path) -> None:
+    """With the helper in /sbin of a mount namespace of our own, as its place is fixed."""
+    script = tmp_path / "helper/mount.fuse.handlefs"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(HELPER)} "$@"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    fstab = tmp_path / "fstab"
+    options = f"state-dir={place.state_dir},log-file={place.log}"
+    fstab.write_text(f"{place.source} {place.path} fuse.handlefs noauto,nofail,_netdev,x-a=b,nodev,{options} 0 0\n")
+    show, leave = (
+        f"grep {shlex.quote(str(place.path))} /proc/self/mountinfo",
+        f"{shlex.join(HANDLEFS)} umount {place.path}",
+    )
+    commands = f"""
+        set -e
+        mount -t tmpfs none {tmp_path}/layer
+        mkdir {tmp_path}/layer/upper {tmp_path}/layer/work
+        cp {script} {tmp_path}/layer/upper
+        sbin=$(readlink -f /sbin)
+        mount -t overlay none -o lowerdir=$sbin,upperdir={tmp_path}/layer/upper,workdir={tmp_path}/layer/work $sbin
+        mount -t fuse.handlefs {place.source} {place.path} -o ro,{options}
+        {show}; cat {place.path}/file; {leave}
+        mount --fstab {fstab} {place.path}
+        {show}; cat {place.path}/file; {leave}
+        mount -t fuse.handlefs {place.source} {place.path} -o bogus || echo "status $?"
+        """
+    (tmp_path / "layer").mkdir()
+    argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", commands]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    first, second = re.findall(rf"{place.path} (\S+) .*- (?:fuse.handlefs) {place.source} ", done.stdout)
+    assert "ro" in first.split(",")
+    assert "nodev" in second.split(",")
+    assert done.stdout.count("content") == 2
+    assert "unknown mount option 'bogus'" in done.stderr
+    assert done.stdout.endswith("status 1\n")
