@@ -10,6 +10,7 @@ from handlefs.mount import MountOptions, OptionError
 
 Submounts = Literal["cross", "hide"]
 Transport = Literal["pyfuse3", "direct"]
+Passthrough = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Config:
     attr_timeout: float = 1.0
     submounts: Submounts = "cross"
     transport: Transport = "pyfuse3"
+    passthrough: Passthrough = "auto"
     log_file: str | None = None
 
     def with_options(self, own: Mapping[str, str]) -> "Config":
@@ -81,6 +83,10 @@ def _transport(name: str, text: str) -> Transport:
     return cast(Transport, _choice(name, text, get_args(Transport)))
 
 
+def _passthrough(name: str, text: str) -> Passthrough:
+    return cast(Passthrough, _choice(name, text, get_args(Passthrough)))
+
+
 def _choice(name: str, text: str, choices: tuple[str, ...]) -> str:
     if text not in choices:
         raise OptionError(f"bad {name} '{text}': expected {' or '.join(choices)}")
@@ -99,5 +105,6 @@ _OPTIONS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = {
     "key-file": ("key_file", _path),
     "submounts": ("submounts", _submounts),
     "transport": ("transport", _transport),
+    "passthrough": ("passthrough", _passthrough),
     "log-file": ("log_file", _path),
 }

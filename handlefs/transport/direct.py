@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from handlefs.config import Config
 from handlefs.credentials import Caller
+from handlefs.errors import StartupError
 from handlefs.metrics import OperationMetrics
 from handlefs.mount import mount_fuse, unmount
 from handlefs.operations import Changes, Operations
@@ -21,6 +22,7 @@ from handlefs.protocol import abi
 from handlefs.protocol.init import MAX_WRITE, Negotiated, negotiate
 from handlefs.source import Attributes, Entry
 from handlefs.syscalls import DirectoryEntry, Moment
+from handlefs.transport.backing import NO_BACKING, BackingFiles
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +58,13 @@ def serve(operations: Operations, config: Config, metrics: OperationMetrics, on_
         options.device(config.source), config.mountpoint, options.fstype(), options.flags(), options.fuse_data(device)
     )
     try:
-        negotiated = _answer_init(device)
-        dispatcher = Dispatcher(operations, negotiated, config, metrics)
+        negotiated = _answer_init(device, passthrough=config.passthrough != "off")
+        if config.passthrough == "on" and not negotiated.has(abi.FUSE_PASSTHROUGH):
+            raise StartupError(
+                "this kernel has no FUSE passthrough (Linux 6.9 or newer): use --passthrough=auto or off"
+            )
+        backing = BackingFiles(device, enabled=negotiated.has(abi.FUSE_PASSTHROUGH))
+        dispatcher = Dispatcher(operations, negotiated, backing, config, metrics)
         threads = [
             threading.Thread(target=_worker, args=(device, dispatcher), name=f"fuse-{number}", daemon=True)
             for number in range(WORKER_THREADS)
@@ -75,12 +82,12 @@ def serve(operations: Operations, config: Config, metrics: OperationMetrics, on_
     os.close(device)
 
 
-def _answer_init(device: int) -> Negotiated:
+def _answer_init(device: int, *, passthrough: bool) -> Negotiated:
     buffer = os.read(device, _LARGEST_REQUEST)
     _, opcode, unique, *_ = abi.fuse_in_header.unpack_from(buffer)
     if opcode != abi.FUSE_INIT:
         raise OSError(errno.EPROTO, "the kernel's first request is not INIT")
-    negotiated, payload = negotiate(memoryview(buffer)[abi.fuse_in_header.size :])
+    negotiated, payload = negotiate(memoryview(buffer)[abi.fuse_in_header.size :], passthrough=passthrough)
     os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique) + payload)
     return negotiated
 
@@ -112,9 +119,15 @@ class Dispatcher:
     """Turns requests into operations and their results into replies. It keeps nothing between requests."""
 
     def __init__(
-        self, operations: Operations, negotiated: Negotiated, config: Config, metrics: OperationMetrics
+        self,
+        operations: Operations,
+        negotiated: Negotiated,
+        backing: BackingFiles,
+        config: Config,
+        metrics: OperationMetrics,
     ) -> None:
         self.negotiated = negotiated
+        self._backing = backing
         self._operations = operations
         self._metrics = metrics
         self._entry_timeout = divmod(round(config.entry_timeout * 10**9), 10**9)
@@ -156,7 +169,7 @@ class Dispatcher:
             abi.FUSE_OPENDIR: self._opendir,
             abi.FUSE_READDIR: self._readdir,
             abi.FUSE_READDIRPLUS: self._readdirplus,
-            abi.FUSE_RELEASEDIR: self._release,
+            abi.FUSE_RELEASEDIR: self._releasedir,
             abi.FUSE_FSYNCDIR: self._fsync,
             abi.FUSE_SYNCFS: self._syncfs,
             abi.FUSE_SETXATTR: self._setxattr,
@@ -343,20 +356,26 @@ class Dispatcher:
     def _open(self, request: Request) -> Reply:
         flags, open_flags = abi.fuse_open_in.unpack_from(request.body)
         kill = bool(open_flags & abi.FUSE_OPEN_KILL_SUIDGID)
-        return abi.fuse_open_out.pack(self._operations.open(request.nodeid, flags, kill_suidgid=kill), 0, 0)
+        return self._opened(request.nodeid, self._operations.open(request.nodeid, flags, kill_suidgid=kill))
+
+    def _opened(self, nodeid: int, fh: int) -> bytes:
+        """struct fuse_open_out for a regular file."""
+        file = self._operations.open_files.get(nodeid, fh)
+        backing_id = NO_BACKING if file is None else self._backing.opened(nodeid, file.fd)
+        return abi.fuse_open_out.pack(fh, abi.FOPEN_PASSTHROUGH if backing_id else 0, backing_id)
 
     def _create(self, request: Request) -> Reply:
         flags, mode, umask, _ = abi.fuse_create_in.unpack_from(request.body)
         caller = Caller(request.uid, request.gid, request.pid, umask)
         name = _name(request.body[abi.fuse_create_in.size :])
         entry, fh = self._operations.create(request.nodeid, name, mode, flags, caller)
-        return self._entry(entry) + abi.fuse_open_out.pack(fh, 0, 0)
+        return self._entry(entry) + self._opened(entry.nodeid, fh)
 
     def _tmpfile(self, request: Request) -> Reply:
         flags, mode, umask, _ = abi.fuse_create_in.unpack_from(request.body)
         caller = Caller(request.uid, request.gid, request.pid, umask)
         entry, fh = self._operations.tmpfile(request.nodeid, mode, flags, caller)
-        return self._entry(entry) + abi.fuse_open_out.pack(fh, 0, 0)
+        return self._entry(entry) + self._opened(entry.nodeid, fh)
 
     def _read(self, request: Request) -> Reply:
         fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
@@ -376,6 +395,10 @@ class Dispatcher:
         return b""
 
     def _release(self, request: Request) -> Reply:
+        self._backing.released(request.nodeid)
+        return self._releasedir(request)
+
+    def _releasedir(self, request: Request) -> Reply:
         self._operations.release(request.nodeid, abi.fuse_release_in.unpack_from(request.body)[0])
         return b""
 
