@@ -220,9 +220,10 @@ def _unescape(field: bytes) -> str:
 def parse_mountinfo(content: bytes) -> Iterator[Mount]:
     """The mounts a mountinfo file lists, in its order."""
     for line in content.rstrip(b"\n").split(b"\n"):
-        left, right = line.split(b" - ", 1)
-        mount_id, parent_id, dev, root, mountpoint, options = left.split(b" ")[:6]
-        fstype, source, super_options = (*right.split(b" "), b"", b"")[:3]
+        fields = line.split(b" ")
+        mount_id, parent_id, dev, root, mountpoint, options = fields[:6]
+        after = fields.index(b"-", 6) + 1  # optional fields stand before the dash
+        fstype, source, super_options = (*fields[after:], b"", b"")[:3]
         major, minor = dev.split(b":")
         texts = [_unescape(field) for field in (root, mountpoint, options, fstype, source, super_options)]
         yield Mount(int(mount_id), int(parent_id), (int(major), int(minor)), *texts)

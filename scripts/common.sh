@@ -52,7 +52,7 @@ allow_daemons() {
 
 install_packages() { # install_packages LIST...: what these lists name and is not there yet
     # shellcheck disable=SC2046  # words are what is wanted
-    set -- $(names "$@")
+    set -- $(names "$@" | sort -u)
     if ! command -v apt-get > /dev/null || ! command -v dpkg-query > /dev/null; then
         say "No apt-get here: install what these Debian packages hold yourself, if it is not there: $*"
         return 0

@@ -34,7 +34,7 @@ def start_nfsd() -> None:
     for setting in ("nfsv4leasetime", "nfsv4gracetime"):
         (NFSD / setting).write_text("10")
     run("rpc.nfsd", str(THREADS))
-    subprocess.run(["rpc.mountd"], stdin=subprocess.DEVNULL, check=True)
+    run("rpc.mountd")
     export_natively(PSEUDO_ROOT, 0)
 
 
@@ -43,7 +43,7 @@ def export_natively(path: Path, fsid: int) -> None:
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
-    """Wait for something that the client's kernel does in its own time, and tells nobody."""
+    """Wait for what the client's kernel does in its own time, without telling anybody."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"after {seconds} s it is still not so that {what}"
@@ -113,8 +113,10 @@ class NativeExport(Export):
     @contextmanager
     def outage(self) -> Iterator[None]:
         run("rpc.nfsd", "0")
-        yield
-        run("rpc.nfsd", str(THREADS))
+        try:
+            yield
+        finally:
+            run("rpc.nfsd", str(THREADS))
 
     def stop(self) -> None:
         run("exportfs", "-u", f"{CLIENT}:{self.path}")
@@ -160,8 +162,10 @@ class HandlefsExport(Export):
     @contextmanager
     def outage(self) -> Iterator[None]:
         self.kill()
-        yield
-        self.restart()
+        try:
+            yield
+        finally:
+            self.restart()
 
     def stop(self) -> None:
         run("exportfs", "-u", f"{CLIENT}:{self.path}")

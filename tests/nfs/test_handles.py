@@ -15,17 +15,20 @@ import pytest
 
 from ..support.syscalls import Handle, drop_caches, name_to_handle, open_handle
 from . import nfs3
-from .knfsd import Client, Export, HandlefsExport, NativeExport, nfsd_handle
+from .knfsd import Client, Export, HandlefsExport, NativeExport, nfsd_handle, wait_until
 
 OLD, NEW = b"old content", b"new content"
 LOST = {errno.ESTALE, errno.EIO, errno.EBADF}  # the latter two for an open file that an NFSv4 client could not reclaim
 
 
-def replace(export: Export, path: Path) -> bool:
-    """Delete the file and make another one of that name; True if it has got the old one's inode number."""
+def replace(path: Path, forget: Callable[[], None]) -> bool:
+    """Delete the file and make another one of that name; True if it has got the old one's inode number.
+
+    `forget` drops what would keep the old inode, and its number, in use.
+    """
     ino = path.stat().st_ino
     path.unlink()
-    export.forget()  # a cached descriptor would keep the inode, and its number, in use
+    forget()
     for attempt in range(100):
         new = path.with_name(f"new-{attempt}")
         new.write_bytes(NEW)
@@ -68,43 +71,42 @@ def holding(path: Path, flags: int) -> Iterator[int]:
         os.close(fd)
 
 
-@pytest.fixture
-def replace_file(export: Export, place: Path) -> Callable[[], None]:
-    def replace_it() -> None:
-        reused = replace(export, place / "file")
-        assert reused or "btrfs" in str(place), "the inode number has not been given again; this would prove little"
-
-    (place / "file").write_bytes(OLD)
-    return replace_it
+def replace_inode(path: Path, forget: Callable[[], None]) -> None:
+    """Replace the file by one with the same inode number, which btrfs does not do."""
+    reused = replace(path, forget)
+    assert reused or "btrfs" in path.parts, "the inode number has not been given again; this would prove little"
 
 
-def test_a_replaced_file_after_eviction(export: Export, there: Path, replace_file: Callable[[], None]) -> None:
+def test_a_replaced_file_after_eviction(export: Export, there: Path, place: Path) -> None:
     """Only its handle is held: an open would keep the old inode, and its number, in use."""
+    (place / "file").write_bytes(OLD)
     with holding(there / "file", os.O_PATH) as fd:
-        replace_file()
+        replace_inode(place / "file", export.forget)
         export.forget()
         assert read_anew(fd) == errno.ESTALE
         assert (there / "file").read_bytes() == NEW
         assert read_anew(fd) == errno.ESTALE
 
 
-def test_a_file_replaced_while_open(export: Export, there: Path, place: Path) -> None:
+def test_a_file_replaced_while_open(export: Export, there: Path, other: Client, place: Path) -> None:
     """The old file may live on as long as the server has it open. The new one must not show in its place."""
     (place / "file").write_bytes(OLD)
     with holding(there / "file", os.O_RDONLY) as fd:
         assert os.pread(fd, 100, 0) == OLD
-        replace(export, place / "file")
+        replace(place / "file", export.forget)
         export.forget()
         assert read_held(fd) in {OLD, errno.ESTALE}
-        assert (there / "file").read_bytes() == NEW
+        new = other.path / place.name / "file"
+        wait_until(lambda: new.read_bytes() == NEW, "another client finds the new file by its name")
         assert read_held(fd) in {OLD, errno.ESTALE}
 
 
-def test_a_file_replaced_during_an_outage(export: Export, there: Path, replace_file: Callable[[], None]) -> None:
+def test_a_file_replaced_during_an_outage(export: Export, there: Path, place: Path) -> None:
+    (place / "file").write_bytes(OLD)
     with holding(there / "file", os.O_RDONLY) as fd, holding(there / "file", os.O_PATH) as path:
         assert os.pread(fd, 100, 0) == OLD
         with export.outage():
-            replace_file()
+            replace_inode(place / "file", drop_caches)
         assert read_held(fd) in LOST
         assert read_anew(path) in LOST
         assert (there / "file").read_bytes() == NEW

@@ -6,31 +6,62 @@ import errno
 import os
 import stat
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec
+
+P = ParamSpec("P")
 
 
-def outcome(function: Callable[[], object]) -> object:
+def outcome(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> object:
     """What the function returns, or the name of the error it fails with."""
     try:
-        return function()
+        return function(*args, **kwargs)
     except OSError as error:
         return errno.errorcode[error.errno or 0]
+
+
+def in_the_end(function: Callable[[], object], expected: object, seconds: float = 5) -> object:
+    """The function's outcome, asked for again until it is the expected one. For what follows from a close(2): the kernel
+    sends RELEASE and FORGET without waiting for the server, so a removed file may live a moment longer than its last
+    descriptor."""
+    end = time.monotonic() + seconds
+    while (found := outcome(function)) != expected and time.monotonic() < end:
+        time.sleep(0.002)
+    return found
 
 
 def attributes(path: Path) -> dict[str, int]:
     """What every run of a scenario must agree on: no times, no inode numbers."""
     st = path.lstat()
     size = -1 if stat.S_ISDIR(st.st_mode) else st.st_size
-    return {"mode": st.st_mode, "uid": st.st_uid, "gid": st.st_gid, "nlink": st.st_nlink, "size": size,
-            "rdev": st.st_rdev}
+    return {
+        "mode": st.st_mode,
+        "uid": st.st_uid,
+        "gid": st.st_gid,
+        "nlink": st.st_nlink,
+        "size": size,
+        "rdev": st.st_rdev,
+    }
 
 
 def exact_attributes(path: Path) -> dict[str, int]:
     """Everything stat(2) tells of one object but its device: through the mount as on the source."""
     st = path.lstat()
-    names = ("st_mode", "st_ino", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_size", "st_blocks",
-             "st_atime_ns", "st_mtime_ns", "st_ctime_ns")
+    names = (
+        "st_mode",
+        "st_ino",
+        "st_nlink",
+        "st_uid",
+        "st_gid",
+        "st_rdev",
+        "st_size",
+        "st_blocks",
+        "st_atime_ns",
+        "st_mtime_ns",
+        "st_ctime_ns",
+    )
     return {name: getattr(st, name) for name in names}
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from ..support.filesystems import KINDS, FileSystems
 from ..support.server import Mounted, Native, mounted
+from ..support.users import root_again
 
 T = TypeVar("T")
 
@@ -55,7 +56,9 @@ class TestTree:
         return served
 
     def evict(self) -> None:
-        self.server.evict()
+        """Empty the server's inode cache; also from a function that runs as another user."""
+        with root_again():
+            self.server.evict()
 
 
 @contextmanager

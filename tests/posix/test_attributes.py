@@ -57,7 +57,7 @@ def test_missing_names(tree: TestTree) -> None:
         (base / "file").write_bytes(b"")
         (base / "loop").symlink_to("loop")
         names = ("missing", "missing/below", "file/below", "file/", "loop", "loop/below", "", "./.", "../missing")
-        return [outcome(lambda name=name: stat.S_IFMT(os.stat(f"{base}/{name}").st_mode)) for name in names]
+        return [outcome(lambda path: stat.S_IFMT(os.stat(path).st_mode), f"{base}/{name}") for name in names]
 
     tree.agree(scenario)
 
@@ -81,7 +81,7 @@ def test_dot_and_dotdot(tree: TestTree) -> None:
 
 @pytest.mark.parametrize("mode", [0o000, 0o400, 0o644, 0o1777, 0o2755, 0o4755, 0o6777, 0o7777])
 def test_chmod(tree: TestTree, mode: int) -> None:
-    def scenario(base: Path) -> object:
+    def scenario(base: Path) -> tuple[dict[str, int], dict[str, int]]:
         (base / "file").write_bytes(b"")
         (base / "directory").mkdir()
         for name in ("file", "directory"):
@@ -122,7 +122,7 @@ def test_chown_by_the_owner_and_by_others(tree: TestTree) -> None:
         path.write_bytes(b"")
         os.chown(path, ALICE.uid, ALICE.gid)
         attempts = [(ALICE.uid, ALICE.gid), (ALICE.uid, 0), (0, ALICE.gid), (-1, ALICE.gid), (-1, -1)]
-        return [as_user(ALICE, lambda a=a: outcome(lambda: os.chown(path, *a))) for a in attempts], attributes(path)
+        return [as_user(ALICE, outcome, os.chown, path, *owner) for owner in attempts], attributes(path)
 
     tree.agree(scenario)
 
@@ -133,12 +133,15 @@ def test_chmod_and_utime_of_anothers_file_are_refused(tree: TestTree) -> None:
         path = base / "file"
         path.write_bytes(b"")
         path.chmod(0o666)
-        return as_user(ALICE, lambda: [
-            outcome(lambda: path.chmod(0o777)),
-            outcome(lambda: os.utime(path, (1, 1))),
-            outcome(lambda: os.utime(path)),  # writable: setting the current time is allowed
-            outcome(lambda: os.truncate(path, 3)),
-        ]), attributes(path)
+        return as_user(
+            ALICE,
+            lambda: [
+                outcome(path.chmod, 0o777),
+                outcome(os.utime, path, (1, 1)),
+                outcome(os.utime, path),  # writable: setting the current time is allowed
+                outcome(os.truncate, path, 3),
+            ],
+        ), attributes(path)
 
     tree.agree(scenario)
 
@@ -175,8 +178,10 @@ def test_truncate_errors(tree: TestTree) -> None:
     def scenario(base: Path) -> object:
         (base / "directory").mkdir()
         (base / "file").write_bytes(b"")
-        return [outcome(lambda p=p, n=n: os.truncate(base / p, n))
-                for p, n in (("directory", 0), ("file", -1), ("missing", 0), ("file", 2**63 - 1))]
+        return [
+            outcome(os.truncate, base / p, n)
+            for p, n in (("directory", 0), ("file", -1), ("missing", 0), ("file", 2**63 - 1))
+        ]
 
     tree.agree(scenario)
 
@@ -264,7 +269,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_which_changes_move_which_times(tree: TestTree, change: str) -> None:
-    def scenario(base: Path) -> object:
+    def scenario(base: Path) -> tuple[bool, bool]:
         path = base / "file"
         path.write_bytes(b"content")
         os.utime(path, ns=(7, 8))
@@ -295,9 +300,9 @@ def test_directory_times_move_with_their_entries(tree: TestTree) -> None:
         actions: list[Callable[[], object]] = [
             lambda: (directory / "f").write_bytes(b""),
             lambda: (directory / "f").rename(directory / "g"),
-            lambda: (directory / "g").unlink(),
-            lambda: (directory / "d").mkdir(),
-            lambda: (directory / "d").rmdir(),
+            (directory / "g").unlink,
+            (directory / "d").mkdir,
+            (directory / "d").rmdir,
         ]
         for action in actions:
             before = directory.stat()
@@ -333,7 +338,7 @@ def test_access(tree: TestTree) -> None:
             path.chmod(mode)
             wants = (os.F_OK, os.R_OK, os.W_OK, os.X_OK)
             results.append([os.access(path, want) for want in wants])
-            results.append(as_user(ALICE, lambda path=path, wants=wants: [os.access(path, want) for want in wants]))
+            results.append([as_user(ALICE, os.access, path, want) for want in wants])
         return results
 
     tree.agree(scenario)
@@ -345,12 +350,15 @@ def test_search_permission_is_checked(tree: TestTree) -> None:
         (base / "closed" / "file").write_bytes(b"secret")
         (base / "blind").mkdir(mode=0o711)
         (base / "blind" / "file").write_bytes(b"known by name")
-        return as_user(ALICE, lambda: [
-            outcome(lambda: (base / "closed" / "file").read_bytes()),
-            outcome(lambda: os.listdir(base / "closed")),
-            outcome(lambda: (base / "blind" / "file").read_bytes()),
-            outcome(lambda: os.listdir(base / "blind")),
-        ])
+        return as_user(
+            ALICE,
+            lambda: [
+                outcome((base / "closed" / "file").read_bytes),
+                outcome(os.listdir, base / "closed"),
+                outcome((base / "blind" / "file").read_bytes),
+                outcome(os.listdir, base / "blind"),
+            ],
+        )
 
     assert tree.agree(scenario) == ["EACCES", "EACCES", b"known by name", "EACCES"]
 

@@ -191,8 +191,12 @@ def test_removed_directory_held_open(tree: TestTree) -> None:
         (base / "d").rmdir()
         tree.evict()
         try:
-            return [os.fstat(fd).st_nlink, os.listdir(fd), outcome(lambda: os.mkdir("x", dir_fd=fd)),
-                    outcome(lambda: os.stat("x", dir_fd=fd))]
+            return [
+                os.fstat(fd).st_nlink,
+                os.listdir(fd),
+                outcome(os.mkdir, "x", dir_fd=fd),
+                outcome(os.stat, "x", dir_fd=fd),
+            ]
         finally:
             os.close(fd)
 
@@ -213,10 +217,15 @@ def test_directories_are_no_files(tree: TestTree) -> None:
         (base / "file").write_bytes(b"")
         fd = open_directory(base)
         try:
-            return [outcome(lambda: os.read(fd, 1)), outcome(lambda: os.open(base, os.O_WRONLY)),
-                    outcome(lambda: os.open(base, os.O_RDWR)), outcome(lambda: os.open(base, os.O_CREAT | os.O_RDONLY)),
-                    outcome(lambda: os.open(base / "file", os.O_RDONLY | os.O_DIRECTORY)),
-                    outcome(lambda: os.listdir(base / "file")), outcome(lambda: os.listdir(base / "missing"))]
+            return [
+                outcome(os.read, fd, 1),
+                outcome(os.open, base, os.O_WRONLY),
+                outcome(os.open, base, os.O_RDWR),
+                outcome(os.open, base, os.O_CREAT | os.O_RDONLY),
+                outcome(os.open, base / "file", os.O_RDONLY | os.O_DIRECTORY),
+                outcome(os.listdir, base / "file"),
+                outcome(os.listdir, base / "missing"),
+            ]
         finally:
             os.close(fd)
 

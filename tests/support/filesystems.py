@@ -41,8 +41,16 @@ def run(*argv: str | Path, timeout: float = 120) -> str:
     return done.stdout
 
 
+def is_mounted(path: Path) -> bool:
+    """From mountinfo, since stat(2) on a dead FUSE mount is an error."""
+    return any(line.split()[4] == str(path) for line in Path("/proc/self/mountinfo").read_text().splitlines())
+
+
 def unmount(path: Path) -> None:
-    """Unmount; a file system that is still in use is detached, and the kernel finishes when its last user is gone."""
+    """Unmount what is mounted there, if anything; if it is in use it is detached, and the kernel finishes when its last
+    user is gone."""
+    if not is_mounted(path):
+        return
     if subprocess.run(["umount", str(path)], capture_output=True, check=False).returncode != 0:
         run("umount", "--lazy", path)
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from handlefs import control
 
-from .filesystems import run, scratch_directory, unmount
+from .filesystems import is_mounted, run, scratch_directory, unmount
 
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 60.0
@@ -196,15 +196,9 @@ def mounted(
 def _end(server: Mounted) -> None:
     """Stop the server if it runs, leave no mount behind whatever happens, and look at the whole log."""
     try:
-        if _is_mounted(server.path):
+        if is_mounted(server.path):
             server.stop()
     finally:
-        if _is_mounted(server.path):
-            unmount(server.path)
+        unmount(server.path)
         control.forget(str(server.path))  # what a killed server leaves for `handlefs restart`
     server.check_log()
-
-
-def _is_mounted(path: Path) -> bool:
-    """From mountinfo, since stat(2) on a dead FUSE mount is an error."""
-    return any(line.split()[4] == str(path) for line in Path("/proc/self/mountinfo").read_text().splitlines())

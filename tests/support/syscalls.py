@@ -132,5 +132,3 @@ def open_handle(mount: Path, handle: Handle, flags: int = os.O_RDONLY) -> int:
 def drop_caches(what: int = 2) -> None:
     """Make the kernel forget unused dentries and inodes (2), the page cache (1), or both (3)."""
     Path("/proc/sys/vm/drop_caches").write_text(str(what))
-
-

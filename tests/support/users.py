@@ -1,14 +1,16 @@
-"""Running a function as another user, in a process of its own."""
+"""Running functions in processes of their own, as other users."""
 
 from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Generic, TypeVar, TypeVarTuple, cast
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 @dataclass(frozen=True)
@@ -25,36 +27,59 @@ STAFF = 4100
 STAFF_ALICE = User(4001, 4001, (STAFF,))
 
 
-def as_user(user: User, function: Callable[[], T], umask: int = 0o022) -> T:
-    """The function's result, or its exception, from a forked process with these credentials."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        _run_child(user, function, umask, writer)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        answer = pipe.read()
-    _, status = os.waitpid(pid, 0)
-    if not answer:
-        raise RuntimeError(f"the child ended with status {status} and no answer")
-    succeeded, value = pickle.loads(answer)
-    if not succeeded:
-        raise value
-    return cast(T, value)
+class Child(Generic[T]):
+    """A forked process that calls the function with the user's credentials; `result` waits for what comes of it."""
+
+    def __init__(self, function: Callable[[*Ts], T], *args: *Ts, user: User = ROOT, umask: int = 0o022) -> None:
+        self._reader, writer = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _run_child(lambda: function(*args), user, umask, writer)
+        os.close(writer)
+
+    def result(self) -> T:
+        """What the function has returned; its exception is raised here."""
+        with os.fdopen(self._reader, "rb") as pipe:
+            answer = pipe.read()
+        _, status = os.waitpid(self._pid, 0)
+        if not answer:
+            raise RuntimeError(f"the child ended with status {status} and no answer")
+        succeeded, value = pickle.loads(answer)
+        if not succeeded:
+            raise value
+        return cast(T, value)
 
 
-def _run_child(user: User, function: Callable[[], object], umask: int, writer: int) -> None:
+def as_user(user: User, function: Callable[[*Ts], T], *args: *Ts, umask: int = 0o022) -> T:
+    """The function's result, or its exception, from a process with these credentials."""
+    return Child(function, *args, user=user, umask=umask).result()
+
+
+@contextmanager
+def root_again() -> Iterator[None]:
+    """Root's effective identity for a moment, in a function that runs `as_user`."""
+    uid = os.geteuid()
+    os.seteuid(0)
+    try:
+        yield
+    finally:
+        os.seteuid(uid)
+
+
+def _run_child(function: Callable[[], object], user: User, umask: int, writer: int) -> None:
     """Never returns: whatever happens, the child must not go on as a second test run."""
+    status = 1
     try:
         os.setgroups(user.groups)
         os.setresgid(user.gid, user.gid, user.gid)
-        os.setresuid(user.uid, user.uid, user.uid)
+        os.setresuid(user.uid, user.uid, 0)  # the saved ID is for root_again
         os.umask(umask)
         try:
-            answer = (True, function())
+            answer: tuple[bool, object] = (True, function())
         except Exception as error:  # it is raised again in the parent
             answer = (False, error)
         with os.fdopen(writer, "wb") as pipe:
             pickle.dump(answer, pipe)
+        status = 0
     finally:
-        os._exit(0)
+        os._exit(status)

@@ -1,0 +1,157 @@
+"""The server's own descriptors: bounded while walking, and errors that a client understands when they run out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ..support.filesystems import FileSystems
+from ..support.server import Mounted, mounted
+from ..support.syscalls import name_to_handle
+from .compare import outcome
+
+FILES = 20_000
+DIRECTORIES = 40
+FIXED = 48
+"""Descriptors of the server that do not depend on the tree: devices, sockets, the map, the event loop, requests in flight."""
+
+EXHAUSTED = ("EMFILE", "ENFILE")
+
+
+@pytest.fixture(scope="module")
+def forest(kind: str, filesystems: FileSystems) -> Iterator[Path]:
+    """Twenty thousand files whose content is their name."""
+    base = filesystems[kind] / "forest"
+    for number in range(DIRECTORIES):
+        directory = base / f"d{number}"
+        directory.mkdir(parents=True)
+        for file in range(FILES // DIRECTORIES):
+            (directory / f"f{file}").write_bytes(f"d{number}/f{file}".encode())
+    yield base
+    shutil.rmtree(base)
+
+
+class Watch:
+    """The greatest number of descriptors that the server has had while the block ran."""
+
+    def __init__(self, server: Mounted) -> None:
+        self._path = f"/proc/{server.pid}/fd"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.peak = 0
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self.peak = max(self.peak, len(os.listdir(self._path)))
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def walk(base: Path) -> int:
+    """Look at every file by name, with its attributes and its handle."""
+    count = 0
+    for directory, _, files in os.walk(base):
+        for name in files:
+            path = Path(directory, name)
+            assert path.stat().st_size == len(path.parent.name) + 1 + len(name)
+            name_to_handle(path)
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("size", [0, 1, 100])
+def test_walking_needs_no_more_than_the_cache(forest: Path, size: int) -> None:
+    with mounted(forest, None, f"--cache-size={size}") as server:
+        with Watch(server) as watch:
+            assert walk(server.path) == FILES
+        assert 0 < watch.peak <= size + FIXED
+        assert server.status()["cache"]["size"] <= size
+
+
+def test_walking_with_a_low_limit(forest: Path) -> None:
+    """The default cache size follows from RLIMIT_NOFILE."""
+    with mounted(forest, nofile=128) as server:
+        with Watch(server) as watch:
+            assert walk(server.path) == FILES
+        assert watch.peak < 128
+        assert server.status()["cache"]["capacity"] < 128
+
+
+def test_a_cache_larger_than_the_limit(forest: Path) -> None:
+    """Whoever asks for more than the process may have gets evictions or a refusal, not failing look-ups."""
+    try:
+        with mounted(forest, None, "--cache-size=5000", nofile=128) as server:
+            assert walk(server.path) == FILES
+    except RuntimeError as refusal:
+        assert "Traceback" not in str(refusal)
+        assert "cache-size" in str(refusal)
+
+
+def test_many_open_files(forest: Path) -> None:
+    """When the server has no descriptors left an open fails, and with a closed file there is one again."""
+    with mounted(forest, nofile=128) as server:
+        files = [path for number in range(2) for path in sorted((server.path / f"d{number}").iterdir())]
+        held: list[int] = []
+        error: object = None
+        for path in files:
+            fd = outcome(os.open, path, os.O_RDONLY)
+            if not isinstance(fd, int):
+                error = fd
+                break
+            held.append(fd)
+        assert error in (None, *EXHAUSTED)
+        assert len(held) >= 40
+        for fd, path in zip(held, files, strict=False):
+            assert os.pread(fd, 100, 0).decode() == f"{path.parent.name}/{path.name}"
+        for fd in held[:20]:
+            os.close(fd)
+        last = files[-1]
+        assert last.read_bytes().decode() == f"{last.parent.name}/{last.name}"
+        assert len(os.listdir(server.path / "d7")) == FILES // DIRECTORIES
+        for fd in held[20:]:
+            os.close(fd)
+        with Watch(server) as watch:
+            assert walk(server.path / "d3") == FILES // DIRECTORIES
+        assert watch.peak < 128
+
+
+def test_many_open_directories(forest: Path) -> None:
+    with mounted(forest, nofile=96) as server:
+        held = []
+        for _ in range(3):
+            for number in range(DIRECTORIES):
+                fd = outcome(os.open, server.path / f"d{number}", os.O_RDONLY | os.O_DIRECTORY)
+                if not isinstance(fd, int):
+                    assert fd in EXHAUSTED
+                    break
+                held.append(fd)
+        assert len(held) >= 20
+        for fd in held:
+            os.close(fd)
+        assert len(os.listdir(server.path)) == DIRECTORIES
+        assert (server.path / "d1" / "f1").read_bytes() == b"d1/f1"
+
+
+def test_descriptors_are_given_back(forest: Path) -> None:
+    with mounted(forest) as server:
+        server.evict()
+        idle = server.descriptors()
+        for number in range(300):
+            (server.path / f"d1/f{number}").read_bytes()
+            (server.path / "d1" / f"f{number}").open("ab").close()
+        os.listdir(server.path / "d1")
+        server.evict()
+        assert server.descriptors() <= idle + 4
+        status = server.status()
+        assert (status["open_files"], status["open_dirs"]) == (0, 0)
