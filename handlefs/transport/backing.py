@@ -2,14 +2,21 @@
 
 The kernel wants *one* backing file for all opens of an inode at a time, and refuses an open without one while there is
 one with, and the other way round (fs/fuse/iomode.c). So each inode's first open decides, and the later ones follow.
+
+The kernel does such I/O with the credentials of this process, not the client's. So that a write clears set-id bits, the
+backing file is registered without CAP_FSETID; and since that would clear them for root too, a file that has set-id bits
+when it is opened goes through the server.
 """
 
 import errno
 import fcntl
 import logging
+import os
+import stat as st
 import struct
 import threading
 
+from handlefs.credentials import CAP_FSETID, without_capability
 from handlefs.protocol import abi
 
 log = logging.getLogger(__name__)
@@ -56,9 +63,12 @@ class BackingFiles:
                 fcntl.ioctl(self._device, abi.FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))
 
     def _register(self, fd: int) -> int:
+        if os.fstat(fd).st_mode & (st.S_ISUID | st.S_ISGID):
+            return NO_BACKING
         request = bytearray(abi.fuse_backing_map.pack(fd, 0, 0))  # mutable: ioctl() then returns the system call's result
         try:
-            return int(fcntl.ioctl(self._device, abi.FUSE_DEV_IOC_BACKING_OPEN, request))
+            with without_capability(CAP_FSETID):
+                return int(fcntl.ioctl(self._device, abi.FUSE_DEV_IOC_BACKING_OPEN, request))
         except OSError as error:
             if error.errno not in _NOT_POSSIBLE:
                 raise

@@ -26,8 +26,11 @@ MODES: dict[str, tuple[str, ...]] = {
     "cache0": ("--cache-size=0",),
     "storm": (),
     "storm1": ("--cache-size=1",),
+    "direct": ("--transport=direct",),
+    "directpt": ("--transport=direct", "--passthrough=on"),
+    "directoff": ("--transport=direct", "--passthrough=off"),
 }
-MODES_OF = {"ext4": ("default", "cache1", "cache0", "storm")}
+MODES_OF = {"ext4": ("directoff", "directpt", "default", "cache1", "cache0", "storm")}
 OTHER_MODES = ("default", "storm1")
 
 _numbers = itertools.count()
