@@ -99,9 +99,8 @@ def _child(serve: Callable[[Callable[[], None]], None], writer: int) -> NoReturn
         # First let go of the caller's descriptors: who reads our output to its end must not wait for the server.
         _use_dev_null()
         os.write(writer, _READY)
-        os.dup2(
-            1, writer, inheritable=False
-        )  # not closed: another file under its number could get a late error message
+        # Not closed: another file under its number could get a late error message.
+        os.dup2(1, writer, inheritable=False)
 
     # What the caller happens to have open is none of ours; a file on our own mount would hang us when we end.
     os.closerange(3, writer)
