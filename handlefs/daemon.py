@@ -18,6 +18,7 @@ from handlefs.mount import mount_at, unmount
 log = logging.getLogger(__name__)
 
 SYSLOG = Path("/dev/log")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _READY = b"\0"  # no message starts with it
 
 
@@ -65,12 +66,17 @@ def in_background(serve: Callable[[Callable[[], None]], None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     reader, writer = os.pipe()
+    # Nothing that the caller does on a signal may happen in the child, or in the middle of the fork.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     pid = os.fork()
     if pid == 0:
-        os.close(reader)
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _child(serve, writer)
     os.close(writer)
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         with open(reader, "rb") as pipe:
             message = pipe.read()
     except BaseException:  # Ctrl-C: the child is in another session and has not heard of it
@@ -93,10 +99,9 @@ def _child(serve: Callable[[Callable[[], None]], None], writer: int) -> NoReturn
         # First let go of the caller's descriptors: who reads our output to its end must not wait for the server.
         _use_dev_null()
         os.write(writer, _READY)
-        os.close(writer)
+        # Not closed: another file under its number could get a late error message.
+        os.dup2(1, writer, inheritable=False)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
     # What the caller happens to have open is none of ours; a file on our own mount would hang us when we end.
     os.closerange(3, writer)
     os.closerange(writer + 1, os.sysconf("SC_OPEN_MAX"))
@@ -121,7 +126,7 @@ def _child(serve: Callable[[Callable[[], None]], None], writer: int) -> NoReturn
 
 
 def _report(writer: int, message: str) -> None:
-    with contextlib.suppress(OSError):  # closed: it failed after it was ready, and the log has it
+    with contextlib.suppress(BrokenPipeError):  # the parent was interrupted
         os.write(writer, message.encode(errors="surrogateescape")[:4096])
 
 

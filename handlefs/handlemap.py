@@ -43,6 +43,8 @@ _NODES = b"nodes"
 _VALUE = struct.Struct("<16si")
 _FLUSH_BATCH = 2000  # random keys: each entry may dirty a page of 4 KiB, which LMDB keeps in memory until the commit
 _READ_BATCH = 1000
+_ATTEMPTS = 1 << 12
+"""Collisions to go on after; with 63 bits the second attempt is as good as certain."""
 
 
 class MappedHandle(NamedTuple):
@@ -117,7 +119,7 @@ class HandleMap:
 
     def _candidates(self, item: MappedHandle) -> Iterator[int]:
         """The node IDs that `item` may have: the first one, unless another handle was there before it, and so on."""
-        for attempt in range(1 << 20):
+        for attempt in range(_ATTEMPTS):
             yield self.nodeids.mapped(item.volume, item.handle, attempt)
         raise OSError(errno.ENOSPC, "no free node ID in the handle map")
 

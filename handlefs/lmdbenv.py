@@ -59,7 +59,7 @@ class GrowingEnvironment:
         )
         self._env.reader_check()  # slots of killed processes would keep old pages from being used again
         self._databases = {name: self._env.open_db(name) for name in self._names}
-        self._map_size = int(self._env.info()["map_size"])
+        self.map_size = int(self._env.info()["map_size"])
         self._broken = False
 
     def database(self, name: bytes) -> "lmdb._Database":
@@ -73,14 +73,15 @@ class GrowingEnvironment:
         disk is full, ENOMEM, EIO for anything LMDB calls corrupt.
         """
         while True:
-            size = self._map_size
+            size = self.map_size
             try:
                 with _as_oserror(self.path), self._shared(), self._env.begin(write=write) as transaction:
                     return work(transaction)
             except _Resize as resize:
                 self._resize(size, resize.needed)
             except _Panic:
-                self._reopen()
+                log.error("%s: LMDB gave up on the environment after an I/O error; opening it anew", self.path)
+                self.reopen()
 
     def get(self, database: bytes, key: bytes) -> bytes | None:
         """The value of `key`, or None."""
@@ -146,13 +147,13 @@ class GrowingEnvironment:
     def _resize(self, size: int, needed: bool) -> None:
         """Make the map larger than `size`, unless another thread has done so already."""
         with self._alone(), _as_oserror(self.path):
-            if self._map_size == size:
+            if self.map_size == size:
                 # 0 takes over the size that another process has set
                 self._env.set_mapsize(2 * size if needed else 0)
-                self._map_size = int(self._env.info()["map_size"])
+                self.map_size = int(self._env.info()["map_size"])
 
-    def _reopen(self) -> None:
-        log.error("%s: LMDB gave up on the environment after an I/O error; opening it anew", self.path)
+    def reopen(self) -> None:
+        """Close the environment and open it anew; OSError if that fails, and the next transaction tries again."""
         with self._alone(), _as_oserror(self.path):
             self._env.close()
             self._broken = True  # until it is open again: that may fail too
@@ -209,8 +210,21 @@ def _as_oserror(path: Path) -> Iterator[None]:
     except lmdb.PanicError:
         raise _Panic from None
     except lmdb.Error as error:
-        number = next((number for kind, number in _ERRNO if isinstance(error, kind)), errno.EIO)
+        number = next((number for kind, number in _ERRNO if isinstance(error, kind)), 0) or _no_space(path) or errno.EIO
         raise OSError(number, f"handle map: {error}", os.fspath(path)) from error
+
+
+def _no_space(path: Path) -> int | None:
+    """ENOSPC or EDQUOT if nothing more can be written: LMDB calls a write that a full disk has cut short EIO."""
+    try:
+        fd = os.open(path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, 1 << 20)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return error.errno if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    return None
 
 
 def _fsync(path: Path) -> None:

@@ -111,13 +111,18 @@ def paused(mountpoint: str) -> Iterator[None]:
     count = threads()
     try:
         _set_threads(0)
-        # Newer kernels say EINVAL here: there nothing is left to unlock once the threads are gone.
-        with contextlib.suppress(OSError):
-            (NFSD / "unlock_filesystem").write_text(mountpoint + "\n")
+        release(mountpoint)
         yield
     finally:
         # No v4_end_grace here: clients need the grace period to reclaim their locks.
         _set_threads(count)
+
+
+def release(mountpoint: str) -> None:
+    """Make knfsd close the files below *mountpoint* that it keeps open, and drop its clients' locks there."""
+    # Newer kernels say EINVAL when knfsd has been stopped: then there is nothing left to close.
+    with contextlib.suppress(OSError):
+        (NFSD / "unlock_filesystem").write_text(mountpoint + "\n")
 
 
 def _set_threads(count: int) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from handlefs.errors import StartupError
 _MEMORY = Path("/dev/shm")
 _LOCK_FILE_SIZE = 64 << 10
 """Room for some 1000 readers of one environment."""
+_TOKEN_SIZE = 16
 
 
 class StateDirectory:
@@ -25,8 +27,9 @@ class StateDirectory:
 
         locks → /dev/shm/handlefs-RANDOM      ENVIRONMENT/lock.mdb → ../locks/ENVIRONMENT
 
-    They must be the same files for everybody. The name is random, so a process in another mount namespace, with another
-    /dev/shm, does not find the directory, and is refused. Where there is no /dev/shm LMDB's files stay where LMDB puts them.
+    They must be the same files for everybody. A random token, made by the first user and written there and to ``in-use``,
+    tells: a process in another mount namespace, with another /dev/shm, does not find it, and is refused. The links stay, so
+    that a server can start on a full disk. Where there is no /dev/shm LMDB's files are where LMDB puts them.
 
     Two locks (flock(2)): ``in-use`` is held shared by every user, and alone by one who replaces files. Because a lock is
     let go of for an instant when it is converted, only who holds the lock of the directory itself may try.
@@ -43,7 +46,7 @@ class StateDirectory:
             with self.sole_user() as alone:
                 if alone:
                     self._renew_locks(environments)
-                elif (path / "locks").is_symlink() and not (path / "locks").exists():
+                elif (path / "locks").is_symlink() and not self._has_token():
                     raise StartupError(
                         f"the handle map in {path} is in use by a process that has another {_MEMORY} (in another container "
                         "or mount namespace). Run this in the same one, or stop that process."
@@ -79,34 +82,61 @@ class StateDirectory:
         finally:
             os.close(self._in_use)
 
-    def _renew_locks(self, environments: Sequence[str]) -> None:
-        self._remove_locks()
+    def _has_token(self) -> bool:
         try:
-            locks = Path(tempfile.mkdtemp(prefix="handlefs-", dir=_MEMORY))
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EPERM):
-                raise
-            locks = None
-        if locks is not None:
-            (self.path / "locks").symlink_to(locks)
+            return (self.path / "locks/token").read_bytes() == os.pread(self._in_use, _TOKEN_SIZE, 0)
+        except FileNotFoundError:
+            return False
+
+    def _renew_locks(self, environments: Sequence[str]) -> None:
+        locks = self._make_locks()
+        _link(self.path / "locks", locks)
         for name in environments:
             (self.path / name).mkdir(mode=0o700, exist_ok=True)
-            _link(self.path / name / "lock.mdb", None if locks is None else f"../locks/{name}")
+            _link(self.path / name / "lock.mdb", None if locks is None else Path("../locks", name))
             if locks is not None:
                 _allocate(locks / name)
+        if locks is not None:
+            (locks / "token").write_bytes(self._new_token())
 
-    def _remove_locks(self) -> None:
+    def _new_token(self) -> bytes:
+        token = secrets.token_bytes(_TOKEN_SIZE)
+        try:
+            os.pwrite(self._in_use, token, 0)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            token = os.pread(self._in_use, _TOKEN_SIZE, 0)  # the last one must do where even 16 bytes need new space
+        return token
+
+    def _make_locks(self) -> Path | None:
+        """An empty directory on the tmpfs: of the same name as before, unless somebody else has taken it meanwhile."""
+        before = self._remove_locks()
+        try:
+            if before is not None:
+                with contextlib.suppress(FileExistsError):
+                    before.mkdir(mode=0o700)
+                    return before
+            return Path(tempfile.mkdtemp(prefix="handlefs-", dir=_MEMORY))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS, errno.EPERM):
+                return None
+            raise
+
+    def _remove_locks(self) -> Path | None:
+        """Remove the directory on the tmpfs, if it is ours; returns its path."""
         link = self.path / "locks"
-        if link.is_symlink():
-            locks = link.readlink()
-            if locks.parent == _MEMORY and locks.exists():
-                shutil.rmtree(locks)
-            link.unlink()
+        locks = link.readlink() if link.is_symlink() else None
+        if locks is None or locks.parent != _MEMORY:
+            return None
+        if locks.is_dir() and not locks.is_symlink() and locks.stat().st_uid == os.geteuid():
+            shutil.rmtree(locks)
+        return locks
 
 
-def _link(link: Path, target: str | None) -> None:
+def _link(link: Path, target: Path | None) -> None:
     """Make `link` lead to `target`, without a write if it does already: the disk may be full."""
-    if target is None or not link.is_symlink() or os.fspath(link.readlink()) != target:
+    if target is None or not link.is_symlink() or link.readlink() != target:
         link.unlink(missing_ok=True)
         if target is not None:
             link.symlink_to(target)

@@ -212,7 +212,7 @@ def _protocol(protocol: FuseProtocol) -> Finding:
 def _transport() -> Iterator[Finding]:
     yield Finding(
         "pyfuse3", "limited",
-        "no fallocate, copy_file_range, SEEK_HOLE and SEEK_DATA, O_TMPFILE, ioctl, passthrough",
+        "no fallocate, O_TMPFILE, ioctl, holes (SEEK_HOLE), fast copy_file_range, passthrough",
         "programs fall back by themselves; large copies are faster on the source",
     )  # fmt: skip
     yield Finding(

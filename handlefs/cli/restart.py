@@ -35,17 +35,19 @@ def command(mountpoint: str) -> None:
     importlib.import_module("handlefs.server")  # now: clients are going to wait for the rest
     exported = nfs.threads() > 0 and nfs.exported(mountpoint)
     with _interruptible(), nfs.paused(mountpoint) if exported else contextlib.nullcontext():
-        if mount_at(mountpoint) is not None:
-            stop(mountpoint)
-        _start(known.config)
+        _replace(known.config)
 
 
-def _start(config: Config) -> None:
+def _replace(config: Config) -> None:
     try:
+        if mount_at(config.mountpoint) is not None:
+            stop(config.mountpoint)
         launch(config)
     except BaseException:
-        # The record has gone with the old server: what it said must not be lost.
-        click.echo(f"handlefs: the server is not running; to start it:\n  {command_line(config)}", err=True)
+        if (
+            mount_at(config.mountpoint) is None
+        ):  # the record has gone with the old server: what it said must not be lost
+            click.echo(f"handlefs: the server is not running; to start it:\n  {command_line(config)}", err=True)
         raise
 
 

@@ -73,6 +73,8 @@ def stop(mountpoint: str, *, lazy: bool = False) -> None:
 def _unmount_now(mount: Mount) -> None:
     # Somebody may just pass by, and the kernel closes files behind our back; neither is announced, so try again.
     deadline = time.monotonic() + BUSY_RETRY
+    if nfs.threads() and not nfs.exported(mount.mountpoint):
+        nfs.release(mount.mountpoint)  # of an export that has ended: knfsd keeps files open for a while
     while True:
         try:
             return unmount(mount.mountpoint)

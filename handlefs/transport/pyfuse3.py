@@ -45,7 +45,14 @@ def serve(operations: Operations, config: Config, metrics: OperationMetrics, on_
 
     Raises OSError if the mount fails.
     """
+    logging.getLogger("pyfuse3").addFilter(_is_of_interest)
     trio.run(_serve, Handlers(operations, config, metrics), config, on_ready)
+
+
+def _is_of_interest(record: logging.LogRecord) -> bool:
+    """False for the error that the kernel does not know a request that was answered: its caller has been killed, or it was
+    the RELEASE of a file that was closed at the very end of the mount."""
+    return f"fuse_reply_* failed with {os.strerror(errno.ENOENT)}" not in record.getMessage()
 
 
 async def _serve(handlers: "Handlers", config: Config, on_ready: Callable[[], None]) -> None:

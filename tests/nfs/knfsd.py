@@ -169,7 +169,6 @@ class HandlefsExport(Export):
 
     def stop(self) -> None:
         run("exportfs", "-u", f"{CLIENT}:{self.path}")
-        run("exportfs", "-f")
         self.command("umount", str(self.path))
 
     def check_log(self) -> str:

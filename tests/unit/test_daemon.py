@@ -118,3 +118,22 @@ def test_the_log_is_a_file_on_request(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match=rf"cannot log to {tmp_path}/none/log: No such file.*--log-file"):
         daemon.in_background(log_and_end(str(tmp_path / "none/log")))
+
+
+def test_a_late_error_goes_to_the_log_alone(tmp_path: Path) -> None:
+    """The pipe is gone by then, and its descriptor must not have become that of another file."""
+
+    def serve(on_ready: Ready) -> None:
+        logging.root.handlers.clear()
+        daemon.set_up_logging(str(tmp_path / "log"), foreground=False)
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        on_ready()
+        for number in range(20):
+            os.open(tmp_path / f"file{number}", os.O_RDWR | os.O_CREAT)
+        raise ZeroDivisionError
+
+    daemon.in_background(serve)
+    _, status = os.waitpid(int((tmp_path / "pid").read_text()), 0)
+    assert os.waitstatus_to_exitcode(status) == 1
+    assert "ZeroDivisionError" in (tmp_path / "log").read_text()
+    assert {path.stat().st_size for path in tmp_path.glob("file*")} == {0}
