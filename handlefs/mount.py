@@ -70,7 +70,8 @@ _IGNORED = frozenset(
 _IGNORED_WITH_VALUE = frozenset({"comment", "user", "helper", "uhelper"})
 
 HANDLEFS_OPTIONS = frozenset(
-    {"cache-size", "entry-timeout", "attr-timeout", "state-dir", "key-file", "submounts", "transport", "passthrough", "log-file"}
+    {"cache-size", "entry-timeout", "attr-timeout", "state-dir", "key-file", "submounts", "transport", "passthrough"}
+    | {"log-file"}
 )
 
 

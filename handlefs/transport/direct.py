@@ -206,7 +206,7 @@ class Dispatcher:
             number = error.errno or errno.EIO
             return self._error(unique, errno.ENFILE if number == errno.EMFILE else number, name, opcode)
         except _MALFORMED:
-            log.exception("malformed %s request", name)
+            log.error("malformed %s request of %d bytes", name, size)
             return self._error(unique, errno.EINVAL, name, opcode)
         except Exception:
             log.exception("%s failed", name)

@@ -27,10 +27,13 @@ MODES: dict[str, tuple[str, ...]] = {
     "storm": (),
     "storm1": ("--cache-size=1",),
     "direct": ("--transport=direct",),
-    "directpt": ("--transport=direct", "--passthrough=on"),
-    "directoff": ("--transport=direct", "--passthrough=off"),
+    "direct-off": ("--transport=direct", "--passthrough=off"),
+    "direct-storm": ("--transport=direct", "--passthrough=off", "--cache-size=1"),
 }
-MODES_OF = {"ext4": ("directoff", "directpt", "default", "cache1", "cache0", "storm")}
+MODES_OF = {
+    "ext4": ("default", "cache1", "cache0", "storm", "direct", "direct-off"),
+    "btrfs": ("default", "storm1", "direct-storm"),
+}
 OTHER_MODES = ("default", "storm1")
 
 _numbers = itertools.count()
@@ -51,6 +54,11 @@ class TestTree:
     @property
     def native(self) -> bool:
         return isinstance(self.server, Native)
+
+    @property
+    def direct(self) -> bool:
+        """Whether the direct transport serves it."""
+        return isinstance(self.server, Mounted) and "--transport=direct" in self.server.args
 
     def agree(self, scenario: Callable[[Path], T]) -> T:
         """Run the scenario in the served directory and in the control; both must come to the same result."""
@@ -128,7 +136,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @contextmanager
 def open_ground(filesystems: FileSystems, name: str) -> Iterator[Ground]:
-    kind, mode = name.split("-")
+    kind, mode = name.split("-", 1)
     root = filesystems[kind] / f"posix-{next(_numbers)}-{mode}"
     source = root / "source"
     source.mkdir(parents=True)
@@ -136,7 +144,7 @@ def open_ground(filesystems: FileSystems, name: str) -> Iterator[Ground]:
         server: Mounted | Native = Native(source)
         if mode != "native":
             server = stack.enter_context(mounted(source, None, *MODES[mode]))
-            if mode.startswith("storm"):
+            if "storm" in mode:
                 stack.enter_context(evict_storm(server))
         yield Ground(kind, server, root)
 

@@ -1,0 +1,162 @@
+"""The direct transport's dispatcher against malformed, truncated, oversized and unknown requests: it answers each one, or
+drops what nobody waits for, and never raises, never leaks a descriptor, and serves the next request."""
+
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+
+from handlefs.config import Config
+from handlefs.handlemap import HandleMap
+from handlefs.metrics import OperationMetrics
+from handlefs.operations import Operations
+from handlefs.protocol import abi
+from handlefs.protocol.init import negotiate
+from handlefs.source import Source
+from handlefs.transport.backing import BackingFiles
+from handlefs.transport.direct import Dispatcher
+
+OFFER = abi.fuse_init_in.pack(7, 45, 1 << 17, 0xFFFFFFFF, (1 << 11) - 1)
+NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT)
+UNIQUE = 4242
+
+
+class Served:
+    """A dispatcher over a small tree."""
+
+    def __init__(self, root: Path) -> None:
+        self.tree = root / "source"
+        self.tree.mkdir()
+        (self.tree / "file").write_bytes(b"content")
+        (self.tree / "directory").mkdir()
+        self.source = Source(os.fspath(self.tree), cache_size=16)
+        self.map = HandleMap(root / "state", self.source.identity)
+        self.source.attach_map(self.map)
+        self.operations = Operations(self.source)
+        negotiated, _ = negotiate(OFFER)
+        config = Config(os.fspath(self.tree), "/nowhere")
+        backing = BackingFiles(-1, enabled=False)
+        self.dispatcher = Dispatcher(self.operations, negotiated, backing, config, OperationMetrics())
+        self.file = self.operations.lookup(1, b"file").nodeid
+        self.directory = self.operations.lookup(1, b"directory").nodeid
+
+    def ask(self, opcode: int, nodeid: int, body: bytes, *, extensions: int = 0, claimed: int | None = None) -> bytes | None:
+        size = abi.fuse_in_header.size + len(body) if claimed is None else claimed
+        header = abi.fuse_in_header.pack(size, opcode, UNIQUE, nodeid, 0, 0, 0, extensions, 0)
+        reply = self.dispatcher.answer(memoryview(bytearray(header + body)))
+        return None if reply is None else b"".join(reply)
+
+    def check(self, opcode: int, reply: bytes | None) -> int:
+        """The errno of a well-formed reply."""
+        if reply is None:
+            assert opcode in NEVER_ANSWERED
+            return 0
+        size, error, unique = abi.fuse_out_header.unpack_from(reply)
+        assert size == len(reply)
+        assert unique == UNIQUE
+        assert -133 <= error <= 0
+        assert error == 0 or size == abi.fuse_out_header.size
+        return -int(error)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(tmp_path_factory.mktemp("dispatcher"))
+    yield served
+    served.map.close()
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def close_all(served: Served) -> None:
+    for nodeid, fh in list(served.operations.open_files._files):
+        served.operations.release(nodeid, fh)
+    served.source.evict_all()
+
+
+nodes = some.sampled_from(["root", "file", "directory", "unknown", "mapped", "zero"])
+opcodes = some.one_of(some.sampled_from(sorted(abi.OPCODE_NAMES)), some.integers(0, 2**32 - 1))
+numbers = some.one_of(some.integers(0, 2**64 - 1), some.sampled_from([0, 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63]))
+names = some.sampled_from([b"file\0", b"directory\0", b"..\0", b".\0", b"../x\0", b"", b"\0", b"no-end", b"x" * 300 + b"\0"])
+bodies = some.one_of(
+    some.binary(max_size=200),
+    some.builds(lambda head, name: head + name, some.binary(max_size=64), names),
+    some.lists(numbers, max_size=12).map(lambda values: struct.pack(f"={len(values)}Q", *values)),
+)
+
+
+def nodeid_of(served: Served, node: str) -> int:
+    return {
+        "root": 1,
+        "file": served.file,
+        "directory": served.directory,
+        "unknown": 12345 << 32 | 1,
+        "mapped": 1 << 63 | 7,
+        "zero": 0,
+    }[node]
+
+
+@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(opcode=opcodes, node=nodes, body=bodies, extensions=some.sampled_from([0, 0, 0, 1, 5, 65535]))
+def test_any_request_is_answered(served: Served, opcode: int, node: str, body: bytes, extensions: int) -> None:
+    (served.tree / "file").touch()
+    (served.tree / "directory").mkdir(exist_ok=True)
+    close_all(served)
+    before = descriptors()
+    served.check(opcode, served.ask(opcode, nodeid_of(served, node), body, extensions=extensions))
+    close_all(served)
+    assert descriptors() == before
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(message=some.binary(max_size=200))
+def test_any_bytes_are_survived(served: Served, message: bytes) -> None:
+    reply = served.dispatcher.answer(memoryview(bytearray(message)))
+    assert reply is None or len(b"".join(reply)) >= abi.fuse_out_header.size
+
+
+@pytest.mark.parametrize("opcode", sorted(set(abi.OPCODE_NAMES) - set(NEVER_ANSWERED)))
+def test_an_empty_body(served: Served, opcode: int) -> None:
+    served.check(opcode, served.ask(opcode, served.directory, b""))
+    assert served.check(abi.FUSE_GETATTR, served.ask(abi.FUSE_GETATTR, 1, bytes(16))) == 0
+
+
+@pytest.mark.parametrize(("claimed", "extra"), [(40, 16), (4096, 16), (0, 16), (2**32 - 1, 16)])
+def test_a_wrong_length_is_einval(served: Served, claimed: int, extra: int) -> None:
+    assert served.check(abi.FUSE_GETATTR, served.ask(abi.FUSE_GETATTR, 1, bytes(extra), claimed=claimed)) == errno.EINVAL
+
+
+def test_an_unknown_opcode_is_enosys(served: Served) -> None:
+    assert served.check(999, served.ask(999, 1, b"")) == errno.ENOSYS
+
+
+def test_names_cannot_leave_the_directory(served: Served) -> None:
+    for name in (b"../state\0", b"a/b\0", b"\0"):
+        assert served.check(abi.FUSE_LOOKUP, served.ask(abi.FUSE_LOOKUP, 1, name)) == errno.EINVAL
+    for opcode in (abi.FUSE_UNLINK, abi.FUSE_RMDIR):
+        for name in (b"..\0", b".\0", b"../source\0"):
+            assert served.check(opcode, served.ask(opcode, served.directory, name)) == errno.EINVAL
+
+
+def test_an_oversized_write_says_so(served: Served) -> None:
+    fh = served.operations.open(served.file, os.O_RDWR)
+    body = abi.fuse_write_in.pack(fh, 0, 1 << 30, 0, 0, 0, 0) + b"short"
+    assert served.check(abi.FUSE_WRITE, served.ask(abi.FUSE_WRITE, served.file, body)) == errno.EINVAL
+    served.operations.release(served.file, fh)
+
+
+def test_fh_of_an_earlier_server_is_served_from_the_node(served: Served) -> None:
+    (served.tree / "file").write_bytes(b"content")
+    for fh in (0, 0x123456789ABCDEF0 & ~0xF):
+        body = abi.fuse_read_in.pack(fh, 0, 4096, 0, 0, 0, 0)
+        reply = served.ask(abi.FUSE_READ, served.file, body)
+        assert reply is not None
+        assert reply[abi.fuse_out_header.size :] == b"content"
+    close_all(served)
