@@ -1,0 +1,211 @@
+"""What only the direct transport carries: each scenario gives the same result as in the source's own file system."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ..support.filesystems import FileSystems
+from .conftest import Ground, TestTree, open_ground
+
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
+FALLOC_FL_COLLAPSE_RANGE = 8
+FALLOC_FL_ZERO_RANGE = 16
+FALLOC_FL_INSERT_RANGE = 32
+FS_IOC_GETFLAGS = 0x80086601
+FS_IOC_SETFLAGS = 0x40086602
+FS_IOC_FSGETXATTR = 0x801C581F
+FS_NODUMP_FL = 0x40
+STATX_BTIME = 0x800
+MIB = 1 << 20
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+@pytest.fixture(scope="module", params=["ext4", "xfs", "btrfs", "tmpfs"])
+def direct_ground(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator[Ground]:
+    if request.config.getoption("--native") or request.param not in request.config.getoption("--fs").split(","):
+        pytest.skip("left out by --native or --fs")
+    with open_ground(filesystems, f"{request.param}-direct") as ground:
+        yield ground
+
+
+@pytest.fixture
+def direct(direct_ground: Ground, request: pytest.FixtureRequest) -> Iterator[TestTree]:
+    yield direct_ground.tree(request.node.originalname)
+    direct_ground.server.check_log()
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> str:
+    if libc.fallocate(fd, mode, offset, length) == 0:
+        return "done"
+    return errno.errorcode[ctypes.get_errno()]
+
+
+@pytest.mark.parametrize(
+    ("mode", "offset", "length"),
+    [
+        (0, 0, 2 * MIB),
+        (FALLOC_FL_KEEP_SIZE, MIB, 4 * MIB),
+        (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 65536, 65536),
+        (FALLOC_FL_ZERO_RANGE, 65536, 65536),
+        (FALLOC_FL_PUNCH_HOLE, 0, 4096),
+        (0, 0, 0),
+    ],
+)
+def test_fallocate(direct: TestTree, mode: int, offset: int, length: int) -> None:
+    def scenario(base: Path) -> object:
+        path = base / "file"
+        path.write_bytes(bytes(range(256)) * (MIB // 256))
+        with path.open("r+b") as file:
+            result = fallocate(file.fileno(), mode, offset, length)
+        return result, path.stat().st_size, path.read_bytes()
+
+    direct.agree(scenario)
+
+
+@pytest.mark.parametrize("mode", [FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE])
+def test_fallocate_modes_that_fuse_does_not_know(direct: TestTree, mode: int) -> None:
+    """The kernel refuses them before it asks the server (fuse_file_fallocate)."""
+    path = direct.path / "file"
+    path.write_bytes(bytes(MIB))
+    with path.open("r+b") as file:
+        assert fallocate(file.fileno(), mode, 65536, 65536) == "ENOTSUP"
+    assert path.stat().st_size == MIB
+
+
+def test_holes_are_found(direct: TestTree) -> None:
+    def scenario(base: Path) -> object:
+        path = base / "sparse"
+        with path.open("wb") as file:
+            os.pwrite(file.fileno(), b"x" * 65536, 4 * MIB)
+            file.truncate(8 * MIB)
+            os.fsync(file.fileno())
+            found = [
+                os.lseek(file.fileno(), start, whence)
+                for start in (0, 4 * MIB, 4 * MIB + 65536)
+                for whence in (os.SEEK_HOLE, os.SEEK_DATA)
+                if not (start == 4 * MIB + 65536 and whence == os.SEEK_DATA)
+            ]
+        return found, path.stat().st_blocks
+
+    direct.agree(scenario)
+
+
+def test_copy_file_range_shares_or_copies_on_the_source(direct: TestTree) -> None:
+    before = direct.server.status()["operations"]
+    data = os.urandom(3 * MIB)
+    (direct.path / "from").write_bytes(data)
+    with (direct.path / "from").open("rb") as source, (direct.path / "to").open("wb") as target:
+        left = len(data)
+        while left:
+            left -= os.copy_file_range(source.fileno(), target.fileno(), left)
+    assert (direct.source / "to").read_bytes() == data
+    after = direct.server.status()["operations"]
+    copies = sum(after.get(name, 0) - before.get(name, 0) for name in ("copy_file_range", "copy_file_range_64"))
+    assert copies > 0
+
+
+def test_a_file_without_a_name_gets_one(direct: TestTree) -> None:
+    def scenario(base: Path) -> object:
+        fd = os.open(base, os.O_TMPFILE | os.O_RDWR, 0o640)
+        try:
+            os.write(fd, b"content")
+            unnamed = os.fstat(fd)
+            # With a directory, Python calls linkat(2), which can follow the link.
+            os.link(f"/proc/self/fd/{fd}", base / "name", src_dir_fd=fd, follow_symlinks=True)
+        finally:
+            os.close(fd)
+        named = (base / "name").stat()
+        return unnamed.st_nlink, unnamed.st_mode, named.st_nlink, named.st_mode, (base / "name").read_bytes()
+
+    direct.agree(scenario)
+
+
+def test_an_unnamed_file_survives_eviction(direct: TestTree) -> None:
+    fd = os.open(direct.path, os.O_TMPFILE | os.O_RDWR, 0o600)
+    os.write(fd, b"kept")
+    direct.evict()
+    assert os.pread(fd, 10, 0) == b"kept"
+    assert os.fstat(fd).st_nlink == 0
+    os.close(fd)
+
+
+def birth_time(path: Path) -> str:
+    return subprocess.run(["stat", "-c", "%w", path], check=True, capture_output=True, text=True).stdout
+
+
+def test_birth_time_is_the_sources(direct: TestTree) -> None:
+    (direct.path / "file").touch()
+    os.utime(direct.path / "file", (1, 1))
+    assert birth_time(direct.path / "file") == birth_time(direct.source / "file")
+
+
+def test_inode_flags(direct: TestTree) -> None:
+    """lsattr and chattr."""
+
+    def scenario(base: Path) -> object:
+        (base / "file").touch()
+        results: list[object] = []
+        for path in (base / "file", base):
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                flags = bytearray(8)
+                fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
+                results.append(flags[:4])
+                (number,) = struct.unpack_from("=I", flags)
+                fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", number | FS_NODUMP_FL))
+                fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
+                results.append(flags[:4])
+            except OSError as error:
+                results.append(error.errno)
+            finally:
+                os.close(fd)
+        return results
+
+    direct.agree(scenario)
+
+
+def test_other_ioctls_are_enotty(direct: TestTree) -> None:
+    (direct.path / "file").touch()
+    with (direct.path / "file").open() as file, pytest.raises(OSError, match="Inappropriate ioctl") as raised:
+        fcntl.ioctl(file.fileno(), 0x5401, bytearray(64))
+    assert raised.value.errno == errno.ENOTTY
+
+
+def test_touch_takes_the_kernels_tick(direct: TestTree) -> None:
+    """UTIME_NOW reaches the source as such, so no mtime is ahead of the ctime of the same instant."""
+    path = direct.path / "file"
+    path.touch()
+    for _ in range(200):
+        os.utime(path)
+        st = path.stat()
+        assert st.st_mtime_ns <= st.st_ctime_ns
+
+
+def test_passthrough_data_and_times(direct: TestTree) -> None:
+    """With passthrough on (auto, where the kernel has it) data goes past the server; sizes and times stay right."""
+    path, source = direct.path / "file", direct.source / "file"
+    before = direct.server.status()["operations"].get("write", 0)
+    with path.open("w+b", buffering=0) as file:
+        file.write(b"a" * 100_000)
+        assert os.fstat(file.fileno()).st_size == source.stat().st_size == 100_000
+        assert os.fstat(file.fileno()).st_mtime_ns == source.stat().st_mtime_ns
+        with path.open("rb", buffering=0) as second:
+            assert second.read(5) == b"aaaaa"
+        file.write(b"b")
+        assert path.stat().st_size == 100_001
+        direct.evict()
+        file.write(b"c")
+        assert source.read_bytes()[-2:] == b"bc"
+    assert direct.server.status()["operations"].get("write", 0) == before
