@@ -84,11 +84,10 @@ class InodeCache:
             self._evictions += len(evicted)
         del replaced, evicted
 
-    def forget(self, nodeid: int) -> None:
-        """Drop `nodeid`, if it is cached."""
+    def forget(self, nodeid: int) -> Inode | None:
+        """Drop `nodeid`, if it is cached; returns its inode, which is closed when the caller lets go of it."""
         with self._lock:
-            dropped = self._lru.pop(nodeid, None)
-        del dropped
+            return self._lru.pop(nodeid, None)
 
     def evict(self, count: int) -> int:
         """Drop up to `count` of the least recently used inodes; returns how many were dropped."""

@@ -14,7 +14,7 @@ import fcntl
 import logging
 import os
 import stat as st
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
@@ -128,10 +128,11 @@ class Operations:
         volume = self.source.volumes.of_mount(mount_id)
         return Inode(fd, nodeid, volume.id, volume.ino_mask(os.fstat(fd).st_dev, handle))
 
-    def forget(self, nodeid: int) -> None:
-        """FORGET: the kernel has dropped the node, so its descriptor is not likely to be wanted, and would keep the
-        blocks of a removed file from being freed."""
-        self.source.cache.forget(nodeid)
+    def forget(self, nodeids: Iterable[int]) -> list[Inode]:
+        """FORGET and BATCH_FORGET: the kernel has dropped the nodes, so their descriptors are not likely to be wanted, and
+        would keep the blocks of removed files from being freed. Returns what was cached: letting go of it may take long."""
+        dropped = [self.source.cache.forget(nodeid) for nodeid in nodeids]
+        return [inode for inode in dropped if inode is not None]
 
     def getattr(self, nodeid: int, fh: int | None = None) -> Attributes:
         """GETATTR."""
@@ -254,7 +255,7 @@ class Operations:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._check_writable()
         with _without_fsetid(kill_suidgid and bool(flags & os.O_TRUNC)):
-            file = self._open_node(nodeid, flags & _OPEN_FLAGS)
+            file = self._open_node(nodeid, flags & _OPEN_FLAGS | (os.O_NOATIME if self.read_only else 0))
         return self.open_files.add(file, flags)
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Entry, int]:

@@ -53,7 +53,13 @@ class Server:
             raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
         finally:
             control.stop()
+            self._close_map()
+
+    def _close_map(self) -> None:
+        try:
             self.source.map.close()
+        except OSError as error:  # the entries wait beside the map, for the next start before a reboot
+            log.error("new entries of the handle map could not be made durable: %s", error)
 
     def status(self) -> dict[str, object]:
         """What `handlefs status` shows; docs/control.md lists the keys."""
@@ -128,19 +134,25 @@ def state_root() -> Path:
 def state_dir_of(source: Source, given: str | None) -> Path:
     """The state directory of `source`: `given`, or one of its own; StartupError if it is inside the source."""
     path = Path(given) if given else state_root() / source.identity.source_id
+    _refuse_inside(source, path, "state directory", "--state-dir")
+    return path
+
+
+def _refuse_inside(source: Source, path: Path, role: str, option: str) -> None:
     root = os.fstat(source.root.fd)
     resolved = path.resolve()
     for parent in (resolved, *resolved.parents):
         if parent.exists() and os.path.samestat(parent.stat(), root):
             raise StartupError(
-                f"the state directory {path} is inside the source {source.path}: clients could read the key in it. "
-                "Give one outside with --state-dir."
+                f"the {role} {path} is inside the source {source.path}: clients could read the key in it. "
+                f"Give one outside with {option}."
             )
-    return path
 
 
 def open_map(state_dir: Path, source: Source, key_file: Path | None = None) -> HandleMap:
     """The handle map of `source` in `state_dir`; StartupError if it is another source's or cannot be used."""
+    if key_file is not None:
+        _refuse_inside(source, key_file, "key file", "--key-file")
     try:
         return HandleMap(state_dir, source.identity, key_file=key_file)
     except OSError as error:

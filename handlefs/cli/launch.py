@@ -82,7 +82,7 @@ def replace_dead_mount(mountpoint: str) -> None:
         raise StartupError(f"{mountpoint} is already a handlefs mount{source} (process {pid})")
     ours = control.record(mountpoint) is not None or mount.fstype == "fuse.handlefs"
     try:
-        os.stat(mountpoint)
+        os.statvfs(mountpoint)  # not stat(2): the kernel answers that for attr_timeout even after the server's death
     except OSError as error:
         if error.errno != errno.ENOTCONN:
             raise StartupError(f"mount point {mountpoint}: {error.strerror}") from error

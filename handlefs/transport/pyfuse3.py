@@ -159,9 +159,9 @@ class Handlers(pyfuse3.Operations):
             return work()
         except OSError as error:
             self._metrics.error(name)
-            number = error.errno or errno.EIO
-            # The client's own descriptor table is not the one that is full.
-            raise pyfuse3.FUSEError(errno.ENFILE if number == errno.EMFILE else number) from None
+            # ENOMEM makes an NFS client wait and try again, where EMFILE and ENFILE are EIO for it (fs/nfsd/vfs.c, nfserrno).
+            out_of_descriptors = error.errno in (errno.EMFILE, errno.ENFILE)
+            raise pyfuse3.FUSEError(errno.ENOMEM if out_of_descriptors else error.errno or errno.EIO) from None
         except Exception:
             self._metrics.error(name)
             log.exception("%s failed", name)
@@ -206,9 +206,9 @@ class Handlers(pyfuse3.Operations):
         return self._entry(self._call("lookup", lambda: self._operations.lookup(parent_inode, name)))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        for nodeid, _ in inode_list:
-            self._metrics.count("forget")
-            self._operations.forget(nodeid)
+        dropped = self._call("forget", lambda: self._operations.forget([nodeid for nodeid, _ in inode_list]))
+        if dropped:  # in a thread: closing the last descriptor of a removed file frees its blocks
+            await trio.to_thread.run_sync(dropped.clear, limiter=self._limiter)
 
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         return self._reply(inode, 0, self._call("getattr", lambda: self._operations.getattr(inode)))
@@ -277,7 +277,7 @@ class Handlers(pyfuse3.Operations):
         return self._entry(self._call("link", lambda: self._operations.link(inode, new_parent_inode, new_name)))
 
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        self._call("unlink", lambda: self._operations.unlink(parent_inode, name))
+        await self._in_thread("unlink", lambda: self._operations.unlink(parent_inode, name))
 
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         self._call("rmdir", lambda: self._operations.rmdir(parent_inode, name))
@@ -291,7 +291,7 @@ class Handlers(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> None:
-        self._call(
+        await self._in_thread(
             "rename",
             lambda: self._operations.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags),
         )

@@ -77,8 +77,9 @@ def stress(place: Place, stressors: dict[str, tuple[str, ...]], timeout: int) ->
                  "--oomable", "--stdout", "--temp-path", place.path, cwd=place.path, timeout=timeout + 120)  # fmt: skip
     assert not re.search(r"stress-ng: (fail|error)", output), output
     assert "skipp" not in output, output
-    done = re.findall(r"stress-ng: metrc: \[\d+\] (\S+) +(\d+) ", output)
-    return {name: int(count) for name, count in done}
+    done = dict(re.findall(r"stress-ng: metrc: \[\d+\] (\S+) +(\d+) ", output))
+    assert done.keys() == stressors.keys(), f"no count of {stressors.keys() - done.keys()} in:\n{output}"
+    return {name: int(count) for name, count in done.items()}
 
 
 @pytest.mark.variants([PLAIN[0]])
@@ -92,8 +93,7 @@ def test_alone(place: Place, stressor: str) -> None:
 @pytest.mark.variants([CONTROLS[0], *PLAIN[1:], *PRUNED])
 def test_side_by_side(place: Place) -> None:
     with place.pressure():
-        done = stress(place, STRESSORS, 5)
-    assert done.keys() == STRESSORS.keys()
+        assert sum(stress(place, STRESSORS, 5).values()) > 0
 
 
 @pytest.mark.variants([PLAIN[0]])

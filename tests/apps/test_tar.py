@@ -57,7 +57,7 @@ def checksum(directory: Path) -> str:
 
 
 def test_read_through_the_mount(place: Place, variant: Variant) -> None:
-    count = 15_000 if variant == PLAIN[0] else 1_500
+    count = 10_000 if variant == PLAIN[0] else 1_000
     assert copy_of_usr(place.source / "usr", count) == count
     with place.pressure():
         through_the_mount = checksum(place.path / "usr")
@@ -65,7 +65,7 @@ def test_read_through_the_mount(place: Place, variant: Variant) -> None:
 
 
 def test_unpack_through_the_mount(place: Place, variant: Variant) -> None:
-    count = 3_000 if variant == PLAIN[0] else 700
+    count = 2_000 if variant == PLAIN[0] else 500
     original = place.scratch / "usr"
     assert copy_of_usr(original, count) == count
     archive = place.scratch / "usr.tar"
