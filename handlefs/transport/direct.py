@@ -30,7 +30,7 @@ WORKER_THREADS = 4
 """Requests served at the same time."""
 
 _LARGEST_REQUEST = MAX_WRITE + 4096
-_MALFORMED = (struct.error, ValueError, IndexError)
+_MALFORMED = (struct.error, ValueError, OverflowError)  # OverflowError: a number that no system call takes
 
 Reply = bytes | Sequence[bytes] | None
 """The payload of a reply, in one or more pieces; None for requests that have none."""
@@ -202,9 +202,9 @@ class Dispatcher:
         try:
             payload = handler(Request(unique, nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end]))
         except OSError as error:
-            # EMFILE: the client's own descriptor table is not the one that is full.
-            number = error.errno or errno.EIO
-            return self._error(unique, errno.ENFILE if number == errno.EMFILE else number, name, opcode)
+            # ENOMEM makes an NFS client wait and try again, where EMFILE and ENFILE are EIO for it (fs/nfsd/vfs.c, nfserrno).
+            out_of_descriptors = error.errno in (errno.EMFILE, errno.ENFILE)
+            return self._error(unique, errno.ENOMEM if out_of_descriptors else error.errno or errno.EIO, name, opcode)
         except _MALFORMED:
             log.error("malformed %s request of %d bytes", name, size)
             return self._error(unique, errno.EINVAL, name, opcode)
@@ -250,16 +250,14 @@ class Dispatcher:
         return self._entry(self._operations.lookup(request.nodeid, _name(request.body)))
 
     def _forget(self, request: Request) -> Reply:
-        self._operations.forget(request.nodeid)
+        self._operations.forget((request.nodeid,))
         return None
 
     def _batch_forget(self, request: Request) -> Reply:
         count, _ = abi.fuse_batch_forget_in.unpack_from(request.body)
         start = abi.fuse_batch_forget_in.size
-        for nodeid, _ in abi.fuse_forget_one.iter_unpack(
-            request.body[start : start + count * abi.fuse_forget_one.size]
-        ):
-            self._operations.forget(nodeid)
+        nodes = abi.fuse_forget_one.iter_unpack(request.body[start : start + count * abi.fuse_forget_one.size])
+        self._operations.forget(nodeid for nodeid, _ in nodes)
         return None
 
     def _getattr(self, request: Request) -> Reply:

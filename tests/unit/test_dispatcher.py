@@ -2,6 +2,7 @@
 drops what nobody waits for, and never raises, never leaks a descriptor, and serves the next request."""
 
 import errno
+import logging
 import os
 import struct
 from collections.abc import Iterator
@@ -26,10 +27,23 @@ NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT)
 UNIQUE = 4242
 
 
+class OwnFailures(logging.Handler):
+    """Exceptions that the dispatcher took for failures of our own: a request must never cause one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info:
+            self.seen.append(self.format(record))
+
+
 class Served:
     """A dispatcher over a small tree."""
 
     def __init__(self, root: Path) -> None:
+        self.failures = OwnFailures()
         self.tree = root / "source"
         self.tree.mkdir()
         (self.tree / "file").write_bytes(b"content")
@@ -53,6 +67,8 @@ class Served:
 
     def check(self, opcode: int, reply: bytes | None) -> int:
         """The errno of a well-formed reply."""
+        failures, self.failures.seen = self.failures.seen, []
+        assert not failures
         if reply is None:
             assert opcode in NEVER_ANSWERED
             return 0
@@ -67,7 +83,10 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served = Served(tmp_path_factory.mktemp("dispatcher"))
+    logger = logging.getLogger("handlefs.transport.direct")
+    logger.addHandler(served.failures)
     yield served
+    logger.removeHandler(served.failures)
     served.map.close()
 
 
