@@ -132,8 +132,8 @@ class Source:
     def lookup(self, parent: Inode, name: bytes) -> Inode:
         """The inode of `name` in `parent`; "." and ".." too, the latter ending at the root.
 
-        Raises OSError: ENOENT, ENOTDIR, ENAMETOOLONG, EOPNOTSUPP for an object on a file system without handles below
-        the source, ESTALE for a parent that is outside the source by now.
+        Raises OSError: ENOENT, ENOTDIR, ENAMETOOLONG, EOPNOTSUPP for an object that has no handle or one that cannot
+        be opened, ESTALE for a parent that is outside the source by now.
         """
         if name == b".":
             return parent
@@ -146,10 +146,13 @@ class Source:
             try:
                 return self.inode(self.volumes.of_mount(mount_id), handle)
             except OSError as error:
-                # Removed before it was opened. The name may stand for another file by now: a name that is replaced by
-                # rename(2) always exists. Not so if the handle is the same: the file system cannot open it.
-                if error.errno != errno.ESTALE or (again := name_to_handle_at(parent.fd, name)) == found:
+                if error.errno != errno.ESTALE:
                     raise
+                # Removed before it was opened. The name may stand for another file by now: a name that is replaced by
+                # rename(2) always exists.
+                again = name_to_handle_at(parent.fd, name)
+                if again == found:  # as in a btrfs snapshot, where an empty directory stands for a nested subvolume
+                    raise OSError(errno.EOPNOTSUPP, "the file system cannot open the handle it gives", name) from error
                 found = again
 
     def inode(self, volume: Volume, handle: FileHandle) -> Inode:

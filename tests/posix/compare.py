@@ -69,9 +69,9 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
-def acl(path: Path) -> str:
-    """The access and default ACL as getfacl prints them, without the file's name."""
-    argv = ["getfacl", "--omit-header", "--numeric", "--absolute-names", str(path)]
+def acl(*paths: Path) -> str:
+    """The access and default ACLs as getfacl prints them, without the files' names."""
+    argv = ["getfacl", "--omit-header", "--numeric", "--absolute-names", *map(str, paths)]
     return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
 
 

@@ -93,15 +93,15 @@ def test_a_new_file_is_writable_whatever_its_mode(tree: TestTree, mode: int) -> 
 def test_open_checks_the_mode(tree: TestTree) -> None:
     def scenario(base: Path) -> object:
         base.chmod(0o755)
-        results = []
+        paths = []
         for mode in (0o000, 0o444, 0o222, 0o666, 0o640):
             path = base / f"{mode:o}"
             path.write_bytes(b"x")
             path.chmod(mode)
-            for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC):
-                results.append(as_user(ALICE, outcome, open_and_close, path, flags))
-        results.append(as_user(ALICE, outcome, (base / "new").write_bytes, b""))
-        return results
+            paths.append(path)
+        ways = (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC)
+        opened = as_user(ALICE, lambda: [outcome(open_and_close, path, flags) for path in paths for flags in ways])
+        return opened, as_user(ALICE, outcome, (base / "new").write_bytes, b"")
 
     tree.agree(scenario)
 

@@ -93,7 +93,7 @@ def test_default_acls_under_a_umask(tree: TestTree, default: str, umask: int) ->
         if (directory / "mkdir").is_dir():
             (directory / "mkdir" / "below").mkdir()
         paths = [path for path in sorted(directory.rglob("*")) if not path.is_symlink()]
-        return made, acl(directory), [(path.name, acl(path)) for path in paths]
+        return made, [path.name for path in paths], acl(directory, *paths)
 
     tree.agree(scenario)
 
@@ -258,16 +258,16 @@ ACTORS = {"root": ROOT, "owner": ALICE, "member": User(4003, 4003, (STAFF,)), "s
 def change_set_id_files(base: Path, actor: str, change: str, modes: tuple[int, ...]) -> list[tuple[str, object, Path]]:
     """Files with set-id bits, in the owner's group and in another, each changed by the actor: name, outcome and path."""
     base.chmod(0o777)
-    changed = []
+    paths = []
     for bits in modes:
         for group in (STAFF, ALICE.gid):
             path = base / f"{bits:o}-{group}"
             path.write_bytes(b"content")
             os.chown(path, ALICE.uid, group)
             path.chmod(bits)
-            result = as_user(ACTORS[actor], outcome, CHANGES[change], path)
-            changed.append((path.name, result, path))
-    return changed
+            paths.append(path)
+    results = as_user(ACTORS[actor], lambda: [outcome(CHANGES[change], path) for path in paths])
+    return [(path.name, result, path) for path, result in zip(paths, results, strict=True)]
 
 
 @pytest.mark.parametrize("change", CHANGES)

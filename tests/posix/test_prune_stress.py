@@ -235,9 +235,11 @@ class Client:
                 os.close(file.fd)
                 file.fd = None
             return
-        handle = file.handle
-        assert handle
-        assert in_the_end(lambda: open_handle(self.base, handle), "ESTALE") == "ESTALE"
+        assert in_the_end(lambda: self._open_and_close(file), "ESTALE") == "ESTALE"
+
+    def _open_and_close(self, file: File) -> None:
+        assert file.handle
+        os.close(open_handle(self.base, file.handle))
 
 
 @contextmanager
