@@ -17,6 +17,7 @@ from handlefs import control
 
 from ..support.filesystems import run
 from ..support.syscalls import drop_caches
+from . import nfs3
 
 THREADS = 4
 CLIENT = "127.0.0.1"  # who the exports are for
@@ -34,7 +35,7 @@ def start_nfsd() -> None:
     for setting in ("nfsv4leasetime", "nfsv4gracetime"):
         (NFSD / setting).write_text("10")
     run("rpc.nfsd", str(THREADS))
-    run("rpc.mountd")
+    run("rpc.mountd", "--port", str(nfs3.MOUNT_PORT))
     export_natively(PSEUDO_ROOT, 0)
 
 
@@ -48,14 +49,6 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) ->
     while not condition():
         assert time.monotonic() < deadline, f"after {seconds} s it is still not so that {what}"
         time.sleep(0.02)
-
-
-def nfsd_handle(client: Client, path: Path) -> bytes:
-    """The NFSv3 handle that knfsd gives to this file of the export that `client` has mounted."""
-    os.statvfs(client.path)  # only a client's request makes knfsd learn what is exported to whom
-    with (NFSD / "filehandle").open("r+b", buffering=0) as control:
-        control.write(f"{CLIENT} {path} 64\n".encode())
-        return bytes.fromhex(control.read().decode().replace("\\x", ""))
 
 
 class Export(ABC):
