@@ -58,6 +58,7 @@ def exact_attributes(path: Path) -> dict[str, int]:
         "st_rdev",
         "st_size",
         "st_blocks",
+        "st_blksize",
         "st_atime_ns",
         "st_mtime_ns",
         "st_ctime_ns",

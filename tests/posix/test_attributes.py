@@ -47,13 +47,6 @@ def test_attributes_are_those_of_the_source(tree: TestTree) -> None:
         assert exact_attributes(tree.path / name) == exact_attributes(tree.source / name), name
 
 
-def test_block_size_is_a_power_of_two(tree: TestTree) -> None:
-    (tree.path / "file").write_bytes(b"x")
-    size = (tree.path / "file").stat().st_blksize
-    assert size >= 512
-    assert size & (size - 1) == 0
-
-
 def test_missing_names(tree: TestTree) -> None:
     def scenario(base: Path) -> object:
         (base / "file").write_bytes(b"")

@@ -23,10 +23,12 @@ FIXED = 48
 EXHAUSTED = ("ENOMEM",)
 
 
-@pytest.fixture(scope="module")
-def forest(kind: str, filesystems: FileSystems) -> Iterator[Path]:
+@pytest.fixture(scope="module", params=["ext4", "btrfs"], ids=["ext4: inline", "btrfs: mapped"])
+def forest(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator[Path]:
     """Twenty thousand files whose content is their name."""
-    base = filesystems[kind] / "forest"
+    if request.config.getoption("--native"):
+        pytest.skip("only the control was asked for")
+    base = filesystems[request.param] / "forest"
     for number in range(DIRECTORIES):
         directory = base / f"d{number}"
         directory.mkdir(parents=True)
