@@ -1,5 +1,5 @@
-"""Runs tests in the lab: on the host, the tests of a directory whose conftest imports `pytest_runtest_protocol` from
-here are run by a second pytest in a guest, and its reports are shown as if they had run here.
+"""Runs tests in the lab: where a conftest imports `pytest_runtest_protocol` from here, the tests with an `export` are run
+by a second pytest in a guest, and its reports are shown as if they had run here.
 
 The tests that use one file system share one guest. When the guest dies or hangs, the test it was running fails with
 what the guest said last, and the tests that remain get a new guest.
@@ -113,8 +113,8 @@ class Relay:
             return False
         self.close()
         items = item.session.items
-        ours = [i for i in items[items.index(item) :] if i.path.parent == item.path.parent]
-        self.run = Run([i for i in ours if self.filesystem_of(i) == filesystem], filesystem)
+        remaining = filter(runs_in_lab, items[items.index(item) :])
+        self.run = Run([i for i in remaining if self.filesystem_of(i) == filesystem], filesystem)
         self.filesystem = filesystem
         return True
 
@@ -139,6 +139,11 @@ def failure(item: pytest.Item, message: str) -> pytest.TestReport:
 _relay = pytest.StashKey[Relay]()
 
 
+def runs_in_lab(item: pytest.Item) -> bool:
+    """pytest calls the hook below for all items of the session, not only for those of the directory that imports it."""
+    return "export" in getattr(item, "fixturenames", ())
+
+
 def filesystem_of(item: pytest.Item) -> str:
     """Which scratch file system the test needs in the guest: the one that its parameter `export` names."""
     assert isinstance(item, pytest.Function)
@@ -147,8 +152,7 @@ def filesystem_of(item: pytest.Item) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    # pytest calls the hook for all items of the session, not only for those of the directory that imports it.
-    if IN_GUEST or "export" not in getattr(item, "fixturenames", ()):
+    if IN_GUEST or not runs_in_lab(item):
         return None
     stash = item.config.stash
     if _relay not in stash:

@@ -122,11 +122,11 @@ class HandlefsExport(Export):
 
     LOG = Path("/var/log/handlefs.log")
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, transport: str) -> None:
         super().__init__(source, PSEUDO_ROOT / "handlefs")
         self.path.mkdir(exist_ok=True)
         self._log_seen = 0
-        self.command(str(source), str(self.path), "--log-file", str(self.LOG))
+        self.command(str(source), str(self.path), "--transport", transport, "--log-file", str(self.LOG))
         self.command("export", str(self.path), CLIENT, "-o", "no_root_squash", "--apply")
 
     def command(self, *arguments: str) -> str:

@@ -18,11 +18,11 @@ from . import nfs3
 from .knfsd import Client, Export, HandlefsExport, NativeExport
 
 
-def test_the_fsid_belongs_to_the_source(server: HandlefsExport) -> None:
+def test_the_fsid_belongs_to_the_source(server: HandlefsExport, name: str) -> None:
     """Another server over the same source gives the same one, with whatever state directory and at whatever mount point."""
     elsewhere = Path("/mnt/elsewhere")
     elsewhere.mkdir()
-    server.command(str(server.source), str(elsewhere), "--state-dir", "/var/tmp/handlefs-another-state")
+    server.command(str(server.source), str(elsewhere), "--state-dir", f"/var/tmp/{name}")
     line = server.command("export", str(elsewhere), "localhost")
     server.command("umount", str(elsewhere))
     elsewhere.rmdir()
