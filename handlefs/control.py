@@ -20,7 +20,6 @@ import os
 import socket
 import socketserver
 import struct
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -53,6 +52,11 @@ def runtime_dir() -> Path:
     return Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}") / "handlefs"
 
 
+def not_root() -> str:
+    """What to add to "no server" for a user who cannot see those of root."""
+    return "" if os.geteuid() == 0 else " that you may talk to: ask as root for a server of root"
+
+
 def _file(mountpoint: str, suffix: str) -> Path:
     name = hashlib.blake2b(os.fsencode(mountpoint), digest_size=8).hexdigest()
     return runtime_dir() / f"{name}.{suffix}"
@@ -64,7 +68,6 @@ class Record:
 
     pid: int
     config: Config
-    python: str
 
     @property
     def mountpoint(self) -> str:
@@ -93,7 +96,7 @@ def record(mountpoint: str) -> Record | None:
 def _read_record(path: Path) -> Record | None:
     try:
         content = json.loads(path.read_bytes())
-        return Record(content["pid"], Config.from_dict(content["config"]), content["python"])
+        return Record(content["pid"], Config.from_dict(content["config"]))
     except FileNotFoundError:  # the server ended meanwhile
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -139,7 +142,7 @@ def _connected(mountpoint: str) -> Iterator[socket.socket]:
         try:
             connection.connect(os.fspath(_file(mountpoint, "sock")))
         except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise NoServer(f"no handlefs server runs at {mountpoint}") from error
+            raise NoServer(f"no handlefs server runs at {mountpoint}{not_root()}") from error
         except OSError as error:
             raise ControlError(f"cannot reach the server at {mountpoint}: {error.strerror or error}") from error
         yield connection
@@ -209,7 +212,7 @@ class ControlServer:
 
     def _write_record(self) -> None:
         path = _file(self._config.mountpoint, "json")
-        content = {"pid": os.getpid(), "config": self._config.to_dict(), "python": sys.executable}
+        content = {"pid": os.getpid(), "config": self._config.to_dict()}
         temporary = path.with_suffix(".new")
         temporary.write_text(json.dumps(content))
         temporary.chmod(0o600)

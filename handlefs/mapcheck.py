@@ -27,7 +27,7 @@ class MapReport:
     dead: list[int] = field(default_factory=list)
     """The object has been removed; `compact` drops these."""
     damaged: list[int] = field(default_factory=list)
-    """The node ID is not one that this handle can have with this key."""
+    """The node ID is not one that this handle can have with this key; such an entry is never used, and `compact` drops it."""
 
     @property
     def total(self) -> int:
@@ -119,14 +119,14 @@ def _children(source: Source, nodeid: int) -> list[tuple[int, bool]]:
 
 
 def compact(source: Source, progress: Progress = lambda done: None) -> tuple[int, bool]:
-    """Drop the entries of removed objects, and rewrite the data file without free space unless a server uses the map.
-    Returns the number of entries dropped and whether the file was rewritten.
+    """Drop damaged entries and those of removed objects, and rewrite the data file without free space unless a server uses
+    the map. Returns the number of entries dropped and whether the file was rewritten.
 
     A dead entry that stands in the way of a live one (a collision) is kept: without it, the live one would be given
     another node ID at its next look-up.
     """
     report, needed = _check(source, progress)
-    dropped = [nodeid for nodeid in report.dead if nodeid not in needed]
+    dropped = [nodeid for nodeid in report.dead + report.damaged if nodeid not in needed]
     for start in range(0, len(dropped), 1000):
         source.map.remove(dropped[start : start + 1000])
     return len(dropped), source.map.shrink()

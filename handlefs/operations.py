@@ -28,7 +28,7 @@ from handlefs.credentials import (
     supplementary_groups,
     without_capability,
 )
-from handlefs.handle import handle_of
+from handlefs.handle import FileHandle, handle_of, name_to_handle_at
 from handlefs.inodecache import Inode
 from handlefs.nodeid import ROOT_NODEID
 from handlefs.openfiles import OpenFile, OpenFiles, reopen_flags
@@ -221,8 +221,14 @@ class Operations:
         directory = self.inode(parent)
         with acting_as(caller):
             make(directory.fd)
-        with _undone_on_error(lambda: undo(name, dir_fd=directory.fd)):
-            return self.source.entry(self.source.lookup(directory, name))
+        made = name_to_handle_at(directory.fd, name)
+        with _undone_on_error(directory, name, made, undo):
+            return self._entry_of(made)
+
+    def _entry_of(self, made: tuple[FileHandle, int]) -> Entry:
+        """The entry of a new object, given its handle and mount ID."""
+        handle, mount_id = made
+        return self.source.entry(self.source.inode(self.source.volumes.of_mount(mount_id), handle))
 
     def unlink(self, parent: int, name: bytes) -> None:
         """UNLINK."""
@@ -276,7 +282,7 @@ class Operations:
             # permission on it, so it must look up and open the file itself: ESTALE makes it (fs/namei.c, do_filp_open).
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
         file = OpenFile(fd, 0)
-        with _undone_on_error(lambda: os.unlink(name, dir_fd=directory.fd)):
+        with _undone_on_error(directory, name, handle_of(fd), os.unlink):
             return self._opened(file, flags)
 
     def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Entry, int]:
@@ -297,8 +303,7 @@ class Operations:
 
     def _opened(self, file: OpenFile, flags: int) -> tuple[Entry, int]:
         """The entry and the `fh` of the new `file`, whose node ID is not known yet."""
-        handle, mount_id = handle_of(file.fd)
-        entry = self.source.entry(self.source.inode(self.source.volumes.of_mount(mount_id), handle))
+        entry = self._entry_of(handle_of(file.fd))
         file.nodeid = entry.nodeid
         return entry, self.open_files.add(file, flags)
 
@@ -500,15 +505,18 @@ def _as_unprivileged(caller: Caller) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undone_on_error(undo: Callable[[], None]) -> Iterator[None]:
-    """An object that gets no node ID (the handle map's disk is full) must not stay behind a failed request. One that
-    somebody else has removed or replaced meanwhile is not ours any more."""
+def _undone_on_error(
+    directory: Inode, name: bytes, made: tuple[FileHandle, int], undo: Callable[..., None]
+) -> Iterator[None]:
+    """An object that gets no node ID (the handle map's disk is full) must not stay behind a failed request. Under its name
+    there may be somebody else's by now: only what has the handle and mount ID `made` is ours to remove."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESTALE):
-            try:
-                undo()
-            except OSError as failure:
+    except OSError:
+        try:
+            if name_to_handle_at(directory.fd, name) == made:
+                undo(name, dir_fd=directory.fd)
+        except OSError as failure:
+            if failure.errno != errno.ENOENT:
                 log.error("an object made by a request that failed stays behind: %s", failure)
         raise

@@ -6,6 +6,7 @@ and no window in which a name may come to mean something else.
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -23,6 +24,8 @@ from handlefs.nodeid import (
     inline_format,
 )
 from handlefs.volumes import Submounts, Volume, Volumes
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -106,6 +109,9 @@ class Source:
         if nodeid & MAPPED_BIT:
             mapped = self.map.get(nodeid)
             if mapped is not None:
+                if self.map.chain(nodeid, mapped) is None:
+                    log.error("the handle map has a damaged entry for node %#x: run handlefs map compact", nodeid)
+                    raise OSError(errno.ESTALE, "damaged entry in the handle map")
                 return self.volumes.by_id(mapped.volume), mapped.handle
         elif self.inline is not None and nodeid >> 32:
             return self.volumes.root, self.inline.decode(nodeid)

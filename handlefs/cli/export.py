@@ -27,4 +27,6 @@ def command(mountpoint: str, client: str, options: str | None, fsid: int | None,
     export = nfs.export_for(mountpoint, client, number, extra, read_only=status["read_only"])
     if apply:
         nfs.apply(export)
+        if not nfs.threads():
+            click.echo("handlefs: exported, but no NFS server runs here: systemctl start nfs-server", err=True)
     click.echo(export.line())

@@ -27,7 +27,7 @@ def command(mountpoint: str | None, as_json: bool) -> None:
     elif known:
         _print_list(known)
     else:
-        click.echo("No handlefs server runs here.")
+        click.echo(f"No handlefs server runs here{control.not_root()}.")
 
 
 def _details(mountpoint: str) -> dict[str, Any]:

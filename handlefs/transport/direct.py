@@ -23,6 +23,7 @@ from handlefs.protocol.init import MAX_WRITE, Negotiated, negotiate
 from handlefs.source import Attributes, Entry
 from handlefs.syscalls import DirectoryEntry, Moment
 from handlefs.transport.backing import NO_BACKING, BackingFiles
+from handlefs.transport.failures import Failures
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class Dispatcher:
     ) -> None:
         self.negotiated = negotiated
         self._backing = backing
+        self._failures = Failures()
         self._operations = operations
         self._metrics = metrics
         self._entry_timeout = divmod(round(config.entry_timeout * 10**9), 10**9)
@@ -202,9 +204,7 @@ class Dispatcher:
         try:
             payload = handler(Request(unique, nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end]))
         except OSError as error:
-            # ENOMEM makes an NFS client wait and try again, where EMFILE and ENFILE are EIO for it (fs/nfsd/vfs.c, nfserrno).
-            out_of_descriptors = error.errno in (errno.EMFILE, errno.ENFILE)
-            return self._error(unique, errno.ENOMEM if out_of_descriptors else error.errno or errno.EIO, name, opcode)
+            return self._error(unique, self._failures.errno_for_reply(name, error), name, opcode)
         except _MALFORMED:
             log.error("malformed %s request of %d bytes", name, size)
             return self._error(unique, errno.EINVAL, name, opcode)

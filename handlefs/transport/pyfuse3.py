@@ -18,12 +18,14 @@ import trio
 
 from handlefs.config import Config
 from handlefs.credentials import Caller
+from handlefs.errors import StartupError
 from handlefs.metrics import OperationMetrics
 from handlefs.mount import mount_fuse, unmount
 from handlefs.nodeid import ROOT_NODEID
 from handlefs.operations import Changes, Operations, is_group_member
 from handlefs.source import Attributes, Entry
 from handlefs.syscalls import DirectoryEntry, Moment
+from handlefs.transport.failures import Failures
 
 log = logging.getLogger(__name__)
 
@@ -114,11 +116,11 @@ def _adjusted_init(reply: bytes) -> bytes:
     return bytes(adjusted)
 
 
-def _offset_of_attr_ino() -> int | None:
+def _offset_of_attr_ino() -> int:
     """Where in an EntryAttributes object the inode number lies that stat(2) shows.
 
     pyfuse3 sets it together with the node ID, which would show node IDs as inode numbers; the mount should show the
-    source's. Found by its value; None (node IDs are shown) if the object is not laid out as expected.
+    source's, which NFS clients have seen before. Found by its value; StartupError if the object is not laid out as expected.
     """
     probe = pyfuse3.EntryAttributes()
     probe.st_ino = pyfuse3.InodeT(0x1F2E3D4C5B6A7988)
@@ -127,8 +129,9 @@ def _offset_of_attr_ino() -> int | None:
     first = memory.find(pattern)
     second = memory.find(pattern, first + 1)  # struct fuse_entry_param: ino, generation, then attr with st_dev, st_ino
     if first < 0 or second != first + 24 or memory.find(pattern, second + 1) >= 0:
-        log.warning("this pyfuse3 has another memory layout: the mount shows node IDs as inode numbers")
-        return None
+        raise StartupError(
+            f"pyfuse3 {pyfuse3.__version__} is not laid out as pyfuse3 3.5: install that one, or use --transport=direct"
+        )
     return second
 
 
@@ -146,6 +149,7 @@ class Handlers(pyfuse3.Operations):
         self._metrics = metrics
         self._entry_timeout = config.entry_timeout
         self._attr_timeout = config.attr_timeout
+        self._failures = Failures()
         self._ino_offset = _offset_of_attr_ino()
         self._nodeids: dict[int, int] = {}
         """fh → node ID: pyfuse3 leaves out the node ID where there is an fh."""
@@ -159,9 +163,7 @@ class Handlers(pyfuse3.Operations):
             return work()
         except OSError as error:
             self._metrics.error(name)
-            # ENOMEM makes an NFS client wait and try again, where EMFILE and ENFILE are EIO for it (fs/nfsd/vfs.c, nfserrno).
-            out_of_descriptors = error.errno in (errno.EMFILE, errno.ENFILE)
-            raise pyfuse3.FUSEError(errno.ENOMEM if out_of_descriptors else error.errno or errno.EIO) from None
+            raise pyfuse3.FUSEError(self._failures.errno_for_reply(name, error)) from None
         except Exception:
             self._metrics.error(name)
             log.exception("%s failed", name)
@@ -194,8 +196,7 @@ class Handlers(pyfuse3.Operations):
         return reply
 
     def _set_ino(self, reply: pyfuse3.EntryAttributes, ino: int) -> None:
-        if self._ino_offset is not None:
-            ctypes.c_uint64.from_address(id(reply) + self._ino_offset).value = ino
+        ctypes.c_uint64.from_address(id(reply) + self._ino_offset).value = ino
 
     def _entry(self, entry: Entry) -> pyfuse3.EntryAttributes:
         return self._reply(entry.nodeid, entry.generation, entry.attributes)

@@ -27,11 +27,10 @@ MODES: dict[str, tuple[str, ...]] = {
     "storm": (),
     "storm1": ("--cache-size=1",),
     "direct": ("--transport=direct",),
-    "direct-off": ("--transport=direct", "--passthrough=off"),
     "direct-storm": ("--transport=direct", "--passthrough=off", "--cache-size=1"),
 }
 MODES_OF = {
-    "ext4": ("default", "cache1", "cache0", "storm", "direct", "direct-off"),
+    "ext4": ("default", "cache1", "cache0", "storm", "direct"),
     "btrfs": ("default", "storm1", "direct-storm"),
 }
 OTHER_MODES = ("default", "storm1")

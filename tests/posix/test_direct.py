@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ..support.filesystems import FileSystems
+from ..support.server import Mounted
 from .conftest import Ground, TestTree, open_ground
 
 FALLOC_FL_KEEP_SIZE = 1
@@ -44,6 +45,13 @@ def direct_ground(request: pytest.FixtureRequest, filesystems: FileSystems) -> I
 def direct(direct_ground: Ground, request: pytest.FixtureRequest) -> Iterator[TestTree]:
     yield direct_ground.tree(request.node.originalname)
     direct_ground.server.check_log()
+
+
+def operations(tree: TestTree) -> dict[str, int]:
+    """How many requests of each kind the server has seen."""
+    assert isinstance(tree.server, Mounted)
+    counts: dict[str, int] = tree.server.status()["operations"]
+    return counts
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> str:
@@ -103,7 +111,7 @@ def test_holes_are_found(direct: TestTree) -> None:
 
 
 def test_copy_file_range_shares_or_copies_on_the_source(direct: TestTree) -> None:
-    before = direct.server.status()["operations"]
+    before = operations(direct)
     data = os.urandom(3 * MIB)
     (direct.path / "from").write_bytes(data)
     with (direct.path / "from").open("rb") as source, (direct.path / "to").open("wb") as target:
@@ -111,7 +119,7 @@ def test_copy_file_range_shares_or_copies_on_the_source(direct: TestTree) -> Non
         while left:
             left -= os.copy_file_range(source.fileno(), target.fileno(), left)
     assert (direct.source / "to").read_bytes() == data
-    after = direct.server.status()["operations"]
+    after = operations(direct)
     copies = sum(after.get(name, 0) - before.get(name, 0) for name in ("copy_file_range", "copy_file_range_64"))
     assert copies > 0
 
@@ -196,7 +204,7 @@ def test_touch_takes_the_kernels_tick(direct: TestTree) -> None:
 def test_passthrough_data_and_times(direct: TestTree) -> None:
     """With passthrough on (auto, where the kernel has it) data goes past the server; sizes and times stay right."""
     path, source = direct.path / "file", direct.source / "file"
-    before = direct.server.status()["operations"].get("write", 0)
+    before = operations(direct).get("write", 0)
     with path.open("w+b", buffering=0) as file:
         file.write(b"a" * 100_000)
         assert os.fstat(file.fileno()).st_size == source.stat().st_size == 100_000
@@ -208,4 +216,4 @@ def test_passthrough_data_and_times(direct: TestTree) -> None:
         direct.evict()
         file.write(b"c")
         assert source.read_bytes()[-2:] == b"bc"
-    assert direct.server.status()["operations"].get("write", 0) == before
+    assert operations(direct).get("write", 0) == before

@@ -7,12 +7,14 @@ import os
 import resource
 import stat as st
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from handlefs.credentials import Caller
+from handlefs.handlemap import MappedHandle
+from handlefs.mapcheck import compact, verify
 from handlefs.nodeid import ROOT_NODEID
 from handlefs.operations import Changes, Operations
 from handlefs.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, Moment
@@ -518,3 +520,48 @@ def test_access_is_the_caller_s(ext4: Path, tmp_path: Path) -> None:
         assert not may(4002, 4002, os.R_OK) and may(4002, 4002, os.F_OK)
         assert may(0, 0, os.R_OK | os.W_OK)
         assert may(4001, 1, os.R_OK)
+
+
+def test_a_failed_creation_does_not_remove_what_replaced_it(btrfs: Path, tmp_path: Path) -> None:
+    """The map fails just when somebody on the host has renamed a file of their own over the new one."""
+    source = new_directory(btrfs)
+    with serving(source, tmp_path / "state") as operations:
+        handle_map = operations.source.map
+        assign = handle_map.assign
+
+        def replaced_then_full(items: Sequence[MappedHandle]) -> list[int]:
+            (source / "theirs").write_bytes(b"precious")
+            (source / "theirs").replace(source / "name")
+            raise OSError(errno.ENOSPC, "handle map: full")
+
+        handle_map.assign = replaced_then_full  # type: ignore[method-assign]
+        for make in (
+            lambda: operations.create(1, b"name", 0o600, os.O_RDWR, ROOT),
+            lambda: operations.mknod(1, b"name", st.S_IFREG | 0o600, 0, ROOT),
+            lambda: operations.symlink(1, b"name", b"target", ROOT),
+        ):
+            assert code(make) == "ENOSPC"
+            assert (source / "name").read_bytes() == b"precious"
+            (source / "name").unlink()
+        handle_map.assign = assign  # type: ignore[method-assign]
+
+
+def test_a_damaged_entry_never_serves_another_file(btrfs: Path, tmp_path: Path) -> None:
+    """An entry whose node ID is not its handle's is not used, and compact drops it."""
+    source = new_directory(btrfs)
+    for name in ("one", "two"):
+        (source / name).write_text(name)
+    with serving(source, tmp_path / "state") as operations:
+        one, two = (operations.lookup(1, name).nodeid for name in (b"one", b"two"))
+        handle_map = operations.source.map
+        handle_map.flush()
+        wrong = handle_map.get(two)
+        assert wrong is not None
+        handle_map._durable.put_all(b"nodes", [(one.to_bytes(8, "big"), wrong.pack())])
+        operations.source.evict_all()
+        assert code(lambda: operations.getattr(one)) == "ESTALE"
+        assert verify(operations.source).damaged == [one]
+        assert compact(operations.source)[0] == 1
+        assert verify(operations.source).damaged == []
+        assert operations.lookup(1, b"one").nodeid == one
+        assert operations.getattr(one).stat.st_size == 3
