@@ -197,13 +197,16 @@ class ControlServer:
             self._write_record()
         threading.Thread(target=self._server.serve_forever, name="control", daemon=True).start()
 
-    def stop(self) -> None:
-        """Stop listening and remove the socket and the record, unless a successor has replaced them."""
+    def stop(self, *, keep_record: bool = False) -> None:
+        """Stop listening and remove the socket and the record, unless a successor has replaced them. With `keep_record` they
+        stay, as those of a killed server do, for `handlefs restart`."""
         if self._server is None:
             return
         self._server.shutdown()
         self._server.server_close()
         self._server = None
+        if keep_record:
+            return
         with _locked_runtime_dir():
             kept = record(self._config.mountpoint)
             if kept is not None and kept.pid == os.getpid():

@@ -134,7 +134,7 @@ class Operations:
         dropped = [self.source.cache.forget(nodeid) for nodeid in nodeids]
         return [inode for inode in dropped if inode is not None]
 
-    def getattr(self, nodeid: int, fh: int | None = None) -> Attributes:
+    def getattr(self, nodeid: int) -> Attributes:
         """GETATTR."""
         return self.source.attributes(self.inode(nodeid))
 

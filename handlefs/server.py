@@ -14,7 +14,7 @@ from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.errors import StartupError
 from handlefs.handlemap import HandleMap, how_to_replace
 from handlefs.metrics import OperationMetrics
-from handlefs.mount import mounts
+from handlefs.mount import mount_at, mounts
 from handlefs.operations import Operations
 from handlefs.source import Source
 from handlefs.transport import direct
@@ -31,6 +31,10 @@ class Server:
     def __init__(self, config: Config) -> None:
         """Open the source and its map. Raises StartupError with what is wrong and what to do."""
         self.config = config
+        if config.passthrough == "on" and config.transport != "direct":
+            raise StartupError(
+                "passthrough=on needs the direct transport: add --transport=direct, or use passthrough=auto"
+            )
         limit = _raise_descriptor_limit()
         cache_size = default_cache_size(limit) if config.cache_size is None else config.cache_size
         self.source = open_source(config.source, cache_size, config)
@@ -45,15 +49,30 @@ class Server:
         # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
         drop_capability(CAP_SYS_RESOURCE)
         control = ControlServer(self.status, self.evict, self.config)
+        transport = direct if self.config.transport == "direct" else pyfuse3_transport
+        device: tuple[int, int] | None = None
+
+        def ready() -> None:
+            nonlocal device
+            mount = mount_at(self.config.mountpoint)
+            device = mount.dev if mount else None
+            on_ready()
+
+        aborted = False
         try:
             control.start()
-            transport = direct if self.config.transport == "direct" else pyfuse3_transport
-            transport.serve(self.operations, self.config, self.metrics, on_ready)
+            transport.serve(self.operations, self.config, self.metrics, ready)
+            left = mount_at(self.config.mountpoint)
+            aborted = left is not None and left.dev == device
         except OSError as error:
             raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
         finally:
-            control.stop()
+            control.stop(keep_record=aborted)
             self._close_map()
+        if aborted:
+            log.error("the connection to %s was aborted: handlefs restart brings it back", self.config.mountpoint)
+        else:
+            log.info("%s is unmounted", self.config.mountpoint)
 
     def _close_map(self) -> None:
         try:

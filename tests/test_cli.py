@@ -22,6 +22,7 @@ import pytest
 
 from handlefs import control, nfs
 from handlefs.cli.main import cli
+from handlefs.handle import AT_EMPTY_PATH, name_to_handle_at
 from handlefs.mount import mount_at, unmount
 
 from .support.filesystems import FileSystems
@@ -365,6 +366,47 @@ def test_the_dead_mount_of_a_killed_server_is_replaced(place: Place) -> None:
     assert f"replacing the dead mount at {place.path}" in done.stderr
     assert (place.path / "file").read_text() == "content"
     ok("umount", place.path)
+
+
+@needs_root
+@pytest.mark.parametrize("transport", ["pyfuse3", "direct"])
+def test_an_aborted_connection_can_be_brought_back(place: Place, tmp_path: Path, transport: str) -> None:
+    """fusectl's abort, or umount -f: the mount is dead, the server ends and leaves what restart needs."""
+    place.mount("--transport", transport)
+    server = os.pidfd_open(place.pid)
+    connection = os.stat(place.path).st_dev
+    fusectl = tmp_path / "fusectl"
+    fusectl.mkdir()
+    subprocess.run(["mount", "-t", "fusectl", "fusectl", fusectl], check=True)
+    try:
+        (fusectl / str(os.minor(connection)) / "abort").write_text("1")
+    finally:
+        subprocess.run(["umount", fusectl], check=True)
+    wait_for_end(server)
+    assert "was aborted: handlefs restart brings it back" in place.log.read_text()
+    ok("restart", place.path)
+    assert (place.path / "file").read_text() == "content"
+    ok("umount", place.path)
+
+
+@needs_root
+def test_passthrough_is_not_promised_without_the_direct_transport(place: Place) -> None:
+    message = fails(place.source, place.path, *place.options(), "--passthrough=on")
+    assert "--transport=direct" in message
+    assert not place.is_mounted()
+
+
+@needs_root
+def test_a_mount_may_be_restarted_with_the_other_transport(place: Place) -> None:
+    """Node IDs, generations and inode numbers are the same, so NFS handles stay valid."""
+    seen = []
+    for transport in ("pyfuse3", "direct", "pyfuse3"):
+        place.mount("--transport", transport)
+        fd = os.open(place.path / "dir", os.O_RDONLY)
+        seen.append((name_to_handle_at(fd, b"", AT_EMPTY_PATH)[0], os.fstat(fd).st_ino))
+        os.close(fd)
+        ok("umount", place.path)
+    assert len(set(seen)) == 1
 
 
 @pytest.mark.parametrize("words", [["statsu"], ["statsu", "/mnt"], ["evcit", "/mnt", "--all"]])

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from handlefs import control, nfs
 from handlefs.config import Config
+from handlefs.credentials import CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, has_capability
 from handlefs.daemon import in_background, set_up_logging, unmount_on_signals
 from handlefs.errors import StartupError
 from handlefs.mount import mount_at, unmount
 
 CAPABILITIES = {
-    2: ("CAP_DAC_READ_SEARCH", "open files by their handles"),
-    21: ("CAP_SYS_ADMIN", "mount"),
+    CAP_DAC_READ_SEARCH: ("CAP_DAC_READ_SEARCH", "open files by their handles"),
+    CAP_SYS_ADMIN: ("CAP_SYS_ADMIN", "mount"),
 }
 
 log = logging.getLogger(__name__)
@@ -25,11 +26,7 @@ log = logging.getLogger(__name__)
 
 def missing_capabilities() -> list[str]:
     """The names of the required capabilities that this process does not have."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            effective = int(line.split()[1], 16)
-            return [name for number, (name, _) in CAPABILITIES.items() if not effective & 1 << number]
-    raise StartupError("/proc/self/status has no CapEff line: is /proc mounted?")
+    return [name for number, (name, _) in CAPABILITIES.items() if not has_capability(number)]
 
 
 def launch(config: Config, *, foreground: bool = False) -> None:
@@ -49,7 +46,6 @@ def launch(config: Config, *, foreground: bool = False) -> None:
             on_ready()
 
         Server(config).serve(ready)
-        log.info("%s is unmounted", config.mountpoint)
 
     if foreground:
         serve(lambda: None)

@@ -104,9 +104,9 @@ def _worker(device: int, dispatcher: "Dispatcher") -> None:
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
                 continue  # ENOENT: the request was interrupted before it was read
-            if error.errno == errno.ENODEV:
-                return  # unmounted
-            raise
+            if error.errno != errno.ENODEV:  # which says that it is unmounted
+                log.exception("reading requests failed")
+            return
         reply = dispatcher.answer(view[:size])
         if reply is not None:
             try:
@@ -359,7 +359,11 @@ class Dispatcher:
     def _opened(self, nodeid: int, fh: int) -> bytes:
         """struct fuse_open_out for a regular file."""
         file = self._operations.open_files.get(nodeid, fh)
-        backing_id = NO_BACKING if file is None else self._backing.opened(nodeid, file.fd)
+        try:
+            backing_id = NO_BACKING if file is None else self._backing.opened(nodeid, file.fd)
+        except OSError:
+            self._operations.release(nodeid, fh)  # the kernel will not: for it the file was never opened
+            raise
         return abi.fuse_open_out.pack(fh, abi.FOPEN_PASSTHROUGH if backing_id else 0, backing_id)
 
     def _create(self, request: Request) -> Reply:

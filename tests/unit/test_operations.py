@@ -327,7 +327,7 @@ def test_read_and_write_at_large_offsets(ext4: Path, tmp_path: Path) -> None:
         assert operations.write(entry.nodeid, fh, memoryview(b"end"), offset) == 3
         assert operations.read(entry.nodeid, fh, 100, offset - 2) == b"\0\0end"
         assert operations.read(entry.nodeid, fh, 100, offset + 3) == b""
-        stat = operations.getattr(entry.nodeid, fh).stat
+        stat = operations.getattr(entry.nodeid).stat
         assert stat.st_size == offset + 3 and stat.st_blocks < 100
 
 
