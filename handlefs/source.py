@@ -8,6 +8,7 @@ import contextlib
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -295,10 +296,23 @@ class Source:
         return count
 
 
+def _open_patiently(volume: Volume, handle: FileHandle) -> int:
+    """open_by_handle_at(2), again when it says ENOMEM: so it does for an instant when an inode of that number is just being
+    created (iget_locked in fs/inode.c), which is no want of memory."""
+    for pause in (0.0, 0.0, 0.001, 0.005):
+        try:
+            return open_by_handle_at(volume.fd, handle, os.O_PATH)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+        time.sleep(pause)
+    return open_by_handle_at(volume.fd, handle, os.O_PATH)
+
+
 def _open_handle(volume: Volume, handle: FileHandle) -> int:
     """An O_PATH descriptor of exactly the object that `handle` names; OSError(ESTALE) if it is gone."""
     try:
-        fd = open_by_handle_at(volume.fd, handle, os.O_PATH)
+        fd = _open_patiently(volume, handle)
     except OSError as error:
         if error.errno in _GONE:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
