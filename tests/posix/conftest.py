@@ -125,9 +125,9 @@ def restart_matrix(config: pytest.Config) -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "ground" in metafunc.fixturenames:
-        metafunc.parametrize("ground", matrix(metafunc.config), indirect=True, scope="session")
+        metafunc.parametrize("ground", matrix(metafunc.config), indirect=True, scope="package")
     if "restart_ground" in metafunc.fixturenames:
-        metafunc.parametrize("restart_ground", restart_matrix(metafunc.config), indirect=True, scope="session")
+        metafunc.parametrize("restart_ground", restart_matrix(metafunc.config), indirect=True, scope="package")
     if "kind" in metafunc.fixturenames:
         kinds = [] if metafunc.config.getoption("--native") else metafunc.config.getoption("--fs").split(",")
         metafunc.parametrize("kind", kinds, scope="session")
@@ -148,13 +148,14 @@ def open_ground(filesystems: FileSystems, name: str) -> Iterator[Ground]:
         yield Ground(kind, server, root)
 
 
-@pytest.fixture(scope="session")
+# Not for the session: tests of the command line set another runtime directory, where a storm would not find its server.
+@pytest.fixture(scope="package")
 def ground(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator[Ground]:
     with open_ground(filesystems, request.param) as ground:
         yield ground
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def restart_ground(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator[Ground]:
     with open_ground(filesystems, request.param) as ground:
         yield ground
