@@ -55,8 +55,8 @@ STRESSORS: dict[str, tuple[str, ...]] = {
 }
 
 
-# Also left out: io and fanotify, which work on every mount of the machine, and file-ioctl. That compares the size of a file with FIOQSIZE, for which the kernel never asks a FUSE server but
-# answers with the number of blocks that it heard of last.
+# Also left out: io and fanotify, which work on every mount of the machine; and file-ioctl, which compares the size of a
+# file with FIOQSIZE: the kernel never asks a FUSE server for that, but answers with the number of blocks it heard of last.
 #
 # What FUSE or pyfuse3 does not carry: why, and a command that fails with that on the mount. When one of them begins to
 # work, its test fails: the stressor belongs above then.
