@@ -113,8 +113,7 @@ class NativeExport(Export):
 
     def stop(self) -> None:
         run("exportfs", "-u", f"{CLIENT}:{self.path}")
-        run("exportfs", "-f")
-        run("umount", self.path)
+        run("umount", "--lazy", self.path)  # knfsd keeps files open for a while
 
 
 class HandlefsExport(Export):
