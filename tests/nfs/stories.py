@@ -10,14 +10,18 @@ import errno
 import fcntl
 import os
 import subprocess
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, ParamSpec, TypeVar
 
 from ..support.syscalls import Entry, drop_caches, getdents, read_directory
 from .knfsd import Client, Export, NativeExport, wait_until
 from .nfs3 import handle_of
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 EVICTION, RESTART, OUTAGE = "eviction", "restart", "outage"
 OLD, NEW = b"old content", b"new content"
@@ -204,23 +208,26 @@ class Listing(Story):
         assert found == self.setting.many
 
 
-def read_held(fd: int) -> bytes | int:
-    """What the client reads through a descriptor, or the error; never out of its own cache."""
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    drop_caches(3)
+def outcome(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | int | None:
+    """What the function returns, or the number of its error."""
     try:
-        return os.pread(fd, 100, 0)
+        return function(*args, **kwargs)
     except OSError as error:
-        assert error.errno is not None
         return error.errno
 
 
-def read_anew(fd: int) -> bytes | int:
+def read_held(fd: int) -> bytes | int | None:
+    """What the client reads through a descriptor, or the error; never out of its own cache."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    drop_caches(3)
+    return outcome(os.pread, fd, 100, 0)
+
+
+def read_anew(fd: int) -> bytes | int | None:
     """What a new open of the object behind an O_PATH descriptor gives, or the error."""
     try:
         again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
     except OSError as error:
-        assert error.errno is not None
         return error.errno
     try:
         return read_held(again)
@@ -322,11 +329,33 @@ class RemovedDirectory(Story):
 
     def check(self) -> None:
         drop_caches(3)
-        try:
-            listed: list[str] | int | None = os.listdir(self.fd)
-        except OSError as error:
-            listed = error.errno
-        assert listed in (errno.ESTALE, errno.ENOENT)
+        assert outcome(os.listdir, self.fd) in (errno.ESTALE, errno.ENOENT)
+
+
+class Impatience(Story):
+    """A client that asks while knfsd runs over a dead mount gets errors. It may take an ESTALE by handle for final, as any
+    client does, but finds everything again by name."""
+
+    name = "impatience"
+
+    def begin(self) -> None:
+        (self.there / "directory").mkdir()
+        (self.there / "directory/file").write_bytes(OLD)
+        self.file = self.hold("directory/file", os.O_RDONLY)
+        self.directory = self.hold("directory", os.O_RDONLY | os.O_DIRECTORY)
+
+    def meanwhile(self) -> None:
+        if self.setting.event != OUTAGE or isinstance(self.setting.export, NativeExport):
+            return  # nothing is dead, or knfsd is away as well and the client waits
+        assert read_held(self.file) in {errno.EIO, errno.ESTALE}
+        assert outcome(os.listdir, self.directory) in {errno.EIO, errno.ESTALE}
+        assert outcome(os.stat, self.there / "directory/none") in {errno.EIO, errno.ESTALE}
+
+    def check(self) -> None:
+        assert read_held(self.file) in (OLD, errno.ESTALE)
+        assert outcome(os.listdir, self.directory) in (["file"], errno.ESTALE)
+        assert (self.there / "directory/file").read_bytes() == OLD
+        assert os.listdir(self.there / "directory") == ["file"]
 
 
 class SameHandles(Story):
@@ -354,5 +383,6 @@ STORIES: tuple[type[Story], ...] = (
     ReplacedOpenFile,
     MovedFiles,
     RemovedDirectory,
+    Impatience,
     SameHandles,
 )
