@@ -17,8 +17,10 @@ def main() -> int:
     parser.add_argument("--fs", default=",".join(MKFS), help="scratch file systems to mount below /mnt (%(default)s)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds that the command may take (%(default)s)")
     parser.add_argument("--log", action="store_true", help="show the guest kernel's log at the end")
-    parser.add_argument("command", nargs="+")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
+    if not arguments.command:
+        parser.error("no COMMAND")
     try:
         with Guest(arguments.command, [kind for kind in arguments.fs.split(",") if kind], arguments.timeout) as guest:
             status = guest.wait()

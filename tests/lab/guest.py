@@ -77,7 +77,8 @@ class Guest:
             self._process = subprocess.Popen(
                 [
                     *(str(image), f"mem={memory}", "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro"),
-                    *(f"init={HERE / 'init.sh'}", f"lab_run={self.directory}", f"uml_dir={self.directory}", "umid=uml"),
+                    *(f"init={self.directory}/init.sh", f"lab_run={self.directory}"),
+                    *(f"uml_dir={self.directory}", "umid=uml"),
                     *("con=null", f"con0=null,fd:{log.fileno()}", "ssl=null"),
                     *(f"ssl0=null,fd:{console}", f"ssl1=null,fd:{reports}", "quiet", "loglevel=5", "panic=-1", *disks),
                 ],
@@ -105,6 +106,7 @@ class Guest:
             "LAB_TIMEOUT": str(int(self._timeout)),
             "LAB_CWD": str(CHECKOUT),
         }
+        shutil.copy(HERE / "init.sh", self.directory)  # the kernel may mount something over the checkout
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
         (self.directory / "config").write_text("".join(f"{k}={shlex.quote(v)}\n" for k, v in settings.items()))
         (self.directory / "command").write_text(f"{exports}exec {shlex.join(command)}\n")

@@ -19,6 +19,13 @@ ctypes.CDLL(None).reboot(0x4321fedc)'
     echo o > /proc/sysrq-trigger
 }
 fail() { echo "init.sh: $*" > /dev/console; finish 125; sleep infinity; }
+show_hidden() {     # show the checkout, the Python environment and the modules where a mount made here hides them
+    while read -r dir; do
+        [ -d "$dir" ] && continue
+        mkdir -p "$dir"
+        mount -t hostfs -o "ro,$dir" host "$dir" || fail "cannot show $dir"
+    done < "$lab_run/visible"
+}
 writable() {     # writable DIR: the host's DIR, with a tmpfs for what the guest writes
     mkdir -p "/run/overlay$1/upper" "/run/overlay$1/work"
     mount -t overlay overlay -o "lowerdir=$1,upperdir=/run/overlay$1/upper,workdir=/run/overlay$1/work" "$1" ||
@@ -34,6 +41,7 @@ mount -t tmpfs -o mode=1777 shm /dev/shm
 mount -t tmpfs -o mode=755 run /run
 ln -sfT /proc/self/fd /dev/fd
 exec > /dev/console 2>&1
+show_hidden
 
 mkdir -p /run/modules/lib/modules
 ln -s "$LAB_MODULES" "/run/modules/lib/modules/$(uname -r)"
@@ -47,11 +55,7 @@ for dir in /etc /tmp /var /root /home; do [ ! -d "$dir" ] || writable "$dir"; do
 mount -t tmpfs -o mode=755 mnt /mnt
 mkdir -p "$lab_run"
 mount --move /run/host "$lab_run"     # the one place that the guest writes to on the host
-while read -r dir; do                 # where the mounts above hide the checkout or the Python environment
-    [ -d "$dir" ] && continue
-    mkdir -p "$dir"
-    mount -t hostfs -o "ro,$dir" host "$dir" || fail "cannot show $dir"
-done < "$lab_run/visible"
+show_hidden
 
 mount -t tmpfs -o mode=755 nfs /var/lib/nfs
 mkdir -p /var/lib/nfs/sm /var/lib/nfs/sm.bak /var/lib/nfs/v4recovery /var/lib/nfs/nfsdcld
