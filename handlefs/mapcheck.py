@@ -3,7 +3,7 @@
 import errno
 import os
 import stat as st
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from handlefs.handlemap import MappedHandle
@@ -45,23 +45,39 @@ def verify(source: Source, progress: Progress = lambda done: None) -> MapReport:
 def _check(source: Source, progress: Progress) -> tuple[MapReport, set[int]]:
     """The report, and the node IDs that collided with those of live entries and so must keep their place."""
     report = MapReport()
-    needed: set[int] = set()
+    chains: dict[int, list[int]] = {}  # of the entries that collided: hardly any
+    kept: set[int] = set()
     for nodeid, mapped in source.map.entries():
         chain = source.map.chain(nodeid, mapped)
         if chain is None:
             report.damaged.append(nodeid)
         else:
+            if chain:
+                chains[nodeid] = chain
             state = _state(source, mapped)
             if state == errno.ESTALE:
                 report.dead.append(nodeid)
             else:
-                needed.update(chain)
+                kept.update(chain)
                 if state:
                     report.unmounted += 1
                 else:
                     report.live += 1
         progress(1)
-    return report, needed
+    return report, in_the_way(chains, kept)
+
+
+def in_the_way(chains: Mapping[int, Iterable[int]], kept: Iterable[int]) -> set[int]:
+    """All node IDs that have to stay so that those of `kept` can: themselves, and what is in the way of what stays, and so
+    on; for an entry whose own chain is broken could not be told from a damaged one."""
+    stay: set[int] = set()
+    pending = list(kept)
+    while pending:
+        nodeid = pending.pop()
+        if nodeid not in stay:
+            stay.add(nodeid)
+            pending += chains.get(nodeid, ())
+    return stay
 
 
 def _state(source: Source, mapped: MappedHandle) -> int:
