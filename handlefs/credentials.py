@@ -4,6 +4,8 @@ Permissions are the kernel's business (the mount has default_permissions): it ch
 credentials, supplementary groups and all, which a FUSE request does not carry (over knfsd they are nowhere else to be
 found). The server's part is that new objects *belong* to the caller. So it switches fsuid, fsgid and umask for the
 creating system call but keeps its capabilities, else a caller allowed in by a supplementary group would be refused.
+One capability is put aside where the kernel tells the groups that matter: a set-gid bit in the mode of a new file is for
+members of its group.
 
 All of this is per thread: the raw system calls change the calling thread only, unlike glibc's wrappers.
 """
@@ -12,7 +14,7 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -32,16 +34,18 @@ _setfsuid = _libc.setfsuid
 _setfsgid = _libc.setfsgid
 _setfsuid.restype = _setfsgid.restype = ctypes.c_uint32  # what was set before; there is no error
 _NO_ID = ctypes.c_uint32(-1)
+_SYS_SETGROUPS = 116 if os.uname().machine == "x86_64" else 159  # 159: the generic table (arm64, riscv)
 
 
 class Caller(NamedTuple):
     """Who sent a request, as the FUSE header tells: file-system IDs, thread ID (0: unknown or another PID namespace)
-    and, for requests that create something, the umask."""
+    and, for requests that create something, the umask and those of the supplementary groups that matter (None: not told)."""
 
     uid: int
     gid: int
     pid: int = 0
     umask: int = 0
+    groups: tuple[int, ...] | None = None
 
 
 class _CapHeader(ctypes.Structure):
@@ -95,6 +99,32 @@ def without_capability(capability: int) -> Iterator[None]:
     finally:
         data[word].effective = before
         _check(_libc.capset(ctypes.byref(header), data))
+
+
+@contextmanager
+def set_gid_for_members(caller: Caller) -> Iterator[None]:
+    """Let the file system take the set-gid bit from the mode of a new file in a set-gid directory, unless `caller` is in
+    that directory's group or root (mode_strip_sgid in fs/inode.c).
+
+    The kernel of the mount has done so already, but by the directory's group as it knew it, and before Linux 6.0 not at all.
+    Where the caller's groups are not told it is believed.
+    """
+    if caller.groups is None or caller.uid == 0:
+        yield
+        return
+    before = os.getgroups()
+    _setgroups(caller.groups)
+    try:
+        with without_capability(CAP_FSETID):
+            yield
+    finally:
+        _setgroups(before)
+
+
+def _setgroups(groups: Sequence[int]) -> None:
+    """setgroups(2) for the calling thread only, which glibc's and so Python's is not."""
+    array = (ctypes.c_uint32 * len(groups))(*groups)
+    _check(_libc.syscall(_SYS_SETGROUPS, ctypes.c_size_t(len(groups)), array))
 
 
 def drop_capability(capability: int) -> None:

@@ -25,6 +25,7 @@ from handlefs.credentials import (
     CAP_FSETID,
     Caller,
     acting_as,
+    set_gid_for_members,
     supplementary_groups,
     without_capability,
 )
@@ -193,7 +194,12 @@ class Operations:
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Entry:
         """MKNOD: a regular file, fifo, socket or device."""
-        return self._make(parent, name, caller, os.unlink, lambda fd: os.mknod(name, mode, rdev, dir_fd=fd))
+
+        def make(fd: int) -> None:
+            with _set_gid_decided(caller, mode):
+                os.mknod(name, mode, rdev, dir_fd=fd)
+
+        return self._make(parent, name, caller, os.unlink, make)
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Entry:
         """MKDIR."""
@@ -271,7 +277,7 @@ class Operations:
         directory = self.inode(parent)
         create_flags = flags & _OPEN_FLAGS & ~os.O_TRUNC | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            with acting_as(caller):
+            with acting_as(caller), _set_gid_decided(caller, mode):
                 fd = with_descriptors(
                     self.source.cache, lambda: os.open(name, create_flags, st.S_IMODE(mode), dir_fd=directory.fd)
                 )
@@ -289,7 +295,7 @@ class Operations:
         """TMPFILE: make a file without a name in `parent` and open it. Returns the entry and the `fh`."""
         self._check_writable()
         directory = self.inode(parent)
-        with acting_as(caller):
+        with acting_as(caller), _set_gid_decided(caller, mode):
             fd = with_descriptors(
                 self.source.cache,
                 lambda: os.open(
@@ -493,6 +499,11 @@ def inode_number(inode: Inode) -> int:
 
 def _without_fsetid(wanted: bool) -> AbstractContextManager[None]:
     return without_capability(CAP_FSETID) if wanted else nullcontext()
+
+
+def _set_gid_decided(caller: Caller, mode: int) -> AbstractContextManager[None]:
+    """For the creation of a file with `mode`; cheap for those, nearly all, without a set-gid bit."""
+    return set_gid_for_members(caller) if mode & st.S_ISGID else nullcontext()
 
 
 @contextlib.contextmanager

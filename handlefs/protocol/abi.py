@@ -199,6 +199,7 @@ fuse_copy_file_range_in = Struct("=QQQQQQQ")  # fh_in off_in nodeid_out fh_out o
 fuse_copy_file_range_out = Struct("=Q")  # bytes_copied
 fuse_dirent = Struct("=QQII")  # ino off namelen type, then the name, padded to 8
 fuse_ext_header = Struct("=II")  # size type
+fuse_supp_groups = Struct("=I")  # nr_groups, then the groups
 fuse_backing_map = Struct("=iIQ")  # fd flags padding
 fuse_statx_in = Struct("=IIQII")  # getattr_flags reserved fh sx_flags sx_mask
 

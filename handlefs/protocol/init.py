@@ -26,7 +26,8 @@ WANTED = (
     | abi.FUSE_HAS_RESEND
 )
 """Features used where the kernel has them. Not among them: locks (the kernel keeps them, across restarts too), the write-back
-cache (it would decide sizes and times, and excludes passthrough), zero-message opens (they cannot be taken back)."""
+cache (it would decide sizes and times, and excludes passthrough), zero-message opens (they cannot be taken back), security
+contexts (docs/transports.md)."""
 
 MAX_WRITE = 1 << 20
 """Bytes of data in one request; the kernel cuts it to what fs.fuse.max_pages_limit allows."""

@@ -19,6 +19,7 @@ from handlefs.metrics import OperationMetrics
 from handlefs.mount import mount_fuse, unmount
 from handlefs.operations import Changes, Operations
 from handlefs.protocol import abi
+from handlefs.protocol.extensions import supplementary_groups
 from handlefs.protocol.init import MAX_WRITE, Negotiated, negotiate
 from handlefs.source import Attributes, Entry
 from handlefs.syscalls import DirectoryEntry, Moment
@@ -38,7 +39,10 @@ Reply = bytes | Sequence[bytes] | None
 
 
 class Request(NamedTuple):
-    """One request: the header's fields that matter, and what follows the header, without extensions."""
+    """One request: the header's fields that matter, and what follows the header, without extensions.
+
+    `groups`: the caller's supplementary groups as an extension tells them; None if this kernel never does.
+    """
 
     unique: int
     nodeid: int
@@ -46,6 +50,7 @@ class Request(NamedTuple):
     gid: int
     pid: int
     body: memoryview
+    groups: tuple[int, ...] | None
 
 
 def serve(operations: Operations, config: Config, metrics: OperationMetrics, on_ready: Callable[[], None]) -> None:
@@ -134,6 +139,7 @@ class Dispatcher:
         self._metrics = metrics
         self._entry_timeout = divmod(round(config.entry_timeout * 10**9), 10**9)
         self._attr_timeout = divmod(round(config.attr_timeout * 10**9), 10**9)
+        self._no_groups = () if negotiated.has(abi.FUSE_CREATE_SUPP_GROUP) else None
         self._setxattr_in = (
             abi.fuse_setxattr_in if negotiated.has(abi.FUSE_SETXATTR_EXT) else abi.fuse_setxattr_in_compat
         )
@@ -202,7 +208,8 @@ class Dispatcher:
         if size != len(message) or end < abi.fuse_in_header.size:
             return self._error(unique, errno.EINVAL, name)
         try:
-            payload = handler(Request(unique, nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end]))
+            groups = supplementary_groups(message[end:]) if extensions else self._no_groups
+            payload = handler(Request(unique, nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end], groups))
         except OSError as error:
             return self._error(unique, self._failures.errno_for_reply(name, error), name, opcode)
         except _MALFORMED:
@@ -313,14 +320,14 @@ class Dispatcher:
 
     def _mknod(self, request: Request) -> Reply:
         mode, rdev, umask, _ = abi.fuse_mknod_in.unpack_from(request.body)
-        caller = Caller(request.uid, request.gid, request.pid, umask)
+        caller = Caller(request.uid, request.gid, request.pid, umask, request.groups)
         name = _name(request.body[abi.fuse_mknod_in.size :])
         device = os.makedev(*abi.new_decode_dev(rdev))
         return self._entry(self._operations.mknod(request.nodeid, name, mode, device, caller))
 
     def _mkdir(self, request: Request) -> Reply:
         mode, umask = abi.fuse_mkdir_in.unpack_from(request.body)
-        caller = Caller(request.uid, request.gid, request.pid, umask)
+        caller = Caller(request.uid, request.gid, request.pid, umask, request.groups)
         name = _name(request.body[abi.fuse_mkdir_in.size :])
         return self._entry(self._operations.mkdir(request.nodeid, name, mode, caller))
 
@@ -368,14 +375,14 @@ class Dispatcher:
 
     def _create(self, request: Request) -> Reply:
         flags, mode, umask, _ = abi.fuse_create_in.unpack_from(request.body)
-        caller = Caller(request.uid, request.gid, request.pid, umask)
+        caller = Caller(request.uid, request.gid, request.pid, umask, request.groups)
         name = _name(request.body[abi.fuse_create_in.size :])
         entry, fh = self._operations.create(request.nodeid, name, mode, flags, caller)
         return self._entry(entry) + self._opened(entry.nodeid, fh)
 
     def _tmpfile(self, request: Request) -> Reply:
         flags, mode, umask, _ = abi.fuse_create_in.unpack_from(request.body)
-        caller = Caller(request.uid, request.gid, request.pid, umask)
+        caller = Caller(request.uid, request.gid, request.pid, umask, request.groups)
         entry, fh = self._operations.tmpfile(request.nodeid, mode, flags, caller)
         return self._entry(entry) + self._opened(entry.nodeid, fh)
 

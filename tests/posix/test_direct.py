@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import stat
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from ..support.filesystems import FileSystems
 from ..support.server import Mounted
+from ..support.users import ALICE, STAFF, STAFF_ALICE, as_user, root_again
 from .conftest import Ground, TestTree, open_ground
 
 FALLOC_FL_KEEP_SIZE = 1
@@ -217,3 +219,43 @@ def test_passthrough_data_and_times(direct: TestTree) -> None:
         file.write(b"c")
         assert source.read_bytes()[-2:] == b"bc"
     assert operations(direct).get("write", 0) == before
+
+
+def set_gid_program(path: Path) -> int:
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o2771))
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_supplementary_group_keeps_set_gid(direct: TestTree) -> None:
+    """In a set-gid directory whose group is the caller's only as a supplementary one, and for one who is not in it."""
+
+    def scenario(base: Path) -> object:
+        os.chown(base, 0, STAFF)
+        base.chmod(0o2777)
+        modes = [
+            as_user(user, set_gid_program, base / name) for user, name in ((STAFF_ALICE, "staff"), (ALICE, "other"))
+        ]
+        as_user(STAFF_ALICE, os.mkdir, base / "directory")
+        as_user(STAFF_ALICE, os.symlink, "target", base / "link")
+        as_user(STAFF_ALICE, os.mknod, base / "node", stat.S_IFREG | 0o2771)
+        unnamed = as_user(STAFF_ALICE, lambda: os.fstat(os.open(base, os.O_TMPFILE | os.O_RDWR, 0o2771)))
+        made = [*((base / name).lstat() for name in ("directory", "link", "node")), unnamed]
+        return modes, [(status.st_mode, status.st_uid, status.st_gid) for status in made]
+
+    direct.agree(scenario)
+
+
+def test_set_gid_is_decided_by_the_directory_as_it_is(direct: TestTree) -> None:
+    """The kernel of the mount may know the directory with a group that it had before: nobody gets a program that runs with
+    the rights of a group that they are not in."""
+    os.chown(direct.path, 0, STAFF)
+    direct.path.chmod(0o2777)
+
+    def create() -> int:
+        os.stat(direct.path)
+        with root_again():
+            os.chown(direct.source, 0, 4200)
+        return set_gid_program(direct.path / "program")
+
+    assert as_user(STAFF_ALICE, create) == 0o751
+    assert (direct.source / "program").stat().st_gid == 4200

@@ -4,6 +4,7 @@ drops what nobody waits for, and never raises, never leaks a descriptor, and ser
 import errno
 import logging
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,10 +59,21 @@ class Served:
         self.dispatcher = Dispatcher(self.operations, negotiated, backing, config, OperationMetrics())
         self.file = self.operations.lookup(1, b"file").nodeid
         self.directory = self.operations.lookup(1, b"directory").nodeid
+        self.groups = os.getgroups()
 
-    def ask(self, opcode: int, nodeid: int, body: bytes, *, extensions: int = 0, claimed: int | None = None) -> bytes | None:
+    def ask(
+        self,
+        opcode: int,
+        nodeid: int,
+        body: bytes,
+        *,
+        extensions: int = 0,
+        claimed: int | None = None,
+        uid: int = 0,
+        gid: int = 0,
+    ) -> bytes | None:
         size = abi.fuse_in_header.size + len(body) if claimed is None else claimed
-        header = abi.fuse_in_header.pack(size, opcode, UNIQUE, nodeid, 0, 0, 0, extensions, 0)
+        header = abi.fuse_in_header.pack(size, opcode, UNIQUE, nodeid, uid, gid, 0, extensions, 0)
         reply = self.dispatcher.answer(memoryview(bytearray(header + body)))
         return None if reply is None else b"".join(reply)
 
@@ -103,7 +115,9 @@ def close_all(served: Served) -> None:
 nodes = some.sampled_from(["root", "file", "directory", "unknown", "mapped", "zero"])
 opcodes = some.one_of(some.sampled_from(sorted(abi.OPCODE_NAMES)), some.integers(0, 2**32 - 1))
 numbers = some.one_of(some.integers(0, 2**64 - 1), some.sampled_from([0, 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63]))
-names = some.sampled_from([b"file\0", b"directory\0", b"..\0", b".\0", b"../x\0", b"", b"\0", b"no-end", b"x" * 300 + b"\0"])
+names = some.sampled_from(
+    [b"file\0", b"directory\0", b"..\0", b".\0", b"../x\0", b"", b"\0", b"no-end", b"x" * 300 + b"\0"]
+)
 bodies = some.one_of(
     some.binary(max_size=200),
     some.builds(lambda head, name: head + name, some.binary(max_size=64), names),
@@ -149,7 +163,42 @@ def test_an_empty_body(served: Served, opcode: int) -> None:
 
 @pytest.mark.parametrize(("claimed", "extra"), [(40, 16), (4096, 16), (0, 16), (2**32 - 1, 16)])
 def test_a_wrong_length_is_einval(served: Served, claimed: int, extra: int) -> None:
-    assert served.check(abi.FUSE_GETATTR, served.ask(abi.FUSE_GETATTR, 1, bytes(extra), claimed=claimed)) == errno.EINVAL
+    assert (
+        served.check(abi.FUSE_GETATTR, served.ask(abi.FUSE_GETATTR, 1, bytes(extra), claimed=claimed)) == errno.EINVAL
+    )
+
+
+def creation(name: bytes, groups: bytes) -> tuple[bytes, int]:
+    """The body of a CREATE of a set-gid program with these groups as its extension, and total_extlen for its header."""
+    extension = abi.fuse_ext_header.pack(8 + len(groups), abi.FUSE_EXT_GROUPS) + groups
+    return abi.fuse_create_in.pack(os.O_RDWR, stat.S_IFREG | 0o2771, 0, 0) + name + b"\0" + extension, len(
+        extension
+    ) // 8
+
+
+def test_set_gid_is_for_members_of_the_directory_s_group(served: Served) -> None:
+    """The groups of the extension count, and only for this request; the name ends where the extension starts."""
+    os.chown(served.tree / "directory", 0, 4100)
+    (served.tree / "directory").chmod(0o2777)
+    modes = {}
+    for name, group in ((b"member", 4100), (b"other", 4200)):
+        body, length = creation(name, struct.pack("=II", 1, group))
+        reply = served.ask(abi.FUSE_CREATE, served.directory, body, extensions=length, uid=4001, gid=4001)
+        assert served.check(abi.FUSE_CREATE, reply) == 0
+        status = (served.tree / "directory" / os.fsdecode(name)).stat()
+        assert (status.st_uid, status.st_gid) == (4001, 4100)
+        modes[name] = status.st_mode & 0o7777
+    assert modes == {b"member": 0o2771, b"other": 0o771}
+    assert os.getgroups() == served.groups
+    close_all(served)
+
+
+@pytest.mark.parametrize("groups", [struct.pack("=II", 2, 4100), struct.pack("=II", 2**32 - 1, 0)])
+def test_malformed_extensions_are_einval_and_create_nothing(served: Served, groups: bytes) -> None:
+    body, length = creation(b"malformed", groups)
+    reply = served.ask(abi.FUSE_CREATE, served.directory, body, extensions=length)
+    assert served.check(abi.FUSE_CREATE, reply) == errno.EINVAL
+    assert not (served.tree / "directory/malformed").exists()
 
 
 def test_an_unknown_opcode_is_enosys(served: Served) -> None:

@@ -1,10 +1,14 @@
 """The wire format: sizes as in include/uapi/linux/fuse.h, and the INIT negotiation."""
 
+import contextlib
 import struct
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as some
 
 from handlefs.protocol import abi
+from handlefs.protocol.extensions import supplementary_groups
 from handlefs.protocol.init import MAX_WRITE, ProtocolError, negotiate
 
 SIZES = {
@@ -97,3 +101,48 @@ def test_kernels_that_are_refused() -> None:
         negotiate(offer(30, ALL))
     with pytest.raises(ProtocolError, match="export"):
         negotiate(offer(45, ALL & ~abi.FUSE_EXPORT_SUPPORT))
+
+
+def groups_extension(*groups: int, count: int | None = None) -> bytes:
+    body = struct.pack(f"={1 + len(groups)}I", len(groups) if count is None else count, *groups)
+    size = abi.padded(abi.fuse_ext_header.size + len(body))
+    return (abi.fuse_ext_header.pack(size, abi.FUSE_EXT_GROUPS) + body).ljust(size, b"\0")
+
+
+def security_context(value: bytes) -> bytes:
+    """As fs/fuse/dir.c, get_security_context: the type is the number of contexts."""
+    context = struct.pack("=II", len(value), 0) + b"security.selinux\0" + value
+    context = context.ljust(abi.padded(len(context)), b"\0")
+    return abi.fuse_ext_header.pack(abi.fuse_ext_header.size + len(context), 1) + context
+
+
+@given(before=some.binary(max_size=40), groups=some.lists(some.integers(0, 2**32 - 1), max_size=70))
+def test_supplementary_groups_among_other_extensions(before: bytes, groups: list[int]) -> None:
+    payload = security_context(before) + groups_extension(*groups) + abi.fuse_ext_header.pack(8, 0)
+    assert supplementary_groups(payload) == tuple(groups)
+    assert supplementary_groups(memoryview(bytearray(payload))) == tuple(groups)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        bytes(4),
+        bytes(8),
+        abi.fuse_ext_header.pack(7, abi.FUSE_EXT_GROUPS),
+        abi.fuse_ext_header.pack(16, abi.FUSE_EXT_GROUPS),
+        abi.fuse_ext_header.pack(8, abi.FUSE_EXT_GROUPS),
+        abi.fuse_ext_header.pack(2**32 - 1, 1) + bytes(8),
+        groups_extension(1, 2, count=4),
+        groups_extension(1, count=2**32 - 1),
+        groups_extension(1) + bytes(8),
+    ],
+)
+def test_malformed_extensions(payload: bytes) -> None:
+    with pytest.raises(ValueError, match="an extension"):
+        supplementary_groups(payload)
+
+
+@given(payload=some.binary(max_size=120))
+def test_any_extensions_are_groups_or_malformed(payload: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        assert all(0 <= group < 2**32 for group in supplementary_groups(payload))
