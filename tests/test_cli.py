@@ -32,6 +32,7 @@ MAN_PAGE = Path(__file__).parents[1] / "docs/handlefs.8"
 TIMEOUT = 120
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+both_transports = pytest.mark.parametrize("place", ["pyfuse3", "direct"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +68,9 @@ def fails(*words: object, status: int = 1) -> str:
 class Place:
     """A source, a mount point and the rest of what a server needs."""
 
-    def __init__(self, base: Path, source: Path) -> None:
+    def __init__(self, base: Path, source: Path, transport: str) -> None:
         self.source = source
+        self.transport = transport
         self.path = base / "mnt"
         self.state_dir = base / "state"
         self.log = base / "log"
@@ -77,7 +79,7 @@ class Place:
         (source / "dir").mkdir()
 
     def options(self) -> list[object]:
-        return ["--state-dir", self.state_dir, "--log-file", self.log]
+        return ["--state-dir", self.state_dir, "--log-file", self.log, "--transport", self.transport]
 
     def mount(self, *words: object) -> str:
         return ok(self.source, self.path, *self.options(), *words)
@@ -106,10 +108,10 @@ def wait_for_end(server: int) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path, filesystems: FileSystems) -> Iterator[Place]:
+def place(request: pytest.FixtureRequest, tmp_path: Path, filesystems: FileSystems) -> Iterator[Place]:
     source = filesystems["ext4"] / "cli"
     source.mkdir()
-    place = Place(tmp_path, source)
+    place = Place(tmp_path, source, getattr(request, "param", "pyfuse3"))
     yield place
     while place.is_mounted():
         unmount(str(place.path), lazy=True)
@@ -179,6 +181,7 @@ def test_the_man_page_is_well_formed() -> None:
 
 
 @needs_root
+@both_transports
 def test_mount_and_umount(place: Place) -> None:
     assert place.mount() == ""
     assert (place.path / "file").read_text() == "content"
@@ -198,6 +201,7 @@ def test_mount_and_umount(place: Place) -> None:
 
 
 @needs_root
+@both_transports
 def test_the_server_leaves_its_callers_world(place: Place) -> None:
     argv = [*HANDLEFS, str(place.source), str(place.path), *map(str, place.options())]
     with (place.source / "file").open() as held:
@@ -211,6 +215,7 @@ def test_the_server_leaves_its_callers_world(place: Place) -> None:
 
 
 @needs_root
+@both_transports
 @pytest.mark.parametrize("words", [["--ro"], ["-o", "ro"], ["-o", "noatime,ro,_netdev,x-systemd.automount"]])
 def test_read_only_is_enforced(place: Place, words: list[str]) -> None:
     place.mount(*words)
@@ -254,6 +259,7 @@ def test_options_of_the_command_line_win_over_those_in_o(place: Place) -> None:
 
 
 @needs_root
+@both_transports
 def test_foreground_stays_until_interrupted(place: Place) -> None:
     argv = [*HANDLEFS, "--foreground", place.source, place.path, "--state-dir", place.state_dir]
     with subprocess.Popen([str(word) for word in argv], stderr=subprocess.PIPE, text=True) as server:
@@ -267,6 +273,7 @@ def test_foreground_stays_until_interrupted(place: Place) -> None:
 
 
 @needs_root
+@both_transports
 def test_sigterm_unmounts_and_the_last_user_ends_the_server(place: Place) -> None:
     place.mount()
     server = os.pidfd_open(place.pid)
@@ -346,6 +353,7 @@ def test_without_capabilities_it_says_which(place: Place) -> None:
 
 
 @needs_root
+@both_transports
 def test_a_second_mount_at_the_same_place_is_refused(place: Place) -> None:
     place.mount()
     message = fails(place.source, place.path, *place.options())
@@ -354,6 +362,7 @@ def test_a_second_mount_at_the_same_place_is_refused(place: Place) -> None:
 
 
 @needs_root
+@both_transports
 def test_the_dead_mount_of_a_killed_server_is_replaced(place: Place) -> None:
     place.mount()
     place.kill()
@@ -369,10 +378,10 @@ def test_the_dead_mount_of_a_killed_server_is_replaced(place: Place) -> None:
 
 
 @needs_root
-@pytest.mark.parametrize("transport", ["pyfuse3", "direct"])
-def test_an_aborted_connection_can_be_brought_back(place: Place, tmp_path: Path, transport: str) -> None:
+@both_transports
+def test_an_aborted_connection_can_be_brought_back(place: Place, tmp_path: Path) -> None:
     """fusectl's abort, or umount -f: the mount is dead, the server ends and leaves what restart needs."""
-    place.mount("--transport", transport)
+    place.mount()
     server = os.pidfd_open(place.pid)
     connection = os.stat(place.path).st_dev
     fusectl = tmp_path / "fusectl"
@@ -387,6 +396,24 @@ def test_an_aborted_connection_can_be_brought_back(place: Place, tmp_path: Path,
     ok("restart", place.path)
     assert (place.path / "file").read_text() == "content"
     ok("umount", place.path)
+
+
+@needs_root
+@both_transports
+def test_a_source_that_was_removed(place: Place) -> None:
+    """What was below it is gone with the right errno, and the server stays until it is unmounted."""
+    place.mount("--attr-timeout", "0", "--entry-timeout", "0")
+    shutil.rmtree(place.source)
+    try:
+        for use in (place.path.joinpath("file").read_bytes, place.path.joinpath("new").touch):
+            with pytest.raises(FileNotFoundError):
+                use()
+        assert json.loads(ok("status", place.path, "--json"))["state"] == "serving"
+        assert f"source {place.source} does not exist" in fails("restart", place.path)
+        ok("umount", place.path)
+    finally:
+        place.source.mkdir()
+    assert not re.search("ERROR|Traceback", place.log.read_text())
 
 
 @needs_root
@@ -427,6 +454,7 @@ def test_a_source_named_like_a_command(place: Place, tmp_path: Path) -> None:
 
 
 @needs_root
+@both_transports
 def test_umount_says_who_is_in_the_way(place: Place) -> None:
     place.mount()
     (place.path / "program").write_bytes(Path("/bin/sleep").read_bytes())
@@ -448,6 +476,7 @@ def test_umount_says_who_is_in_the_way(place: Place) -> None:
 
 
 @needs_root
+@both_transports
 def test_umount_names_a_mount_on_the_mount(place: Place) -> None:
     place.mount()
     subprocess.run(["mount", "-t", "tmpfs", "none", place.path / "dir"], check=True)
@@ -457,6 +486,7 @@ def test_umount_names_a_mount_on_the_mount(place: Place) -> None:
 
 
 @needs_root
+@both_transports
 def test_lazy_umount_and_a_new_mount_meanwhile(place: Place) -> None:
     place.mount()
     first = os.pidfd_open(place.pid)
@@ -471,6 +501,7 @@ def test_lazy_umount_and_a_new_mount_meanwhile(place: Place) -> None:
 
 
 @needs_root
+@both_transports
 def test_umount_after_the_server_was_killed(place: Place) -> None:
     place.mount()
     held = os.open(place.path / "file", os.O_PATH)
@@ -493,6 +524,7 @@ def test_umount_elsewhere_is_refused(place: Place, tmp_path: Path) -> None:
 
 
 @needs_root
+@both_transports
 def test_restart_keeps_configuration_and_handles(place: Place) -> None:
     place.mount("--cache-size", "9", "-o", "noatime", "--entry-timeout", "2.5")
     before = control.request(str(place.path), {"op": "config"})["config"]
@@ -509,6 +541,7 @@ def test_restart_keeps_configuration_and_handles(place: Place) -> None:
 
 
 @needs_root
+@both_transports
 def test_restart_of_a_busy_mount_changes_nothing(place: Place) -> None:
     place.mount()
     pid = place.pid
@@ -519,6 +552,7 @@ def test_restart_of_a_busy_mount_changes_nothing(place: Place) -> None:
 
 
 @needs_root
+@both_transports
 def test_a_failed_restart_says_how_to_go_on(place: Place) -> None:
     place.log = place.log.with_name("logs") / "log"
     place.log.parent.mkdir()
@@ -549,6 +583,7 @@ def test_restart_of_what_never_ran(tmp_path: Path) -> None:
 
 
 @needs_root
+@both_transports
 def test_status(place: Place) -> None:
     assert ok("status") == "No handlefs server runs here.\n"
     assert json.loads(ok("status", "--json")) == []
@@ -573,6 +608,7 @@ def test_status(place: Place) -> None:
 
 
 @needs_root
+@both_transports
 def test_evict(place: Place) -> None:
     place.mount("--cache-size", "100")
     with contextlib.ExitStack() as held:  # else the kernel may forget them, and then so does the server

@@ -4,6 +4,7 @@ Several threads read the device, each with a buffer of its own; any of them serv
 across an operation.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -32,6 +33,8 @@ WORKER_THREADS = 4
 """Requests served at the same time."""
 
 _LARGEST_REQUEST = MAX_WRITE + 4096
+_MOST_PIECES = os.sysconf("SC_IOV_MAX")
+"""What writev(2) takes; the kernel refuses a reply in more pieces, and whoever asked waits for ever."""
 _MALFORMED = (struct.error, ValueError, OverflowError)  # OverflowError: a number that no system call takes
 
 Reply = bytes | Sequence[bytes] | None
@@ -109,7 +112,10 @@ def _worker(device: int, dispatcher: "Dispatcher") -> None:
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
                 continue  # ENOENT: the request was interrupted before it was read
-            if error.errno != errno.ENODEV:  # which says that it is unmounted
+            if error.errno not in (
+                errno.ENODEV,
+                errno.ECONNABORTED,
+            ):  # unmounted, ahead of or in the middle of the read
                 log.exception("reading requests failed")
             return
         reply = dispatcher.answer(view[:size])
@@ -119,6 +125,14 @@ def _worker(device: int, dispatcher: "Dispatcher") -> None:
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ENODEV):  # interrupted, or unmounted, meanwhile
                     log.exception("a reply could not be written")
+                    _answer_eio(device, view)
+
+
+def _answer_eio(device: int, message: memoryview) -> None:
+    """Answer a request whose reply the kernel has refused: if it still waits, it would do so for ever, unkillable."""
+    unique = abi.fuse_in_header.unpack_from(message)[2]
+    with contextlib.suppress(OSError):
+        os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.EIO, unique))
 
 
 class Dispatcher:
@@ -220,6 +234,8 @@ class Dispatcher:
             return self._error(unique, errno.EIO, name, opcode)
         if payload is None:
             return None
+        if not isinstance(payload, bytes) and len(payload) >= _MOST_PIECES:
+            payload = b"".join(payload)
         if isinstance(payload, bytes):
             return (abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique), payload)
         size = abi.fuse_out_header.size + sum(map(len, payload))

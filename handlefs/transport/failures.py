@@ -11,6 +11,8 @@ LOG_INTERVAL = 60.0
 """Seconds until the same operation's same error is logged again."""
 
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+_KERNEL_INTERNAL = 512
+"""From here on, errnos that leak from file systems (ENOTSUPP): the kernel refuses a reply with one, and its client hangs."""
 _OURS = (errno.EIO, errno.ENOMEM, *_OUT_OF_DESCRIPTORS)
 
 
@@ -31,6 +33,8 @@ class Failures:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         if cause.errno in _OURS or "handle map" in (cause.strerror or ""):
             self._log(operation, cause)
+        if not 0 < number < _KERNEL_INTERNAL:
+            return errno.EIO
         return errno.ENOMEM if number in _OUT_OF_DESCRIPTORS else number
 
     def _log(self, operation: str, error: OSError) -> None:

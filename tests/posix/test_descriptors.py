@@ -38,6 +38,11 @@ def forest(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator
     shutil.rmtree(base)
 
 
+@pytest.fixture(params=["pyfuse3", "direct"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return f"--transport={request.param}"
+
+
 class Watch:
     """The greatest number of descriptors that the server has had while the block ran."""
 
@@ -73,36 +78,36 @@ def walk(base: Path) -> int:
 
 
 @pytest.mark.parametrize("size", [0, 1, 100])
-def test_walking_needs_no_more_than_the_cache(forest: Path, size: int) -> None:
-    with mounted(forest, None, f"--cache-size={size}") as server:
+def test_walking_needs_no_more_than_the_cache(forest: Path, transport: str, size: int) -> None:
+    with mounted(forest, None, transport, f"--cache-size={size}") as server:
         with Watch(server) as watch:
             assert walk(server.path) == FILES
         assert 0 < watch.peak <= size + FIXED
         assert server.status()["cache"]["size"] <= size
 
 
-def test_walking_with_a_low_limit(forest: Path) -> None:
+def test_walking_with_a_low_limit(forest: Path, transport: str) -> None:
     """The default cache size follows from RLIMIT_NOFILE."""
-    with mounted(forest, nofile=128) as server:
+    with mounted(forest, None, transport, nofile=128) as server:
         with Watch(server) as watch:
             assert walk(server.path) == FILES
         assert watch.peak < 128
         assert server.status()["cache"]["capacity"] < 128
 
 
-def test_a_cache_larger_than_the_limit(forest: Path) -> None:
+def test_a_cache_larger_than_the_limit(forest: Path, transport: str) -> None:
     """Whoever asks for more than the process may have gets evictions or a refusal, not failing look-ups."""
     try:
-        with mounted(forest, None, "--cache-size=5000", nofile=128) as server:
+        with mounted(forest, None, transport, "--cache-size=5000", nofile=128) as server:
             assert walk(server.path) == FILES
     except RuntimeError as refusal:
         assert "Traceback" not in str(refusal)
         assert "cache-size" in str(refusal)
 
 
-def test_many_open_files(forest: Path) -> None:
+def test_many_open_files(forest: Path, transport: str) -> None:
     """When the server has no descriptors left an open fails, and with a closed file there is one again."""
-    with mounted(forest, nofile=128) as server:
+    with mounted(forest, None, transport, nofile=128) as server:
         files = [path for number in range(2) for path in sorted((server.path / f"d{number}").iterdir())]
         held: list[int] = []
         error: object = None
@@ -128,8 +133,8 @@ def test_many_open_files(forest: Path) -> None:
         assert watch.peak < 128
 
 
-def test_many_open_directories(forest: Path) -> None:
-    with mounted(forest, nofile=96) as server:
+def test_many_open_directories(forest: Path, transport: str) -> None:
+    with mounted(forest, None, transport, nofile=96) as server:
         held = []
         for _ in range(3):
             for number in range(DIRECTORIES):
@@ -145,8 +150,8 @@ def test_many_open_directories(forest: Path) -> None:
         assert (server.path / "d1" / "f1").read_bytes() == b"d1/f1"
 
 
-def test_descriptors_are_given_back(forest: Path) -> None:
-    with mounted(forest) as server:
+def test_descriptors_are_given_back(forest: Path, transport: str) -> None:
+    with mounted(forest, None, transport) as server:
         server.evict()
         idle = server.descriptors()
         for number in range(300):

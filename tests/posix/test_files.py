@@ -494,20 +494,20 @@ def test_poll_says_ready(tree: TestTree) -> None:
         assert poll.poll(0) == [(file.fileno(), select.POLLIN | select.POLLOUT)]
 
 
-@pytest.mark.parametrize("served", [False, True], ids=["native", "served"])
+@pytest.mark.parametrize("served", ["native", "pyfuse3", "direct"])
 @pytest.mark.parametrize("small", ["ext4", "tmpfs"])
-def test_full_file_system(small: str, served: bool, request: pytest.FixtureRequest) -> None:
+def test_full_file_system(small: str, served: str, request: pytest.FixtureRequest) -> None:
     """ENOSPC reaches the writer, and after a removal there is room again."""
-    if served and request.config.getoption("--native"):
+    if served != "native" and request.config.getoption("--native"):
         pytest.skip("only the control was asked for")
     try:
         with filesystem(small, "16M") as root:
             source = root / "source"
             source.mkdir()
-            if not served:
+            if served == "native":
                 fill_up(Native(source).path)
                 return
-            with mounted(source) as server:
+            with mounted(source, None, f"--transport={served}") as server:
                 fill_up(server.path)
     except UnavailableError as error:
         pytest.skip(f"{small}: {error}")

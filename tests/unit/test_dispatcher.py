@@ -21,7 +21,7 @@ from handlefs.protocol import abi
 from handlefs.protocol.init import negotiate
 from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
-from handlefs.transport.direct import Dispatcher
+from handlefs.transport.direct import Dispatcher, _worker
 
 OFFER = abi.fuse_init_in.pack(7, 45, 1 << 17, 0xFFFFFFFF, (1 << 11) - 1)
 NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT)
@@ -228,3 +228,58 @@ def test_fh_of_an_earlier_server_is_served_from_the_node(served: Served) -> None
         assert reply is not None
         assert reply[abi.fuse_out_header.size :] == b"content"
     close_all(served)
+
+
+def test_a_long_listing_fits_into_writev(served: Served) -> None:
+    """The kernel refuses a reply in more than IOV_MAX pieces, and whoever lists the directory would hang."""
+    many = served.tree / "many"
+    many.mkdir()
+    for number in range(4000):
+        (many / f"{number}").touch()
+    node = served.operations.lookup(1, b"many").nodeid
+    fh = served.operations.opendir(node)
+    body = abi.fuse_read_in.pack(fh, 0, 1 << 20, 0, 0, 0, 0)
+    for opcode in (abi.FUSE_READDIR, abi.FUSE_READDIRPLUS):
+        header = abi.fuse_in_header.pack(abi.fuse_in_header.size + len(body), opcode, UNIQUE, node, 0, 0, 0, 0, 0)
+        reply = served.dispatcher.answer(memoryview(header + body))
+        assert reply is not None
+        assert len(reply) <= os.sysconf("SC_IOV_MAX")
+        assert served.check(opcode, b"".join(reply)) == 0
+        assert sum(map(len, reply)) > 4000 * 32
+    close_all(served)
+
+
+def test_the_end_of_the_mount_is_no_error(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A request that was being read when the mount went ends the read with ECONNABORTED."""
+    for number in (errno.ENODEV, errno.ECONNABORTED):
+
+        def gone(*_: object, number: int = number) -> int:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "readv", gone)
+        _worker(-1, served.dispatcher)
+    assert not caplog.records
+
+
+def test_a_refused_reply_is_answered_with_eio(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = abi.fuse_in_header.pack(56, abi.FUSE_GETATTR, UNIQUE, 1, 0, 0, 0, 0, 0) + bytes(16)
+    requests, written = [body], []
+
+    def read(_device: int, buffers: tuple[bytearray]) -> int:
+        if not requests:
+            raise OSError(errno.ENODEV, "unmounted")
+        message = requests.pop()
+        buffers[0][: len(message)] = message
+        return len(message)
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    monkeypatch.setattr(os, "readv", read)
+    monkeypatch.setattr(os, "writev", refuse)
+    monkeypatch.setattr(os, "write", lambda _, data: written.append(data))
+    _worker(-1, served.dispatcher)
+    served.failures.seen = []
+    assert written == [abi.fuse_out_header.pack(16, -errno.EIO, UNIQUE)]

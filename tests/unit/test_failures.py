@@ -32,3 +32,9 @@ def test_our_own_failures_are_logged_once_in_a_while(caplog: pytest.LogCaptureFi
         "lookup: [Errno 5] handle map: corrupt: '/state/map'",
         "mkdir: [Errno 28] handle map: full: '/state/map'",
     ]
+
+
+def test_an_errno_that_the_kernel_refuses_in_a_reply() -> None:
+    """Whoever waits for the refused reply would do so for ever (fs/fuse/dev.c, fuse_dev_do_write)."""
+    for number in (512, 524, -1, 0):
+        assert Failures().errno_for_reply("ioctl", OSError(number, "text")) == errno.EIO
