@@ -61,6 +61,8 @@ def negotiate(payload: bytes | memoryview, *, passthrough: bool = False) -> tupl
 
     Raises ProtocolError if the kernel is older than 7.31 or does not know file handles on FUSE.
     """
+    if len(payload) < abi.fuse_init_in_v6.size:
+        raise ProtocolError("the kernel's INIT is too short")
     major, minor, max_readahead, low = abi.fuse_init_in_v6.unpack_from(payload)
     if major != abi.FUSE_KERNEL_VERSION or minor < abi.OLDEST_MINOR_VERSION:
         raise ProtocolError(

@@ -18,10 +18,10 @@ from handlefs.credentials import Caller
 from handlefs.errors import StartupError
 from handlefs.metrics import OperationMetrics
 from handlefs.mount import mount_fuse, unmount
-from handlefs.operations import Changes, Operations
+from handlefs.operations import Changes, Operations, is_group_member
 from handlefs.protocol import abi
 from handlefs.protocol.extensions import supplementary_groups
-from handlefs.protocol.init import MAX_WRITE, Negotiated, negotiate
+from handlefs.protocol.init import MAX_WRITE, Negotiated, ProtocolError, negotiate
 from handlefs.source import Attributes, Entry
 from handlefs.syscalls import DirectoryEntry, Moment
 from handlefs.transport.backing import NO_BACKING, BackingFiles
@@ -59,7 +59,7 @@ class Request(NamedTuple):
 def serve(operations: Operations, config: Config, metrics: OperationMetrics, on_ready: Callable[[], None]) -> None:
     """Mount and serve until the mount is gone. Calls `on_ready` in this thread once the mount has answered a request.
 
-    Raises OSError if the mount fails, ProtocolError if the kernel is too old.
+    Raises OSError if the mount fails, StartupError if the kernel is too old.
     """
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options = config.options
@@ -96,7 +96,10 @@ def _answer_init(device: int, *, passthrough: bool) -> Negotiated:
     _, opcode, unique, *_ = abi.fuse_in_header.unpack_from(buffer)
     if opcode != abi.FUSE_INIT:
         raise OSError(errno.EPROTO, "the kernel's first request is not INIT")
-    negotiated, payload = negotiate(memoryview(buffer)[abi.fuse_in_header.size :], passthrough=passthrough)
+    try:
+        negotiated, payload = negotiate(memoryview(buffer)[abi.fuse_in_header.size :], passthrough=passthrough)
+    except ProtocolError as error:
+        raise StartupError(f"{error}; --transport=pyfuse3 may do") from error
     os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique) + payload)
     return negotiated
 
@@ -154,6 +157,8 @@ class Dispatcher:
         self._entry_timeout = divmod(round(config.entry_timeout * 10**9), 10**9)
         self._attr_timeout = divmod(round(config.attr_timeout * 10**9), 10**9)
         self._no_groups = () if negotiated.has(abi.FUSE_CREATE_SUPP_GROUP) else None
+        # Before Linux 5.12 only the server can do it for O_TRUNC, and must guess who lacks CAP_FSETID.
+        self._kernel_says_kill = negotiated.has(abi.FUSE_HANDLE_KILLPRIV_V2)
         self._setxattr_in = (
             abi.fuse_setxattr_in if negotiated.has(abi.FUSE_SETXATTR_EXT) else abi.fuse_setxattr_in_compat
         )
@@ -376,7 +381,7 @@ class Dispatcher:
 
     def _open(self, request: Request) -> Reply:
         flags, open_flags = abi.fuse_open_in.unpack_from(request.body)
-        kill = bool(open_flags & abi.FUSE_OPEN_KILL_SUIDGID)
+        kill = bool(open_flags & abi.FUSE_OPEN_KILL_SUIDGID) if self._kernel_says_kill else request.uid != 0
         return self._opened(request.nodeid, self._operations.open(request.nodeid, flags, kill_suidgid=kill))
 
     def _opened(self, nodeid: int, fh: int) -> bytes:
@@ -500,7 +505,12 @@ class Dispatcher:
         name, _, value = bytes(request.body[layout.size :]).partition(b"\0")
         if len(value) != size:
             raise OSError(errno.EINVAL, "a SETXATTR with another size than it says")
-        kill = bool(extra and extra[0] & abi.FUSE_SETXATTR_ACL_KILL_SGID)
+        if extra:
+            kill = bool(extra[0] & abi.FUSE_SETXATTR_ACL_KILL_SGID)
+        else:  # before Linux 5.13 the kernel does not say
+            caller = Caller(request.uid, request.gid, request.pid)
+            group = self._operations.getattr(request.nodeid).stat.st_gid
+            kill = request.uid != 0 and not is_group_member(caller, group)
         self._operations.setxattr(request.nodeid, os.fsdecode(name), value, flags, acl_kill_sgid=kill)
         return b""
 

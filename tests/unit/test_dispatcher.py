@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 from handlefs.config import Config
+from handlefs.errors import StartupError
 from handlefs.handlemap import HandleMap
 from handlefs.metrics import OperationMetrics
 from handlefs.operations import Operations
@@ -21,7 +22,7 @@ from handlefs.protocol import abi
 from handlefs.protocol.init import negotiate
 from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
-from handlefs.transport.direct import Dispatcher, _worker
+from handlefs.transport.direct import Dispatcher, _answer_init, _worker
 
 OFFER = abi.fuse_init_in.pack(7, 45, 1 << 17, 0xFFFFFFFF, (1 << 11) - 1)
 NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT)
@@ -283,3 +284,40 @@ def test_a_refused_reply_is_answered_with_eio(served: Served, monkeypatch: pytes
     _worker(-1, served.dispatcher)
     served.failures.seen = []
     assert written == [abi.fuse_out_header.pack(16, -errno.EIO, UNIQUE)]
+
+
+def old_kernel(served: Served) -> Dispatcher:
+    """As Linux 5.10 negotiates: no HANDLE_KILLPRIV_V2, no SETXATTR_EXT, no extensions."""
+    negotiated, _ = negotiate(abi.fuse_init_in.pack(7, 32, 1 << 17, (1 << 28) - 1, 0)[:16], passthrough=True)
+    config = Config(os.fspath(served.tree), "/nowhere")
+    return Dispatcher(served.operations, negotiated, BackingFiles(-1, enabled=False), config, OperationMetrics())
+
+
+def test_old_kernels_leave_set_id_bits_to_the_server(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """O_TRUNC clears them for all but root; a new ACL clears set-gid for those outside the group."""
+    monkeypatch.setattr(served, "dispatcher", old_kernel(served))
+    path = served.tree / "file"
+    os.chown(path, 4001, 4100)
+    acl = struct.pack("=I" + "HHI" * 3, 2, 1, 7, 2**32 - 1, 4, 7, 2**32 - 1, 32, 5, 2**32 - 1)
+    body = abi.fuse_setxattr_in_compat.pack(len(acl), 0) + b"system.posix_acl_access\0" + acl
+    for uid, gid, truncated, with_acl in (
+        (0, 0, 0o6775, 0o2775),
+        (4001, 4001, 0o775, 0o775),
+        (4001, 4100, 0o775, 0o2775),
+    ):
+        path.chmod(0o6775)
+        opened = abi.fuse_open_in.pack(os.O_RDWR | os.O_TRUNC, 0)
+        assert served.check(abi.FUSE_OPEN, served.ask(abi.FUSE_OPEN, served.file, opened, uid=uid, gid=gid)) == 0
+        assert path.stat().st_mode & 0o7777 == truncated
+        path.chmod(0o2775)
+        assert served.check(abi.FUSE_SETXATTR, served.ask(abi.FUSE_SETXATTR, served.file, body, uid=uid, gid=gid)) == 0
+        assert path.stat().st_mode & 0o7777 == with_acl
+    close_all(served)
+
+
+def test_a_kernel_that_is_too_old_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = abi.fuse_init_in_v6.pack(7, 30, 0, 0xFFFFFFFF)
+    header = abi.fuse_in_header.pack(56, abi.FUSE_INIT, 1, 0, 0, 0, 0, 0, 0)
+    monkeypatch.setattr(os, "read", lambda *_: header + payload)
+    with pytest.raises(StartupError, match=r"7\.30.*7\.31 or newer.*--transport=pyfuse3"):
+        _answer_init(-1, passthrough=True)

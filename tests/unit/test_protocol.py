@@ -146,3 +146,35 @@ def test_malformed_extensions(payload: bytes) -> None:
 def test_any_extensions_are_groups_or_malformed(payload: bytes) -> None:
     with contextlib.suppress(ValueError):
         assert all(0 <= group < 2**32 for group in supplementary_groups(payload))
+
+
+LINUX = {  # minor and flags as these kernels send them (include/uapi/linux/fuse.h); before 5.17 in 16 bytes
+    "5.4": (31, (1 << 26) - 1),
+    "5.10": (32, (1 << 28) - 1),
+    "6.1": (38, 0x73FFFFFB | 0x0B << 32),
+    "6.12": (41, 0x73FFFFFB | 0x1FD << 32),
+    "6.18": (45, 0x73FFFFFB | 0x5FD << 32),
+}
+
+
+@pytest.mark.parametrize("release", LINUX)
+def test_what_each_kernel_offers_is_taken_and_no_more(release: str) -> None:
+    minor, flags = LINUX[release]
+    old = minor < 36
+    agreed, reply = negotiate(offer(minor, flags)[: 16 if old else 64], passthrough=True)
+    assert agreed.minor == minor
+    assert not agreed.flags & ~flags
+    assert len(reply) == abi.fuse_init_out.size
+    assert struct.unpack_from("=II", reply) == (7, minor)
+    for flag in (abi.FUSE_HANDLE_KILLPRIV_V2, abi.FUSE_SETXATTR_EXT, abi.FUSE_INIT_EXT):
+        assert agreed.has(flag) is not old
+    assert agreed.has(abi.FUSE_PASSTHROUGH) is (minor >= 40)
+    (stack_depth,) = struct.unpack_from("=I", reply, 36)
+    assert bool(stack_depth) is (minor >= 40)
+    assert agreed.max_write == MAX_WRITE
+    assert agreed.buffer_size >= agreed.max_write + abi.fuse_in_header.size + abi.fuse_write_in.size
+
+
+def test_an_init_that_is_cut_off() -> None:
+    with pytest.raises(ProtocolError, match="too short"):
+        negotiate(offer(31, ALL)[:15])
