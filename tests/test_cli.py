@@ -21,6 +21,8 @@ import click
 import pytest
 
 from handlefs import control, nfs
+from handlefs.cli.check import _direct, _passthrough
+from handlefs.cli.fuseprobe import FuseProtocol, ask_kernel
 from handlefs.cli.main import cli
 from handlefs.handle import AT_EMPTY_PATH, name_to_handle_at
 from handlefs.mount import mount_at, unmount
@@ -673,6 +675,24 @@ def test_check_without_capabilities(tmp_path: Path) -> None:
     assert re.search("^missing +CAP_SYS_ADMIN", done.stdout, re.MULTILINE)
     assert re.search("^missing +CAP_DAC_READ_SEARCH", done.stdout, re.MULTILINE)
     assert re.search("^limited +FUSE protocol", done.stdout, re.MULTILINE)
+
+
+@needs_root
+def test_check_knows_the_direct_transport(tmp_path: Path) -> None:
+    found = findings(tmp_path)
+    assert found["direct"]["verdict"] == "ok"
+    offered = "PASSTHROUGH" in ask_kernel().features
+    assert found["passthrough"]["verdict"] == ("ok" if offered else "limited")
+
+
+@pytest.mark.parametrize(("minor", "features"), [(30, ()), (45, ("PASSTHROUGH",)), (38, ())])
+def test_check_says_what_keeps_from_direct_and_passthrough(minor: int, features: tuple[str, ...]) -> None:
+    protocol = FuseProtocol(7, minor, frozenset(features))
+    direct, passthrough = _direct(protocol), _passthrough(protocol)
+    assert (direct.verdict == "ok") is (minor >= 31)
+    assert direct.verdict == "ok" or ("7.30" in direct.detail and "--transport=pyfuse3" in direct.advice)
+    assert (passthrough.verdict == "ok") is bool(features)
+    assert passthrough.verdict == "ok" or "6.9" in passthrough.advice
 
 
 @needs_root

@@ -20,6 +20,7 @@ from handlefs.filesystem import identify
 from handlefs.handle import FileHandle, handle_of, open_by_handle_at
 from handlefs.mount import mounts_below
 from handlefs.nodeid import inline_format
+from handlefs.protocol import abi
 
 Verdict = Literal["ok", "limited", "missing"]
 STYLES = {"ok": "green", "limited": "yellow", "missing": "bold red"}
@@ -195,6 +196,8 @@ def _fuse() -> Iterator[Finding]:
         yield Finding("FUSE protocol", "limited", f"could not ask the kernel: {error.strerror}", "check again as root")
         return
     yield _protocol(protocol)
+    yield _direct(protocol)
+    yield _passthrough(protocol)
 
 
 def _protocol(protocol: FuseProtocol) -> Finding:
@@ -207,6 +210,25 @@ def _protocol(protocol: FuseProtocol) -> Finding:
     if absent:
         detail += f"; not here: {', '.join(absent)}"
     return Finding("FUSE protocol", "ok", detail)
+
+
+def _direct(protocol: FuseProtocol) -> Finding:
+    if (protocol.major, protocol.minor) < (abi.FUSE_KERNEL_VERSION, abi.OLDEST_MINOR_VERSION):
+        return Finding(
+            "direct", "limited",
+            f"the kernel speaks FUSE {protocol.major}.{protocol.minor}, and this transport needs 7.{abi.OLDEST_MINOR_VERSION}",
+            "use --transport=pyfuse3, or Linux 5.4 or newer",
+        )  # fmt: skip
+    return Finding("direct", "ok", "can be used: --transport=direct")
+
+
+def _passthrough(protocol: FuseProtocol) -> Finding:
+    if "PASSTHROUGH" in protocol.features:
+        return Finding("passthrough", "ok", "data of open files can stay in the kernel, with --transport=direct")
+    return Finding(
+        "passthrough", "limited", "this kernel's FUSE has none: data goes through the server",
+        "use Linux 6.9 or newer with CONFIG_FUSE_PASSTHROUGH, and --transport=direct",
+    )  # fmt: skip
 
 
 def _transport() -> Iterator[Finding]:
