@@ -259,3 +259,10 @@ def test_set_gid_is_decided_by_the_directory_as_it_is(direct: TestTree) -> None:
 
     assert as_user(STAFF_ALICE, create) == 0o751
     assert (direct.source / "program").stat().st_gid == 4200
+
+
+def test_a_long_listing_of_short_names(direct: TestTree) -> None:
+    """READDIR gives more entries at once than writev(2) takes pieces."""
+    for number in range(3000):
+        (direct.source / f"{number}").touch()
+    assert sorted(os.listdir(direct.path), key=int) == [f"{number}" for number in range(3000)]
