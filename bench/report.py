@@ -40,11 +40,11 @@ class Conditions:
 
     def lines(self) -> list[str]:
         """A line for each fact."""
-        sizes = self.sizes
+        sizes, rounds = self.sizes, f"{self.rounds} round{'s' * (self.rounds > 1)}"
         return [
             f"Kernel {self.kernel}, {self.machine}, file system {self.filesystem}",
             ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            f"{self.rounds} {'round' if self.rounds == 1 else 'rounds'}; {sizes.small:,} and {sizes.large:,} files, {sizes.calls:,} opens, "
+            f"{rounds}; {sizes.small:,} and {sizes.large:,} files, {sizes.calls:,} opens, "
             f"{sizes.changes:,} changes, file of {sizes.data_mib} MiB, {sizes.random:,} random accesses in a round",
             f"Load average {self.load:.2f} before the start; entry and attribute timeouts of 1 s; "
             f"up to {self.descriptors:,} descriptors for a server",
@@ -121,7 +121,8 @@ def _shown(contestant: Contestant) -> str:
 def _rich_table(grid: Grid) -> Table:
     table = Table(title=grid.title, title_justify="left", box=SIMPLE, padding=(0, 0, 0, 1))
     for number, heading in enumerate(grid.header):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+        table.add_column(heading, justify="right" if number else "left", no_wrap=not number, overflow="fold")
     for row in grid.rows:
-        table.add_row(*row)
+        # A narrow terminal may break a name in the heading, not a figure.
+        table.add_row(*(cell.replace(" ±", "±") for cell in row))
     return table

@@ -40,7 +40,7 @@ class Sizes:
         return (self.data_mib << 20) + self.small * 8192 + self.large * 1024
 
 
-QUICK = Sizes(large=10_000, calls=2000, changes=1000, data_mib=64, random=2000)
+QUICK = Sizes(large=8000, calls=1000, changes=400, data_mib=32, random=1000)
 
 
 @dataclass(frozen=True)
