@@ -16,7 +16,11 @@ from bench.workloads import BY_NAME, Sizes
 def main() -> None:
     name, directory, sizes = sys.argv[1:]
     gc.disable()
-    print(json.dumps(asdict(BY_NAME[name].run(Path(directory), Sizes(**json.loads(sizes))))))
+    try:
+        sample = BY_NAME[name].run(Path(directory), Sizes(**json.loads(sizes)))
+    except OSError as error:  # without the path, which is gone when the report is read
+        sys.exit(error.strerror)
+    print(json.dumps(asdict(sample)))
 
 
 if __name__ == "__main__":

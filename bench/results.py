@@ -106,7 +106,8 @@ class Results:
         if (workload, contestant) not in self.samples:
             return NOTHING
         time = self.time(workload, contestant)
-        return f"{_figure(time.median)} ±{time.deviation:.0%}"
+        spread = f" ±{time.deviation:.0%}" if len(self.samples[workload, contestant]) > 1 else ""
+        return _figure(time.median) + spread
 
     def _speed_cell(self, workload: str, contestant: str, reference: str) -> str:
         if not {(workload, contestant), (workload, reference)} <= self.samples.keys():

@@ -24,7 +24,7 @@ from bench.results import Results
 from bench.workloads import BATCH_FILES, BY_NAME, QUICK, WARM_FILES, WORKLOADS, Sizes, prepare
 
 ROUNDS, QUICK_ROUNDS = 9, 3
-LIMIT_MINUTES, QUICK_LIMIT_MINUTES = 16.0, 1.3  # for the rounds; making and removing the files comes on top
+LIMIT_MINUTES, QUICK_LIMIT_MINUTES = 16.0, 1.5  # for the rounds; making and removing the files comes on top
 OTHER_DESCRIPTORS = 10_000
 
 
