@@ -1,9 +1,12 @@
 # Thin wrappers; the scripts say more with --help.
-.PHONY: install test lint quickstart
+.PHONY: install test lint quickstart bench
 VENV ?= $(or $(HANDLEFS_VENV),.venv)
 
 install quickstart test:
 	scripts/$@
+
+bench: # make bench BENCH='--quick --markdown FILE'
+	$(VENV)/bin/python -m bench.transports $(BENCH)
 
 lint:
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,1 @@
+"""Measurements of handlefs, and of others beside it; see README.md."""

@@ -1,0 +1,89 @@
+"""What is asked of the kernel: to forget, to be quiet, and what it is."""
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+NAMES = 2  # for drop_caches: directory entries and inodes
+NAMES_AND_DATA = 3
+
+POLL_SECONDS = 0.03
+QUIET_POLLS = 4
+QUIET_SHARE = 0.02  # of a CPU, all servers together: a server that waits for requests may still have a timer
+PATIENCE_SECONDS = 120
+
+
+def drop_caches(what: int) -> None:
+    """Drop clean caches, of all file systems: all contestants are as cold as the one to be measured."""
+    os.sync()
+    # A directory entry that was used since the last time is only marked in a first pass.
+    for _ in range(2):
+        Path("/proc/sys/vm/drop_caches").write_text(str(what))
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of all threads of a process since its start, in seconds; 0 if it has ended."""
+    # The kernel's number for the CPU clock of a process, as clock_getcpuclockid(3) computes it. /proc/PID/stat
+    # counts in ticks of 10 ms, in which a C server handles thousands of FORGETs.
+    clock = (~pid << 3) | 2
+    try:
+        return time.clock_gettime(clock)
+    except OSError:
+        return 0.0
+
+
+def wait_until_quiet(pids: Iterable[int]) -> None:
+    """Return when the servers have nothing left to do, such as the FORGETs that dropped caches cause."""
+    # FORGETs have no reply, so the kernel does not count them among the requests that wait.
+    watched = list(pids)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    quiet, before, since = 0, sum(map(cpu_seconds, watched)), time.monotonic()
+    while quiet < QUIET_POLLS and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        now, used = time.monotonic(), sum(map(cpu_seconds, watched))
+        quiet = quiet + 1 if used - before <= QUIET_SHARE * (now - since) else 0
+        before, since = used, now
+
+
+def is_mounted(mountpoint: Path) -> bool:
+    """Whether something is mounted at *mountpoint*, without asking its server."""
+    return _mount_fields(mountpoint) is not None
+
+
+def mount_options(mountpoint: Path) -> str:
+    """The options of the mount and its file system, as the kernel shows them."""
+    fields = _mount_fields(mountpoint)
+    return "" if fields is None else ",".join(dict.fromkeys([*fields[5].split(","), *fields[-1].split(",")]))
+
+
+def filesystem_type(directory: Path) -> str:
+    """The type of the file system that *directory* is on."""
+    place = directory.resolve()
+    for candidate in (place, *place.parents):
+        if fields := _mount_fields(candidate):
+            return fields[fields.index("-") + 1]
+    return "unknown"
+
+
+def cpu_model() -> str:
+    """What the CPUs call themselves."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("model name", "Model")):
+            return line.partition(":")[2].strip()
+    return os.uname().machine
+
+
+def _mount_fields(mountpoint: Path) -> list[str] | None:
+    """The uppermost mount there, as split fields of /proc/self/mountinfo."""
+    found = None
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split(" ")
+        if fields[4] == _escaped(mountpoint):
+            found = fields
+    return found
+
+
+def _escaped(path: Path) -> str:
+    """As the kernel writes a path in mountinfo."""
+    return "".join(f"\\{ord(char):03o}" if char in " \t\n\\" else char for char in str(path))
