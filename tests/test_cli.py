@@ -70,7 +70,7 @@ def fails(*words: object, status: int = 1) -> str:
 class Place:
     """A source, a mount point and the rest of what a server needs."""
 
-    def __init__(self, base: Path, source: Path, transport: str) -> None:
+    def __init__(self, base: Path, source: Path, transport: str = "pyfuse3") -> None:
         self.source = source
         self.transport = transport
         self.path = base / "mnt"
