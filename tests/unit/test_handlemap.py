@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import stat
 import subprocess
@@ -216,8 +215,8 @@ def test_the_map_grows_while_another_process_reads(tmp_path: Path) -> None:
         assert reader.stdout is not None and reader.stdin is not None
         assert reader.stdout.readline() == "ready\n"
         last = first
-        for batch in itertools.batched(range(count), 20_000) if sys.version_info >= (3, 12) else _batches(count):
-            last = handle_map.assign([mapped(number) for number in batch])[-1]
+        for start in range(0, count, 20_000):
+            last = handle_map.assign([mapped(number) for number in range(start, start + 20_000)])[-1]
             handle_map.flush()
             reader.stdin.write(f"{first}\n{last}\n")
             reader.stdin.flush()
@@ -226,10 +225,6 @@ def test_the_map_grows_while_another_process_reads(tmp_path: Path) -> None:
         assert handle_map.count() == count
     reader.communicate()
     assert reader.returncode == 0
-
-
-def _batches(count: int) -> Iterator[range]:
-    return (range(start, start + 20_000) for start in range(0, count, 20_000))
 
 
 def test_growing_is_done_once_for_all_threads(tmp_path: Path) -> None:

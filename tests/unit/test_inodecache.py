@@ -56,7 +56,8 @@ def test_it_behaves_like_an_lru(capacity: int, steps: list[tuple[str, int]]) -> 
                         evictions += 1
                     model[number] = new.fd
                     model.move_to_end(number)
-                new = found = None
+                del new
+                found = None
             case "forget":
                 cache.forget(number)
                 model.pop(number, None)

@@ -128,7 +128,7 @@ def test_a_backslash_protects_a_comma() -> None:
 @given(st.sets(st.sampled_from(WORDS)), st.none() | st.text(), st.none() | st.text())
 def test_the_argument_round_trips(words: set[str], fsname: str | None, subtype: str | None) -> None:
     named = {"read_only" if word == "ro" else word: True for word in words}
-    options = MountOptions(**named, fsname=fsname, subtype=subtype)  # type: ignore[arg-type]
+    options = MountOptions(**named, fsname=fsname, subtype=subtype)
     assert parse_options(options.to_argument()) == (options, {})
 
 

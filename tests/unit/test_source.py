@@ -275,8 +275,8 @@ def test_an_overlay_lists_the_numbers_that_stat_shows(ext4: Path, tmpfs: Path, t
             assert {name: entry.attributes.ino for name, entry in found.items()}.items() <= listed.items()
             assert all(entry.nodeid & MAPPED_BIT for entry in found.values())
             operations.source.evict_all()
-            for name, entry in found.items():
-                assert operations.getattr(entry.nodeid).ino == listed[name]
+            for found_name, entry in found.items():
+                assert operations.getattr(entry.nodeid).ino == listed[found_name]
     finally:
         del operations
         run("umount", upper / "merged")
