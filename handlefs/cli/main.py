@@ -31,6 +31,9 @@ class Commands(click.Group):
             args = ["mount", *args]
         return super().parse_args(ctx, args)
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # by use, not by name
+
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(incomplete, type="dir"), *super().shell_complete(ctx, incomplete)]
 
@@ -48,7 +51,6 @@ def cli() -> None:
 
 for module in (mount, umount, restart, status, evict, check, handle, export, maps, completion):
     cli.add_command(module.command)
-cli.list_commands = lambda ctx: list(cli.commands)  # type: ignore[method-assign]  # by use, not by name
 
 
 def main() -> NoReturn:

@@ -65,9 +65,8 @@ class BackingFiles:
     def _register(self, fd: int) -> int:
         if os.fstat(fd).st_mode & (st.S_ISUID | st.S_ISGID):
             return NO_BACKING
-        request = bytearray(
-            abi.fuse_backing_map.pack(fd, 0, 0)
-        )  # mutable: ioctl() then returns the system call's result
+        # Mutable: ioctl() then returns the system call's result.
+        request = bytearray(abi.fuse_backing_map.pack(fd, 0, 0))
         try:
             with without_capability(CAP_FSETID):
                 return int(fcntl.ioctl(self._device, abi.FUSE_DEV_IOC_BACKING_OPEN, request))

@@ -36,6 +36,7 @@ _LARGEST_REQUEST = MAX_WRITE + 4096
 _MOST_PIECES = os.sysconf("SC_IOV_MAX")
 """What writev(2) takes; the kernel refuses a reply in more pieces, and whoever asked waits for ever."""
 _MALFORMED = (struct.error, ValueError, OverflowError)  # OverflowError: a number that no system call takes
+_NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT, abi.FUSE_NOTIFY_REPLY)
 
 Reply = bytes | Sequence[bytes] | None
 """The payload of a reply, in one or more pieces; None for requests that have none."""
@@ -223,9 +224,9 @@ class Dispatcher:
         handler = self._handlers.get(opcode)
         end = size - 8 * extensions
         if handler is None:
-            return self._error(unique, errno.ENOSYS, name)
+            return self._error(unique, errno.ENOSYS, name, opcode)
         if size != len(message) or end < abi.fuse_in_header.size:
-            return self._error(unique, errno.EINVAL, name)
+            return self._error(unique, errno.EINVAL, name, opcode)
         try:
             groups = supplementary_groups(message[end:]) if extensions else self._no_groups
             payload = handler(Request(unique, nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end], groups))
@@ -246,10 +247,10 @@ class Dispatcher:
         size = abi.fuse_out_header.size + sum(map(len, payload))
         return (abi.fuse_out_header.pack(size, 0, unique), *payload)
 
-    def _error(self, unique: int, number: int, name: str, opcode: int = 0) -> Sequence[bytes] | None:
+    def _error(self, unique: int, number: int, name: str, opcode: int) -> Sequence[bytes] | None:
         self._metrics.error(name)
-        if opcode in (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT):
-            return None  # never answered
+        if opcode in _NEVER_ANSWERED:
+            return None
         return (abi.fuse_out_header.pack(abi.fuse_out_header.size, -number, unique),)
 
     # -- pieces of replies -----------------------------------------------------------------------------------------------

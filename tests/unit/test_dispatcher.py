@@ -25,7 +25,7 @@ from handlefs.transport.backing import BackingFiles
 from handlefs.transport.direct import Dispatcher, _answer_init, _worker
 
 OFFER = abi.fuse_init_in.pack(7, 45, 1 << 17, 0xFFFFFFFF, (1 << 11) - 1)
-NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT)
+NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT, abi.FUSE_NOTIFY_REPLY)
 UNIQUE = 4242
 
 
@@ -82,8 +82,8 @@ class Served:
         """The errno of a well-formed reply."""
         failures, self.failures.seen = self.failures.seen, []
         assert not failures
+        assert (reply is None) == (opcode in NEVER_ANSWERED)
         if reply is None:
-            assert opcode in NEVER_ANSWERED
             return 0
         size, error, unique = abi.fuse_out_header.unpack_from(reply)
         assert size == len(reply)
