@@ -57,6 +57,7 @@ class _CapData(ctypes.Structure):
 
 
 _thread = threading.local()
+_OURSELVES = (os.geteuid(), os.getegid())
 
 
 def _prepare_thread() -> None:
@@ -74,6 +75,12 @@ def acting_as(caller: Caller) -> Iterator[None]:
     system ignores in favour of a default ACL as it does for a local caller."""
     _prepare_thread()
     umask = os.umask(caller.umask)
+    if (caller.uid, caller.gid) == _OURSELVES:
+        try:
+            yield
+        finally:
+            os.umask(umask)
+        return
     gid, uid = _setfsgid(caller.gid), _setfsuid(caller.uid)
     try:
         if (_setfsuid(_NO_ID), _setfsgid(_NO_ID)) != (caller.uid, caller.gid):

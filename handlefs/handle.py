@@ -9,6 +9,8 @@ import errno
 import os
 from typing import NamedTuple, NoReturn, Self
 
+from handlefs.accelerator import Stat, native
+
 MAX_HANDLE_SZ = 128
 """Largest handle in bytes that the kernel makes (include/linux/exportfs.h, MAX_HANDLE_SZ)."""
 
@@ -79,6 +81,9 @@ def name_to_handle_at(dir_fd: int, name: bytes, flags: int = 0) -> tuple[FileHan
 
     Raises OSError, among others with EOPNOTSUPP (the file system has no file handles) and ENOENT.
     """
+    if native is not None:
+        kind, data, mount = native.name_to_handle_at(dir_fd, name, flags)
+        return FileHandle(kind, data), mount
     buffer = _FileHandleStruct(MAX_HANDLE_SZ)
     mount_id = ctypes.c_int()
     if _name_to_handle_at(dir_fd, name, buffer, mount_id, flags) < 0:
@@ -92,6 +97,16 @@ def handle_of(fd: int) -> tuple[FileHandle, int]:
     return name_to_handle_at(fd, b"", AT_EMPTY_PATH)
 
 
+def look_at(dir_fd: int, name: bytes) -> tuple[FileHandle, int, Stat]:
+    """The handle of `name` in the directory `dir_fd`, its mount ID and, asked for after that, its attributes: of another
+    object if `name` was given to one in between. Errors as `name_to_handle_at`."""
+    if native is not None:
+        kind, data, mount_id, stat = native.look(dir_fd, name)
+        return FileHandle(kind, data), mount_id, stat
+    handle, mount_id = name_to_handle_at(dir_fd, name)
+    return handle, mount_id, os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+
+
 def open_by_handle_at(mount_fd: int, handle: FileHandle, flags: int) -> int:
     """A new descriptor, close-on-exec, for the object that `handle` names on the file system of `mount_fd`.
 
@@ -99,6 +114,8 @@ def open_by_handle_at(mount_fd: int, handle: FileHandle, flags: int) -> int:
 
     Raises OSError: ESTALE if the object is gone or the handle was never valid, EPERM without the capability.
     """
+    if native is not None:
+        return native.open_by_handle_at(mount_fd, handle.type, handle.data, flags)
     if len(handle.data) > MAX_HANDLE_SZ:  # it would be written past the buffer
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(handle))
     buffer = _FileHandleStruct(len(handle.data), handle.type)

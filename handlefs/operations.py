@@ -96,7 +96,7 @@ class Operations:
         """LOOKUP. A dead node is ESTALE; a transient failure for "." or ".." is ETIMEDOUT, which makes knfsd try again
         where any other error would turn the client's handle stale for good (fs/nfsd/nfsfh.c, nfsd_set_fh_dentry)."""
         if name not in (b".", b".."):
-            return self.source.entry(self.source.lookup(self.inode(parent), name))
+            return self.source.find(self.inode(parent), name)
         try:
             return self._lookup_dot(parent, name)
         except OSError as error:
@@ -288,8 +288,9 @@ class Operations:
             # permission on it, so it must look up and open the file itself: ESTALE makes it (fs/namei.c, do_filp_open).
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
         file = OpenFile(fd, 0)
-        with _undone_on_error(directory, name, handle_of(fd), os.unlink):
-            return self._opened(file, flags)
+        made = handle_of(fd)
+        with _undone_on_error(directory, name, made, os.unlink):
+            return self._opened(file, made, flags)
 
     def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Entry, int]:
         """TMPFILE: make a file without a name in `parent` and open it. Returns the entry and the `fh`."""
@@ -305,11 +306,12 @@ class Operations:
                     dir_fd=directory.fd,
                 ),
             )
-        return self._opened(OpenFile(fd, 0), flags)
+        file = OpenFile(fd, 0)
+        return self._opened(file, handle_of(fd), flags)
 
-    def _opened(self, file: OpenFile, flags: int) -> tuple[Entry, int]:
-        """The entry and the `fh` of the new `file`, whose node ID is not known yet."""
-        entry = self._entry_of(handle_of(file.fd))
+    def _opened(self, file: OpenFile, made: tuple[FileHandle, int], flags: int) -> tuple[Entry, int]:
+        """The entry and the `fh` of the new `file` with the handle and mount ID `made`."""
+        entry = self.source.entry_of(file.fd, made)
         file.nodeid = entry.nodeid
         return entry, self.open_files.add(file, flags)
 
@@ -399,8 +401,11 @@ class Operations:
     def _open_node(self, nodeid: int, flags: int) -> OpenFile:
         """Open `nodeid`. A file made with mode 0400 and opened for writing by its creator is no problem: the kernel has
         checked the permission, and this process does not need it."""
-        inode = self.inode(nodeid)
-        return OpenFile(self._open_path(inode.fd, flags), nodeid)
+        fd = self.source.open(nodeid, flags | os.O_NONBLOCK)
+        if fd is None:
+            inode = self.inode(nodeid)
+            fd = self._open_path(inode.fd, flags)
+        return OpenFile(fd, nodeid)
 
     def _open_path(self, fd: int, flags: int) -> int:
         return with_descriptors(

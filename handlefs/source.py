@@ -8,12 +8,14 @@ import contextlib
 import errno
 import logging
 import os
+import stat as st
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
+from handlefs.accelerator import Stat, fstat
 from handlefs.filesystem import SourceIdentity
-from handlefs.handle import FileHandle, handle_of, name_to_handle_at, open_by_handle_at
+from handlefs.handle import FileHandle, handle_of, look_at, name_to_handle_at, open_by_handle_at
 from handlefs.handlemap import HandleMap, MappedHandle
 from handlefs.inodecache import Inode, InodeCache
 from handlefs.nodeid import (
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_JUST_NOW = 100_000_000
+"""Nanoseconds; the kernel's file times are up to a tick behind (current_time in fs/inode.c)."""
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _GONE = (errno.ENOENT, errno.EINVAL)  # what some file systems say of a handle that is not valid any more
 
@@ -38,7 +42,7 @@ class Attributes(NamedTuple):
     """What a reply says about a node: stat(2) of it, with the inode number that the mount shows for it."""
 
     ino: int
-    stat: os.stat_result
+    stat: Stat
 
 
 class Entry(NamedTuple):
@@ -122,12 +126,27 @@ class Source:
         """Open `handle` and cache it under `nodeid`."""
         fd = with_descriptors(self.cache, lambda: _open_handle(volume, handle))
         inode = Inode(fd, nodeid, volume.id, 0)
-        stat = os.fstat(fd)
+        stat = fstat(fd)
         if not nodeid & MAPPED_BIT and stat.st_ino != nodeid >> 32:
             raise OSError(errno.EIO, "the file system's handles do not carry its inode numbers", str(handle))
         inode.ino_mask = volume.ino_mask(stat.st_dev, handle)
         self.cache.put(inode)
         return inode
+
+    def open(self, nodeid: int, flags: int) -> int | None:
+        """Open `nodeid` with the open(2) `flags` in one step. None where that would not be certain to open the right object,
+        or does not work: an O_PATH descriptor has to be had first."""
+        if self.cache.get(nodeid) is not None:
+            return None
+        volume, handle = self.handle_of_node(nodeid)
+        if has_wildcard_generation(handle):
+            return None
+        try:
+            return open_by_handle_at(volume.fd, handle, flags)
+        except OSError as error:
+            if error.errno in (errno.ESTALE, errno.ENOMEM, *_GONE, *_OUT_OF_DESCRIPTORS):
+                return None
+            raise
 
     @staticmethod
     def check_alive(volume: Volume, handle: FileHandle) -> None:
@@ -161,6 +180,20 @@ class Source:
                 if again == found:  # as in a btrfs snapshot, where an empty directory stands for a nested subvolume
                     raise OSError(errno.EOPNOTSUPP, "the file system cannot open the handle it gives", name) from error
                 found = again
+
+    def find(self, parent: Inode, name: bytes) -> Entry:
+        """The reply to a look-up of `name` (not "." or "..") in `parent`; errors as `lookup`.
+
+        What has an inline node ID and is no directory is not opened: few of the files that are looked up are used.
+        """
+        check_name(name)
+        found = self._look(parent.fd, name)
+        if found is not None and not st.S_ISDIR(found[2].st_mode):
+            volume, handle, stat = found
+            nodeid = self._unmapped(volume, handle)
+            if nodeid is not None and nodeid != ROOT_NODEID:
+                return Entry(nodeid, self.map.nodeids.generation(nodeid), Attributes(stat.st_ino, stat))
+        return self.entry(self.lookup(parent, name))
 
     def inode(self, volume: Volume, handle: FileHandle) -> Inode:
         """The inode that `handle` names on `volume`, and its node ID given out if it had none."""
@@ -250,10 +283,19 @@ class Source:
         """The reply for a look-up that found `inode`."""
         return Entry(inode.nodeid, self.map.nodeids.generation(inode.nodeid), self.attributes(inode))
 
+    def entry_of(self, fd: int, made: tuple[FileHandle, int]) -> Entry:
+        """The reply for the new object that is open as `fd`, given its handle and mount ID."""
+        handle, mount_id = made
+        volume = self.volumes.of_mount(mount_id)
+        nodeid = self.nodeid(volume, handle)
+        stat = fstat(fd)
+        ino = stat.st_ino ^ volume.ino_mask(stat.st_dev, handle)
+        return Entry(nodeid, self.map.nodeids.generation(nodeid), Attributes(ino, stat))
+
     @staticmethod
     def attributes(inode: Inode) -> Attributes:
         """The attributes of `inode` as they are now."""
-        stat = os.fstat(inode.fd)
+        stat = fstat(inode.fd)
         return Attributes(stat.st_ino ^ inode.ino_mask, stat)
 
     def entries(self, directory_fd: int, names: Sequence[bytes]) -> list[Entry | None]:
@@ -275,19 +317,37 @@ class Source:
             result.append(Entry(nodeid, generation(nodeid), Attributes(ino, stat)))
         return result
 
-    def _peek(self, directory_fd: int, name: bytes) -> tuple[Volume, FileHandle, os.stat_result] | None:
+    def _peek(self, directory_fd: int, name: bytes) -> tuple[Volume, FileHandle, Stat] | None:
         """Handle and attributes of one and the same object: taken again if the name was given to another in between.
 
         None for one that has gone, and on any error: one entry that cannot be looked up (the root of a file system
         without handles, or of one whose server is dead) must not fail the listing. Its own look-up will tell.
         """
         with contextlib.suppress(OSError):
-            for _ in range(3):
-                handle, mount_id = name_to_handle_at(directory_fd, name)
-                stat = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
-                if name_to_handle_at(directory_fd, name) == (handle, mount_id):
-                    return self.volumes.of_mount(mount_id), handle, stat
+            return self._look(directory_fd, name)
         return None
+
+    def _look(self, directory_fd: int, name: bytes) -> tuple[Volume, FileHandle, Stat] | None:
+        """Handle and attributes of `name`, of one and the same object; None if it is given to another all the time."""
+        for _ in range(3):
+            asked = time.time_ns()
+            handle, mount_id, stat = look_at(directory_fd, name)
+            volume = self.volumes.of_mount(mount_id)
+            if self._is_same(volume, handle, stat, asked) or name_to_handle_at(directory_fd, name) == (
+                handle,
+                mount_id,
+            ):
+                return volume, handle, stat
+        return None
+
+    def _is_same(self, volume: Volume, handle: FileHandle, stat: Stat, asked: int) -> bool:
+        """Whether `stat`, taken after `handle` and the time `asked` (nanoseconds since the epoch), can only be of the same
+        object: the inode number says so, unless the inode was removed and used again in between; but then it has
+        changed just now."""
+        if volume is not self.volumes.root or self.inline is None or stat.st_dev != volume.device:
+            return False
+        fields = self.inline.unpack(handle)
+        return fields is not None and fields[0] == stat.st_ino and stat.st_ctime_ns < asked - _JUST_NOW
 
     def evict_all(self) -> int:
         """Forget every cached inode, and let go of other file systems below the source; returns the number of inodes."""

@@ -20,6 +20,7 @@ from handlefs.metrics import OperationMetrics
 from handlefs.mount import mount_fuse, unmount
 from handlefs.operations import Changes, Operations, is_group_member
 from handlefs.protocol import abi
+from handlefs.protocol.attributes import attr_out, entry_out
 from handlefs.protocol.extensions import supplementary_groups
 from handlefs.protocol.init import MAX_WRITE, Negotiated, ProtocolError, negotiate
 from handlefs.source import Attributes, Entry
@@ -256,22 +257,10 @@ class Dispatcher:
     # -- pieces of replies -----------------------------------------------------------------------------------------------
 
     def _entry(self, entry: Entry) -> bytes:
-        ino, st = entry.attributes
-        entry_seconds, entry_nanoseconds = self._entry_timeout
-        attr_seconds, attr_nanoseconds = self._attr_timeout
-        return abi.fuse_entry_out.pack(
-            entry.nodeid,
-            entry.generation,
-            entry_seconds,
-            attr_seconds,
-            entry_nanoseconds,
-            attr_nanoseconds,
-            *_attr(ino, st),
-        )
+        return entry_out(entry.nodeid, entry.generation, self._entry_timeout, self._attr_timeout, *entry.attributes)
 
     def _attributes(self, attributes: Attributes) -> bytes:
-        seconds, nanoseconds = self._attr_timeout
-        return abi.fuse_attr_out.pack(seconds, nanoseconds, 0, *_attr(*attributes))
+        return attr_out(self._attr_timeout, *attributes)
 
     # -- nodes -----------------------------------------------------------------------------------------------------------
 
@@ -538,31 +527,6 @@ class Dispatcher:
 
 
 _NO_ENTRY = bytes(abi.fuse_entry_out.size)
-
-
-def _attr(ino: int, st: os.stat_result) -> tuple[int, ...]:
-    atime, atimensec = divmod(st.st_atime_ns, 10**9)
-    mtime, mtimensec = divmod(st.st_mtime_ns, 10**9)
-    ctime, ctimensec = divmod(st.st_ctime_ns, 10**9)
-    rdev = st.st_rdev and abi.new_encode_dev(os.major(st.st_rdev), os.minor(st.st_rdev))
-    return (
-        ino,
-        st.st_size,
-        st.st_blocks,
-        atime,
-        mtime,
-        ctime,
-        atimensec,
-        mtimensec,
-        ctimensec,
-        st.st_mode,
-        st.st_nlink,
-        st.st_uid,
-        st.st_gid,
-        rdev,
-        st.st_blksize,
-        0,
-    )
 
 
 def _dirent(entry: DirectoryEntry) -> bytes:

@@ -1,0 +1,251 @@
+/* Compiled versions of the measured hot spots: the system calls on file handles, stat(2), and the encoding of attributes.
+ *
+ * Each has a counterpart in pure Python that does the same (see accelerator.py); nothing here keeps state. Kernel structs
+ * are those of name_to_handle_at(2) and include/uapi/linux/fuse.h.
+ */
+#define _GNU_SOURCE
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include <fcntl.h>
+#include <linux/fuse.h>
+#include <stdint.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+
+#define MAX_HANDLE 128 /* include/linux/exportfs.h, MAX_HANDLE_SZ */
+
+struct handle_buffer {
+    struct file_handle head;
+    unsigned char data[MAX_HANDLE];
+};
+
+/* -- Stat ------------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    PyObject_HEAD
+    unsigned long long dev, ino, rdev, nlink, blocks;
+    long long size, atime_ns, mtime_ns, ctime_ns;
+    unsigned int mode, uid, gid;
+    long blksize;
+} Stat;
+
+static PyMemberDef stat_members[] = {
+    {"st_dev", T_ULONGLONG, offsetof(Stat, dev), READONLY, NULL},
+    {"st_ino", T_ULONGLONG, offsetof(Stat, ino), READONLY, NULL},
+    {"st_rdev", T_ULONGLONG, offsetof(Stat, rdev), READONLY, NULL},
+    {"st_nlink", T_ULONGLONG, offsetof(Stat, nlink), READONLY, NULL},
+    {"st_blocks", T_ULONGLONG, offsetof(Stat, blocks), READONLY, NULL},
+    {"st_size", T_LONGLONG, offsetof(Stat, size), READONLY, NULL},
+    {"st_atime_ns", T_LONGLONG, offsetof(Stat, atime_ns), READONLY, NULL},
+    {"st_mtime_ns", T_LONGLONG, offsetof(Stat, mtime_ns), READONLY, NULL},
+    {"st_ctime_ns", T_LONGLONG, offsetof(Stat, ctime_ns), READONLY, NULL},
+    {"st_mode", T_UINT, offsetof(Stat, mode), READONLY, NULL},
+    {"st_uid", T_UINT, offsetof(Stat, uid), READONLY, NULL},
+    {"st_gid", T_UINT, offsetof(Stat, gid), READONLY, NULL},
+    {"st_blksize", T_LONG, offsetof(Stat, blksize), READONLY, NULL},
+    {NULL},
+};
+
+static PyTypeObject StatType = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "handlefs._native.Stat",
+    .tp_doc = "The attributes of an inode, named as those of os.stat_result; times are nanoseconds since the epoch.",
+    .tp_basicsize = sizeof(Stat),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .tp_members = stat_members,
+};
+
+static long long nanoseconds(struct timespec time) { return time.tv_sec * 1000000000LL + time.tv_nsec; }
+
+static PyObject *new_stat(const struct stat *from)
+{
+    Stat *self = PyObject_New(Stat, &StatType);
+    if (self == NULL)
+        return NULL;
+    self->dev = from->st_dev;
+    self->ino = from->st_ino;
+    self->rdev = from->st_rdev;
+    self->nlink = from->st_nlink;
+    self->blocks = from->st_blocks;
+    self->size = from->st_size;
+    self->atime_ns = nanoseconds(from->st_atim);
+    self->mtime_ns = nanoseconds(from->st_mtim);
+    self->ctime_ns = nanoseconds(from->st_ctim);
+    self->mode = from->st_mode;
+    self->uid = from->st_uid;
+    self->gid = from->st_gid;
+    self->blksize = from->st_blksize;
+    return (PyObject *)self;
+}
+
+/* Runs the system call without the GIL; yields its result, with errno as it left it. */
+#define SYSTEM_CALL(result, call)                                                                                      \
+    do {                                                                                                               \
+        Py_BEGIN_ALLOW_THREADS result = (call);                                                                        \
+        Py_END_ALLOW_THREADS                                                                                           \
+    } while (0)
+
+static PyObject *native_fstat(PyObject *module, PyObject *argument)
+{
+    struct stat found;
+    int fd = PyLong_AsLong(argument), result;
+    if (fd == -1 && PyErr_Occurred())
+        return NULL;
+    SYSTEM_CALL(result, fstat(fd, &found));
+    return result < 0 ? PyErr_SetFromErrno(PyExc_OSError) : new_stat(&found);
+}
+
+/* -- file handles ---------------------------------------------------------------------------------------------------- */
+
+static PyObject *native_name_to_handle_at(PyObject *module, PyObject *args)
+{
+    int directory, flags, mount_id, result;
+    const char *name;
+    struct handle_buffer handle = {.head.handle_bytes = MAX_HANDLE};
+    if (!PyArg_ParseTuple(args, "iyi", &directory, &name, &flags))
+        return NULL;
+    SYSTEM_CALL(result, name_to_handle_at(directory, name, &handle.head, &mount_id, flags));
+    if (result < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    return Py_BuildValue("iy#i", handle.head.handle_type, handle.data, (Py_ssize_t)handle.head.handle_bytes, mount_id);
+}
+
+static PyObject *native_open_by_handle_at(PyObject *module, PyObject *args)
+{
+    int mount_fd, type, flags, fd;
+    Py_buffer data;
+    struct handle_buffer handle;
+    if (!PyArg_ParseTuple(args, "iiy*i", &mount_fd, &type, &data, &flags))
+        return NULL;
+    if (data.len > MAX_HANDLE) {
+        PyBuffer_Release(&data);
+        errno = EINVAL;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    handle.head.handle_bytes = data.len;
+    handle.head.handle_type = type;
+    memcpy(handle.data, data.buf, data.len);
+    PyBuffer_Release(&data);
+    SYSTEM_CALL(fd, open_by_handle_at(mount_fd, &handle.head, flags | O_CLOEXEC));
+    return fd < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(fd);
+}
+
+static PyObject *native_look(PyObject *module, PyObject *args)
+{
+    int directory, mount_id, result;
+    const char *name;
+    struct handle_buffer handle = {.head.handle_bytes = MAX_HANDLE};
+    struct stat found;
+    PyObject *stat;
+    if (!PyArg_ParseTuple(args, "iy", &directory, &name))
+        return NULL;
+    SYSTEM_CALL(result, name_to_handle_at(directory, name, &handle.head, &mount_id, 0) ||
+                            fstatat(directory, name, &found, AT_SYMLINK_NOFOLLOW));
+    if (result)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    stat = new_stat(&found);
+    if (stat == NULL)
+        return NULL;
+    return Py_BuildValue("iy#iN", handle.head.handle_type, handle.data, (Py_ssize_t)handle.head.handle_bytes, mount_id,
+                         stat);
+}
+
+/* -- the wire format ------------------------------------------------------------------------------------------------- */
+
+static void split(long long time_ns, uint64_t *seconds, uint32_t *nanoseconds)
+{
+    long long rest = time_ns % 1000000000LL;
+    if (rest < 0) /* before 1970 */
+        rest += 1000000000LL;
+    *nanoseconds = rest;
+    *seconds = (uint64_t)((time_ns - rest) / 1000000000LL);
+}
+
+static void fill_attr(struct fuse_attr *attr, uint64_t ino, const Stat *stat)
+{
+    memset(attr, 0, sizeof *attr);
+    attr->ino = ino;
+    attr->size = stat->size;
+    attr->blocks = stat->blocks;
+    split(stat->atime_ns, &attr->atime, &attr->atimensec);
+    split(stat->mtime_ns, &attr->mtime, &attr->mtimensec);
+    split(stat->ctime_ns, &attr->ctime, &attr->ctimensec);
+    attr->mode = stat->mode;
+    attr->nlink = stat->nlink;
+    attr->uid = stat->uid;
+    attr->gid = stat->gid;
+    /* new_encode_dev in include/linux/kdev_t.h */
+    attr->rdev = (minor(stat->rdev) & 0xff) | major(stat->rdev) << 8 | (minor(stat->rdev) & ~0xffu) << 12;
+    attr->blksize = stat->blksize;
+}
+
+static PyObject *native_attr_out(PyObject *module, PyObject *args)
+{
+    struct fuse_attr_out out = {0};
+    unsigned long long ino, seconds;
+    unsigned int nanoseconds;
+    Stat *stat;
+    if (!PyArg_ParseTuple(args, "KIKO!", &seconds, &nanoseconds, &ino, &StatType, &stat))
+        return NULL;
+    out.attr_valid = seconds;
+    out.attr_valid_nsec = nanoseconds;
+    fill_attr(&out.attr, ino, stat);
+    return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
+}
+
+static PyObject *native_entry_out(PyObject *module, PyObject *args)
+{
+    struct fuse_entry_out out = {0};
+    unsigned long long nodeid, generation, entry_seconds, attr_seconds, ino;
+    unsigned int entry_nanoseconds, attr_nanoseconds;
+    Stat *stat;
+    if (!PyArg_ParseTuple(args, "KKKKIIKO!", &nodeid, &generation, &entry_seconds, &attr_seconds, &entry_nanoseconds,
+                          &attr_nanoseconds, &ino, &StatType, &stat))
+        return NULL;
+    out.nodeid = nodeid;
+    out.generation = generation;
+    out.entry_valid = entry_seconds;
+    out.attr_valid = attr_seconds;
+    out.entry_valid_nsec = entry_nanoseconds;
+    out.attr_valid_nsec = attr_nanoseconds;
+    fill_attr(&out.attr, ino, stat);
+    return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
+}
+
+/* -- the module ------------------------------------------------------------------------------------------------------ */
+
+static PyMethodDef methods[] = {
+    {"fstat", native_fstat, METH_O, "fstat(fd) -> Stat"},
+    {"name_to_handle_at", native_name_to_handle_at, METH_VARARGS,
+     "name_to_handle_at(dir_fd, name, flags) -> (handle type, handle bytes, mount ID)"},
+    {"open_by_handle_at", native_open_by_handle_at, METH_VARARGS,
+     "open_by_handle_at(mount_fd, handle type, handle bytes, flags) -> descriptor, close-on-exec"},
+    {"look", native_look, METH_VARARGS,
+     "look(dir_fd, name) -> (handle type, handle bytes, mount ID, Stat), the Stat taken last"},
+    {"attr_out", native_attr_out, METH_VARARGS, "attr_out(attr_valid, attr_valid_nsec, ino, Stat) -> struct fuse_attr_out"},
+    {"entry_out", native_entry_out, METH_VARARGS,
+     "entry_out(nodeid, generation, entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec, ino, Stat) -> struct "
+     "fuse_entry_out"},
+    {NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_native",
+    .m_doc = "Compiled versions of measured hot spots.",
+    .m_size = -1,
+    .m_methods = methods,
+};
+
+PyMODINIT_FUNC PyInit__native(void)
+{
+    PyObject *module;
+    if (PyType_Ready(&StatType) < 0)
+        return NULL;
+    module = PyModule_Create(&definition);
+    if (module != NULL && PyModule_AddObjectRef(module, "Stat", (PyObject *)&StatType) < 0)
+        Py_CLEAR(module);
+    return module;
+}

@@ -1,0 +1,79 @@
+"""Compiled versions of measured hot spots (`_native.c`), where they could be built; everything works without them, slower.
+
+HANDLEFS_ACCELERATOR=off in the environment leaves them out, as the tests do to cover both.
+"""
+
+import importlib
+import os
+from typing import Protocol, cast
+
+
+class Stat(Protocol):
+    """What stat(2) says of an inode, named as in os.stat_result; times are nanoseconds since the epoch."""
+
+    @property
+    def st_dev(self) -> int: ...
+    @property
+    def st_ino(self) -> int: ...
+    @property
+    def st_mode(self) -> int: ...
+    @property
+    def st_nlink(self) -> int: ...
+    @property
+    def st_uid(self) -> int: ...
+    @property
+    def st_gid(self) -> int: ...
+    @property
+    def st_rdev(self) -> int: ...
+    @property
+    def st_size(self) -> int: ...
+    @property
+    def st_blksize(self) -> int: ...
+    @property
+    def st_blocks(self) -> int: ...
+    @property
+    def st_atime_ns(self) -> int: ...
+    @property
+    def st_mtime_ns(self) -> int: ...
+    @property
+    def st_ctime_ns(self) -> int: ...
+
+
+class Native(Protocol):
+    """The compiled module; what its functions do is said where they are used."""
+
+    def fstat(self, fd: int, /) -> Stat: ...
+    def look(self, dir_fd: int, name: bytes, /) -> tuple[int, bytes, int, Stat]: ...
+    def name_to_handle_at(self, dir_fd: int, name: bytes, flags: int, /) -> tuple[int, bytes, int]: ...
+    def open_by_handle_at(self, mount_fd: int, kind: int, data: bytes, flags: int, /) -> int: ...
+    def attr_out(self, attr_valid: int, attr_valid_nsec: int, ino: int, stat: Stat, /) -> bytes: ...
+    def entry_out(
+        self,
+        nodeid: int,
+        generation: int,
+        entry_valid: int,
+        attr_valid: int,
+        entry_valid_nsec: int,
+        attr_valid_nsec: int,
+        ino: int,
+        stat: Stat,
+        /,
+    ) -> bytes: ...
+
+
+def _load() -> Native | None:
+    if os.environ.get("HANDLEFS_ACCELERATOR") == "off":
+        return None
+    try:
+        return cast(Native, importlib.import_module("handlefs._native"))
+    except ModuleNotFoundError:  # installed where there was no C compiler
+        return None
+
+
+native = _load()
+"""The compiled module, or None."""
+
+
+def fstat(fd: int) -> Stat:
+    """fstat(2)."""
+    return os.fstat(fd) if native is None else native.fstat(fd)
