@@ -14,6 +14,7 @@
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 
+#define BILLION 1000000000LL
 #define MAX_HANDLE 128 /* include/linux/exportfs.h, MAX_HANDLE_SZ */
 
 struct handle_buffer {
@@ -26,7 +27,8 @@ struct handle_buffer {
 typedef struct {
     PyObject_HEAD
     unsigned long long dev, ino, rdev, nlink, blocks;
-    long long size, atime_ns, mtime_ns, ctime_ns;
+    long long size;
+    struct timespec atime, mtime, ctime;
     unsigned int mode, uid, gid;
     long blksize;
 } Stat;
@@ -38,13 +40,39 @@ static PyMemberDef stat_members[] = {
     {"st_nlink", T_ULONGLONG, offsetof(Stat, nlink), READONLY, NULL},
     {"st_blocks", T_ULONGLONG, offsetof(Stat, blocks), READONLY, NULL},
     {"st_size", T_LONGLONG, offsetof(Stat, size), READONLY, NULL},
-    {"st_atime_ns", T_LONGLONG, offsetof(Stat, atime_ns), READONLY, NULL},
-    {"st_mtime_ns", T_LONGLONG, offsetof(Stat, mtime_ns), READONLY, NULL},
-    {"st_ctime_ns", T_LONGLONG, offsetof(Stat, ctime_ns), READONLY, NULL},
     {"st_mode", T_UINT, offsetof(Stat, mode), READONLY, NULL},
     {"st_uid", T_UINT, offsetof(Stat, uid), READONLY, NULL},
     {"st_gid", T_UINT, offsetof(Stat, gid), READONLY, NULL},
     {"st_blksize", T_LONG, offsetof(Stat, blksize), READONLY, NULL},
+    {NULL},
+};
+
+/* The time at the offset `closure` in nanoseconds: from the year 2262 on they do not fit 64 bits. */
+static PyObject *stat_time_ns(PyObject *self, void *closure)
+{
+    const struct timespec *time = (const struct timespec *)((const char *)self + (size_t)closure);
+    long long sum;
+    PyObject *seconds, *unit, *product, *rest, *result = NULL;
+    if (!__builtin_mul_overflow((long long)time->tv_sec, BILLION, &sum) &&
+        !__builtin_add_overflow(sum, (long long)time->tv_nsec, &sum))
+        return PyLong_FromLongLong(sum);
+    seconds = PyLong_FromLongLong(time->tv_sec);
+    unit = PyLong_FromLongLong(BILLION);
+    product = seconds && unit ? PyNumber_Multiply(seconds, unit) : NULL;
+    rest = PyLong_FromLong(time->tv_nsec);
+    if (product && rest)
+        result = PyNumber_Add(product, rest);
+    Py_XDECREF(seconds);
+    Py_XDECREF(unit);
+    Py_XDECREF(product);
+    Py_XDECREF(rest);
+    return result;
+}
+
+static PyGetSetDef stat_times[] = {
+    {"st_atime_ns", stat_time_ns, NULL, NULL, (void *)offsetof(Stat, atime)},
+    {"st_mtime_ns", stat_time_ns, NULL, NULL, (void *)offsetof(Stat, mtime)},
+    {"st_ctime_ns", stat_time_ns, NULL, NULL, (void *)offsetof(Stat, ctime)},
     {NULL},
 };
 
@@ -55,9 +83,8 @@ static PyTypeObject StatType = {
     .tp_basicsize = sizeof(Stat),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .tp_members = stat_members,
+    .tp_getset = stat_times,
 };
-
-static long long nanoseconds(struct timespec time) { return time.tv_sec * 1000000000LL + time.tv_nsec; }
 
 static PyObject *new_stat(const struct stat *from)
 {
@@ -70,9 +97,9 @@ static PyObject *new_stat(const struct stat *from)
     self->nlink = from->st_nlink;
     self->blocks = from->st_blocks;
     self->size = from->st_size;
-    self->atime_ns = nanoseconds(from->st_atim);
-    self->mtime_ns = nanoseconds(from->st_mtim);
-    self->ctime_ns = nanoseconds(from->st_ctim);
+    self->atime = from->st_atim;
+    self->mtime = from->st_mtim;
+    self->ctime = from->st_ctim;
     self->mode = from->st_mode;
     self->uid = from->st_uid;
     self->gid = from->st_gid;
@@ -154,24 +181,18 @@ static PyObject *native_look(PyObject *module, PyObject *args)
 
 /* -- the wire format ------------------------------------------------------------------------------------------------- */
 
-static void split(long long time_ns, uint64_t *seconds, uint32_t *nanoseconds)
-{
-    long long rest = time_ns % 1000000000LL;
-    if (rest < 0) /* before 1970 */
-        rest += 1000000000LL;
-    *nanoseconds = rest;
-    *seconds = (uint64_t)((time_ns - rest) / 1000000000LL);
-}
-
 static void fill_attr(struct fuse_attr *attr, uint64_t ino, const Stat *stat)
 {
     memset(attr, 0, sizeof *attr);
     attr->ino = ino;
     attr->size = stat->size;
     attr->blocks = stat->blocks;
-    split(stat->atime_ns, &attr->atime, &attr->atimensec);
-    split(stat->mtime_ns, &attr->mtime, &attr->mtimensec);
-    split(stat->ctime_ns, &attr->ctime, &attr->ctimensec);
+    attr->atime = stat->atime.tv_sec;
+    attr->mtime = stat->mtime.tv_sec;
+    attr->ctime = stat->ctime.tv_sec;
+    attr->atimensec = stat->atime.tv_nsec;
+    attr->mtimensec = stat->mtime.tv_nsec;
+    attr->ctimensec = stat->ctime.tv_nsec;
     attr->mode = stat->mode;
     attr->nlink = stat->nlink;
     attr->uid = stat->uid;
