@@ -76,6 +76,23 @@ static PyGetSetDef stat_times[] = {
     {NULL},
 };
 
+static int same_time(struct timespec a, struct timespec b) { return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec; }
+
+static PyTypeObject StatType;
+
+static PyObject *stat_compare(PyObject *left, PyObject *right, int operator)
+{
+    const Stat *a = (const Stat *)left, *b = (const Stat *)right;
+    int same;
+    if (!Py_IS_TYPE(right, &StatType) || (operator != Py_EQ && operator != Py_NE))
+        Py_RETURN_NOTIMPLEMENTED;
+    same = a->dev == b->dev && a->ino == b->ino && a->rdev == b->rdev && a->nlink == b->nlink &&
+           a->blocks == b->blocks && a->size == b->size && same_time(a->atime, b->atime) &&
+           same_time(a->mtime, b->mtime) && same_time(a->ctime, b->ctime) && a->mode == b->mode && a->uid == b->uid &&
+           a->gid == b->gid && a->blksize == b->blksize;
+    return PyBool_FromLong(same == (operator == Py_EQ));
+}
+
 static PyTypeObject StatType = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "handlefs._native.Stat",
@@ -84,6 +101,7 @@ static PyTypeObject StatType = {
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .tp_members = stat_members,
     .tp_getset = stat_times,
+    .tp_richcompare = stat_compare,
 };
 
 static PyObject *new_stat(const struct stat *from)
@@ -124,6 +142,19 @@ static PyObject *native_fstat(PyObject *module, PyObject *argument)
     return result < 0 ? PyErr_SetFromErrno(PyExc_OSError) : new_stat(&found);
 }
 
+/* OSError for errno, with the file name as bytes. */
+static PyObject *error_about(const char *name)
+{
+    int number = errno; /* PyBytes_FromString may change it */
+    PyObject *filename = PyBytes_FromString(name);
+    errno = number;
+    if (filename != NULL) {
+        PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, filename);
+        Py_DECREF(filename);
+    }
+    return NULL;
+}
+
 /* -- file handles ---------------------------------------------------------------------------------------------------- */
 
 static PyObject *native_name_to_handle_at(PyObject *module, PyObject *args)
@@ -135,7 +166,7 @@ static PyObject *native_name_to_handle_at(PyObject *module, PyObject *args)
         return NULL;
     SYSTEM_CALL(result, name_to_handle_at(directory, name, &handle.head, &mount_id, flags));
     if (result < 0)
-        return PyErr_SetFromErrno(PyExc_OSError);
+        return error_about(name);
     return Py_BuildValue("iy#i", handle.head.handle_type, handle.data, (Py_ssize_t)handle.head.handle_bytes, mount_id);
 }
 
@@ -171,7 +202,7 @@ static PyObject *native_look(PyObject *module, PyObject *args)
     SYSTEM_CALL(result, name_to_handle_at(directory, name, &handle.head, &mount_id, 0) ||
                             fstatat(directory, name, &found, AT_SYMLINK_NOFOLLOW));
     if (result)
-        return PyErr_SetFromErrno(PyExc_OSError);
+        return error_about(name);
     stat = new_stat(&found);
     if (stat == NULL)
         return NULL;

@@ -416,6 +416,7 @@ def test_the_cache_gives_way_when_descriptors_run_out(ext4: Path, tmp_path: Path
             for number in range(60):
                 node = operations.lookup(ROOT_NODEID, b"%d" % number).nodeid
                 fh = operations.open(node, os.O_RDWR)
+                operations.getattr(node)
                 operations.flush(node, fh)
                 operations.release(node, fh)
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
