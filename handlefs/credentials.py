@@ -56,6 +56,8 @@ class _CapData(ctypes.Structure):
     _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
 
 
+_capget, _capset = _libc.capget, _libc.capset
+_capget.argtypes = _capset.argtypes = (ctypes.POINTER(_CapHeader), ctypes.POINTER(_CapData))
 _thread = threading.local()
 _OURSELVES = (os.geteuid(), os.getegid())
 
@@ -96,16 +98,16 @@ def acting_as(caller: Caller) -> Iterator[None]:
 def without_capability(capability: int) -> Iterator[None]:
     """Put one effective capability of this thread aside. Without CAP_FSETID a write, truncate or chown clears set-uid
     and set-gid bits as it would for the unprivileged caller (setattr_should_drop_suidgid in fs/attr.c)."""
-    header, data = _capget()
+    header, data = _capabilities()
     word, bit = divmod(capability, 32)
     before = data[word].effective
     data[word].effective = before & ~(1 << bit)
-    _check(_libc.capset(ctypes.byref(header), data))
+    _check(_capset(header, data))
     try:
         yield
     finally:
         data[word].effective = before
-        _check(_libc.capset(ctypes.byref(header), data))
+        _check(_capset(header, data))
 
 
 @contextmanager
@@ -136,15 +138,15 @@ def _setgroups(groups: Sequence[int]) -> None:
 
 def drop_capability(capability: int) -> None:
     """Drop an effective capability of this thread, and so of the threads it will start, for good."""
-    header, data = _capget()
+    header, data = _capabilities()
     word, bit = divmod(capability, 32)
     data[word].effective &= ~(1 << bit)
-    _check(_libc.capset(ctypes.byref(header), data))
+    _check(_capset(header, data))
 
 
 def has_capability(capability: int) -> bool:
     """Whether this thread has `capability` in its effective set."""
-    _, data = _capget()
+    _, data = _capabilities()
     word, bit = divmod(capability, 32)
     return bool(data[word].effective >> bit & 1)
 
@@ -162,11 +164,13 @@ def supplementary_groups(pid: int) -> frozenset[int]:
     return frozenset()
 
 
-def _capget() -> tuple[_CapHeader, "ctypes.Array[_CapData]"]:
-    header = _CapHeader(_LINUX_CAPABILITY_VERSION_3, 0)
-    data = (_CapData * 2)()
-    _check(_libc.capget(ctypes.byref(header), data))
-    return header, data
+def _capabilities() -> tuple[_CapHeader, "ctypes.Array[_CapData]"]:
+    """The thread's capabilities as they are now, in buffers of the thread's own."""
+    buffers: tuple[_CapHeader, ctypes.Array[_CapData]] | None = getattr(_thread, "capabilities", None)
+    if buffers is None:
+        buffers = _thread.capabilities = (_CapHeader(_LINUX_CAPABILITY_VERSION_3, 0), (_CapData * 2)())
+    _check(_capget(*buffers))
+    return buffers
 
 
 def _check(result: int) -> None:

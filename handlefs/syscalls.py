@@ -53,7 +53,9 @@ class DirectoryEntry(NamedTuple):
 
 def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) -> None:
     """renameat2(2); `flags` are RENAME_NOREPLACE or RENAME_EXCHANGE."""
-    if _renameat2(old_dir, old, new_dir, new, flags) < 0:
+    if not flags:
+        os.rename(old, new, src_dir_fd=old_dir, dst_dir_fd=new_dir)
+    elif _renameat2(old_dir, old, new_dir, new, flags) < 0:
         _raise_errno()
 
 

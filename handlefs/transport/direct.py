@@ -372,30 +372,34 @@ class Dispatcher:
     def _open(self, request: Request) -> Reply:
         flags, open_flags = abi.fuse_open_in.unpack_from(request.body)
         kill = bool(open_flags & abi.FUSE_OPEN_KILL_SUIDGID) if self._kernel_says_kill else request.uid != 0
-        return self._opened(request.nodeid, self._operations.open(request.nodeid, flags, kill_suidgid=kill))
+        return self._opened(request.nodeid, self._operations.open(request.nodeid, flags, kill_suidgid=kill), flags)
 
-    def _opened(self, nodeid: int, fh: int) -> bytes:
-        """struct fuse_open_out for a regular file."""
+    def _opened(self, nodeid: int, fh: int, flags: int) -> bytes:
+        """struct fuse_open_out for a regular file, opened with the open(2) `flags`."""
         file = self._operations.open_files.get(nodeid, fh)
         try:
             backing_id = NO_BACKING if file is None else self._backing.opened(nodeid, file.fd)
         except OSError:
             self._operations.release(nodeid, fh)  # the kernel will not: for it the file was never opened
             raise
-        return abi.fuse_open_out.pack(fh, abi.FOPEN_PASSTHROUGH if backing_id else 0, backing_id)
+        open_flags = abi.FOPEN_PASSTHROUGH if backing_id else 0
+        # FLUSH writes back what a mapping has made dirty in the kernel's cache: nothing, with passthrough or read-only.
+        if (backing_id or flags & os.O_ACCMODE == os.O_RDONLY) and self._operations.close_says_nothing(nodeid):
+            open_flags |= abi.FOPEN_NOFLUSH
+        return abi.fuse_open_out.pack(fh, open_flags, backing_id)
 
     def _create(self, request: Request) -> Reply:
         flags, mode, umask, _ = abi.fuse_create_in.unpack_from(request.body)
         caller = Caller(request.uid, request.gid, request.pid, umask, request.groups)
         name = _name(request.body[abi.fuse_create_in.size :])
         entry, fh = self._operations.create(request.nodeid, name, mode, flags, caller)
-        return self._entry(entry) + self._opened(entry.nodeid, fh)
+        return self._entry(entry) + self._opened(entry.nodeid, fh, flags)
 
     def _tmpfile(self, request: Request) -> Reply:
         flags, mode, umask, _ = abi.fuse_create_in.unpack_from(request.body)
         caller = Caller(request.uid, request.gid, request.pid, umask, request.groups)
         entry, fh = self._operations.tmpfile(request.nodeid, mode, flags, caller)
-        return self._entry(entry) + self._opened(entry.nodeid, fh)
+        return self._entry(entry) + self._opened(entry.nodeid, fh, flags)
 
     def _read(self, request: Request) -> Reply:
         fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
