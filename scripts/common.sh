@@ -109,7 +109,7 @@ pip_install() { # pip_install VENV ARGS...
         die "pip could not install $*: see above"
 }
 fingerprint() { # of all that the installed package is made from
-    (cd "$top" && find handlefs docs/handlefs.8 pyproject.toml README.md LICENSE -type f ! -name '*.py[co]' -exec cksum {} + |
+    (cd "$top" && find handlefs docs/handlefs.8 pyproject.toml setup.py README.md LICENSE -type f ! -name '*.py[co]' ! -name '*.so' -exec cksum {} + |
         sort -k 3 | cksum)
 }
 ensure_fuse() {

@@ -25,7 +25,9 @@ from handlefs.mount import canonical, parse_options
 @click.option("--key-file", metavar="FILE", help="Share the key of node IDs with other hosts.")
 @click.option("--submounts", metavar="cross|hide", help="File systems below the source. Default: cross.")
 @click.option("--transport", metavar="pyfuse3|direct", help="What talks to the kernel. Default: pyfuse3.")
-@click.option("--passthrough", metavar="auto|on|off", help="Data of open files within the kernel (direct). Default: auto.")
+@click.option(
+    "--passthrough", metavar="auto|on|off", help="Data of open files within the kernel (direct). Default: auto."
+)
 @click.option("--log-file", "--log", metavar="FILE", help="Log there and not to syslog.")
 def command(
     source: str, mountpoint: str, options: tuple[str, ...], ro: bool, foreground: bool, **own: str | None

@@ -391,7 +391,9 @@ def test_handles_are_opened_concurrently_with_removal(tree: TestTree) -> None:
     remover = Child(remove)
     for _ in range(3):
         for name, handle in handles.items():
-            assert content(tree.path, handle) in ((name.encode(),) if int(name) % 2 else (name.encode(), STALE, "ENOMEM"))
+            assert content(tree.path, handle) in (
+                (name.encode(),) if int(name) % 2 else (name.encode(), STALE, "ENOMEM")
+            )
     remover.result()
     drop_caches(2)
     for name, handle in handles.items():

@@ -27,7 +27,10 @@ def test_our_own_failures_are_logged_once_in_a_while(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert failures.errno_for_reply("lookup", transient) == errno.ETIMEDOUT
-            assert failures.errno_for_reply("mkdir", OSError(errno.ENOSPC, "handle map: full", "/state/map")) == errno.ENOSPC
+            assert (
+                failures.errno_for_reply("mkdir", OSError(errno.ENOSPC, "handle map: full", "/state/map"))
+                == errno.ENOSPC
+            )
     assert [record.getMessage() for record in caplog.records] == [
         "lookup: [Errno 5] handle map: corrupt: '/state/map'",
         "mkdir: [Errno 28] handle map: full: '/state/map'",
