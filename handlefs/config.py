@@ -28,6 +28,7 @@ class Config:
     submounts: Submounts = "cross"
     transport: Transport = "pyfuse3"
     passthrough: Passthrough = "auto"
+    workers: int | None = None
     log_file: str | None = None
 
     def with_options(self, own: Mapping[str, str]) -> "Config":
@@ -63,6 +64,13 @@ def _whole(name: str, text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise OptionError(f"bad {name} '{text}': expected a whole number, 0 or more")
     return int(text)
+
+
+def _number(name: str, text: str) -> int:
+    value = _whole(name, text)
+    if not value:
+        raise OptionError(f"bad {name} '{text}': expected 1 or more")
+    return value
 
 
 def _seconds(name: str, text: str) -> float:
@@ -106,5 +114,6 @@ _OPTIONS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = {
     "submounts": ("submounts", _submounts),
     "transport": ("transport", _transport),
     "passthrough": ("passthrough", _passthrough),
+    "workers": ("workers", _number),
     "log-file": ("log_file", _path),
 }

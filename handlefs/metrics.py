@@ -3,9 +3,21 @@
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
+from typing import Protocol
 
 RATE_WINDOW = 10
 """Seconds over which the rate of operations is taken."""
+
+
+class Counting(Protocol):
+    """What counts operations."""
+
+    def count(self, operation: str) -> None:
+        """One more `operation` was asked for."""
+
+    def error(self, operation: str) -> None:
+        """One of them was answered with an error."""
 
 
 class OperationMetrics:
@@ -45,3 +57,50 @@ class OperationMetrics:
                 "operations_total": self._operations.total(),
                 "operations_per_second": recent / RATE_WINDOW,
             }
+
+
+class SharedCounters:
+    """Counts of operations and errors in memory that outlives its only writer."""
+
+    def __init__(self, memory: memoryview, numbers: Mapping[str, int]) -> None:
+        """In `memory`, 64-bit words: operations in its first half, errors in the second; `numbers` gives each name's word."""
+        self._memory = memory
+        self._numbers = numbers
+        self._errors = len(memory) // 2
+
+    def count(self, operation: str) -> None:
+        """One more `operation` was asked for."""
+        self._memory[self._numbers[operation]] += 1
+
+    def error(self, operation: str) -> None:
+        """One of them was answered with an error."""
+        self._memory[self._errors + self._numbers[operation]] += 1
+
+    def operations(self) -> Counter[str]:
+        """Counts by operation, without those that never were."""
+        return Counter({name: self._memory[number] for name, number in self._numbers.items() if self._memory[number]})
+
+    def errors(self) -> Counter[str]:
+        """Counts of errors by operation."""
+        words = self._memory[self._errors :]
+        return Counter({name: words[number] for name, number in self._numbers.items() if words[number]})
+
+
+class Rate:
+    """Operations per second, from their total as it is told about once a second."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW + 1)
+
+    def sample(self, total: int) -> None:
+        """The total is this now; not noted if it was told less than a second ago."""
+        now = time.monotonic()
+        if not self._samples or now - self._samples[-1][0] >= 1:
+            self._samples.append((now, total))
+
+    def per_second(self) -> float:
+        """The mean over the last `RATE_WINDOW` seconds, or since the first sample."""
+        if len(self._samples) < 2:
+            return 0.0
+        (first, before), (last, after) = self._samples[0], self._samples[-1]
+        return (after - before) / (last - first)

@@ -12,6 +12,7 @@ RENAME_EXCHANGE = 2
 _AT_EMPTY_PATH = 0x1000
 _STATX_BASIC_STATS = 0x7FF
 _STATX_BTIME = 0x800
+_BTIME, _CTIME = 80, 96  # offsets in struct statx
 _UTIME_NOW = (1 << 30) - 1
 _UTIME_OMIT = (1 << 30) - 2
 _SYS_GETDENTS64 = 217 if os.uname().machine == "x86_64" else 61  # 61: the generic table (arm64, riscv)
@@ -89,6 +90,15 @@ def statx(fd: int) -> bytes:
     if _statx(fd, b"", _AT_EMPTY_PATH, _STATX_BASIC_STATS | _STATX_BTIME, buffer) < 0:
         _raise_errno()
     return buffer.raw
+
+
+def birth_time(fd: int) -> int:
+    """When the object `fd` was made, in nanoseconds since the epoch; where the file system does not keep that, when its
+    inode last changed."""
+    buffer = statx(fd)
+    (mask,) = struct.unpack_from("=I", buffer)
+    seconds, nanoseconds = struct.unpack_from("=qI", buffer, _BTIME if mask & _STATX_BTIME else _CTIME)
+    return int(seconds) * 10**9 + int(nanoseconds)
 
 
 def getdents(fd: int, size: int) -> list[DirectoryEntry]:

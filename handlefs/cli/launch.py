@@ -45,7 +45,7 @@ def launch(config: Config, *, foreground: bool = False) -> None:
             log.info("serving %s at %s", config.source, config.mountpoint)
             on_ready()
 
-        Server(config).serve(ready)
+        Server(config, foreground=foreground).serve(ready)
 
     if foreground:
         serve(lambda: None)

@@ -1,22 +1,20 @@
-"""The direct transport: reads requests from /dev/fuse, calls the operations and writes the replies, without libfuse.
+"""The direct transport: turns the requests of /dev/fuse into operations and their results into replies, without libfuse.
 
-Several threads read the device, each with a buffer of its own; any of them serves any request. No lock is held here
-across an operation.
+Several processes read the device (handlefs/worker.py), and any of them serves any request. No lock is held here across an
+operation.
 """
 
-import contextlib
 import errno
 import logging
 import os
 import struct
-import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from handlefs.config import Config
 from handlefs.credentials import Caller
 from handlefs.errors import StartupError
-from handlefs.metrics import OperationMetrics
+from handlefs.metrics import Counting
 from handlefs.mount import mount_fuse, unmount
 from handlefs.operations import Changes, Operations, is_group_member
 from handlefs.protocol import abi
@@ -30,14 +28,12 @@ from handlefs.transport.failures import Failures
 
 log = logging.getLogger(__name__)
 
-WORKER_THREADS = 4
-"""Requests served at the same time."""
-
-_LARGEST_REQUEST = MAX_WRITE + 4096
+LARGEST_REQUEST = MAX_WRITE + 4096
+"""Bytes that any request fits into, whatever is negotiated."""
 _MOST_PIECES = os.sysconf("SC_IOV_MAX")
 """What writev(2) takes; the kernel refuses a reply in more pieces, and whoever asked waits for ever."""
 _MALFORMED = (struct.error, ValueError, OverflowError)  # OverflowError: a number that no system call takes
-_NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT, abi.FUSE_NOTIFY_REPLY)
+NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT, abi.FUSE_NOTIFY_REPLY)
 
 Reply = bytes | Sequence[bytes] | None
 """The payload of a reply, in one or more pieces; None for requests that have none."""
@@ -58,8 +54,8 @@ class Request(NamedTuple):
     groups: tuple[int, ...] | None
 
 
-def serve(operations: Operations, config: Config, metrics: OperationMetrics, on_ready: Callable[[], None]) -> None:
-    """Mount and serve until the mount is gone. Calls `on_ready` in this thread once the mount has answered a request.
+def mount(config: Config) -> tuple[int, Negotiated]:
+    """Mount, and answer the kernel's INIT: the /dev/fuse descriptor, and what was agreed on.
 
     Raises OSError if the mount fails, StartupError if the kernel is too old.
     """
@@ -74,27 +70,15 @@ def serve(operations: Operations, config: Config, metrics: OperationMetrics, on_
             raise StartupError(
                 "this kernel has no FUSE passthrough (Linux 6.9 or newer): use --passthrough=auto or off"
             )
-        backing = BackingFiles(device, enabled=negotiated.has(abi.FUSE_PASSTHROUGH))
-        dispatcher = Dispatcher(operations, negotiated, backing, config, metrics)
-        threads = [
-            threading.Thread(target=_worker, args=(device, dispatcher), name=f"fuse-{number}", daemon=True)
-            for number in range(WORKER_THREADS)
-        ]
-        for thread in threads:
-            thread.start()
-        os.statvfs(config.mountpoint)
-        on_ready()
     except BaseException:
         unmount(config.mountpoint, lazy=True)
+        os.close(device)
         raise
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(1.0)  # not for ever, so that this thread runs signal handlers
-    os.close(device)
+    return device, negotiated
 
 
 def _answer_init(device: int, *, passthrough: bool) -> Negotiated:
-    buffer = os.read(device, _LARGEST_REQUEST)
+    buffer = os.read(device, LARGEST_REQUEST)
     _, opcode, unique, *_ = abi.fuse_in_header.unpack_from(buffer)
     if opcode != abi.FUSE_INIT:
         raise OSError(errno.EPROTO, "the kernel's first request is not INIT")
@@ -106,40 +90,6 @@ def _answer_init(device: int, *, passthrough: bool) -> Negotiated:
     return negotiated
 
 
-def _worker(device: int, dispatcher: "Dispatcher") -> None:
-    """Serve requests until the mount is gone."""
-    buffer = bytearray(dispatcher.negotiated.buffer_size)
-    view = memoryview(buffer)
-    buffers = (buffer,)
-    while True:
-        try:
-            size = os.readv(device, buffers)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
-                continue  # ENOENT: the request was interrupted before it was read
-            if error.errno not in (
-                errno.ENODEV,
-                errno.ECONNABORTED,
-            ):  # unmounted, ahead of or in the middle of the read
-                log.exception("reading requests failed")
-            return
-        reply = dispatcher.answer(view[:size])
-        if reply is not None:
-            try:
-                os.writev(device, reply)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENODEV):  # interrupted, or unmounted, meanwhile
-                    log.exception("a reply could not be written")
-                    _answer_eio(device, view)
-
-
-def _answer_eio(device: int, message: memoryview) -> None:
-    """Answer a request whose reply the kernel has refused: if it still waits, it would do so for ever, unkillable."""
-    unique = abi.fuse_in_header.unpack_from(message)[2]
-    with contextlib.suppress(OSError):
-        os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.EIO, unique))
-
-
 class Dispatcher:
     """Turns requests into operations and their results into replies. It keeps nothing between requests."""
 
@@ -149,7 +99,7 @@ class Dispatcher:
         negotiated: Negotiated,
         backing: BackingFiles,
         config: Config,
-        metrics: OperationMetrics,
+        metrics: Counting,
     ) -> None:
         self.negotiated = negotiated
         self._backing = backing
@@ -250,7 +200,7 @@ class Dispatcher:
 
     def _error(self, unique: int, number: int, name: str, opcode: int) -> Sequence[bytes] | None:
         self._metrics.error(name)
-        if opcode in _NEVER_ANSWERED:
+        if opcode in NEVER_ANSWERED:
             return None
         return (abi.fuse_out_header.pack(abi.fuse_out_header.size, -number, unique),)
 

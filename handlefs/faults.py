@@ -1,0 +1,76 @@
+"""Fault injection, for tests only: a worker that kills itself at a given point of a given operation.
+
+HANDLEFS_FAULT names a file that says when: ``OPERATION POINT``, as ``mkdir 3``: at the third point, counted from 0, of the next
+MKDIR that a worker serves. Points are before and after each system call and each change of the slot. The file is
+removed first, so it happens once; with ``OPERATION always`` it stays, and all such requests kill their workers. A file
+that is still there after the request had fewer points.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from handlefs import handle, slot, syscalls
+from handlefs.protocol import abi
+
+_SYSTEM_CALLS = frozenset({"posix", "fcntl", "handlefs._native"})
+"""Modules whose functions are system calls."""
+_FILES = frozenset({handle.__file__, slot.__file__, syscalls.__file__})
+"""Modules in Python of which the same can be said."""
+
+Serve = Callable[[memoryview], None]
+
+
+def injected(serve: Serve) -> Serve:
+    """`serve`, which serves one request, with the fault that the environment asks for; itself if there is none."""
+    path = os.environ.get("HANDLEFS_FAULT")
+    return _Faulty(serve, Path(path)) if path else serve
+
+
+class _Faulty:
+    def __init__(self, serve: Serve, file: Path) -> None:
+        self._serve = serve
+        self._file = file
+
+    def __call__(self, message: memoryview) -> None:
+        operation, point = self._wanted()
+        if operation != abi.OPCODE_NAMES.get(abi.fuse_in_header.unpack_from(message)[1]):
+            return self._serve(message)
+        if point == "always":
+            _die()
+        self._left = int(point)
+        sys.setprofile(self._event)
+        try:
+            self._point()
+            return self._serve(message)
+        finally:
+            sys.setprofile(None)
+
+    def _wanted(self) -> tuple[str, str]:
+        try:
+            operation, point = self._file.read_text().split()
+        except FileNotFoundError:
+            return "", ""
+        return operation, point
+
+    def _event(self, frame: FrameType, event: str, function: Any) -> None:
+        if event.startswith("c_"):
+            if getattr(function, "__module__", None) in _SYSTEM_CALLS:
+                self._point()
+        elif frame.f_code.co_filename in _FILES:
+            self._point()
+
+    def _point(self) -> None:
+        if self._left == 0:
+            sys.setprofile(None)
+            self._file.unlink()
+            _die()
+        self._left -= 1
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,264 @@
+"""Exactly once: finishing a request that a killed worker was executing (docs/crash-only.md).
+
+Before a system call that must not be done twice, `Replay.intent` looks at what it is about to change. The successor looks
+again and compares: `Replay.finish` executes the request or, if that was done, makes up for what comes after the system
+call with requests that may be repeated: a LOOKUP for the entry of a new object, an OPEN for its descriptor.
+"""
+
+import contextlib
+import os
+import stat
+import struct
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from handlefs.handle import name_to_handle_at
+from handlefs.operations import Operations
+from handlefs.protocol import abi
+from handlefs.protocol.init import Negotiated
+from handlefs.syscalls import birth_time
+
+Reply = Sequence[bytes] | None
+Answer = Callable[[memoryview], Reply]
+"""Executes a request and gives its reply, as `Dispatcher.answer` does."""
+
+CHANGING = frozenset(
+    {
+        abi.FUSE_SETATTR,
+        abi.FUSE_SYMLINK,
+        abi.FUSE_MKNOD,
+        abi.FUSE_MKDIR,
+        abi.FUSE_UNLINK,
+        abi.FUSE_RMDIR,
+        abi.FUSE_RENAME,
+        abi.FUSE_RENAME2,
+        abi.FUSE_LINK,
+        abi.FUSE_OPEN,
+        abi.FUSE_OPENDIR,
+        abi.FUSE_CREATE,
+        abi.FUSE_TMPFILE,
+        abi.FUSE_WRITE,
+        abi.FUSE_FALLOCATE,
+        abi.FUSE_COPY_FILE_RANGE,
+        abi.FUSE_COPY_FILE_RANGE_64,
+        abi.FUSE_IOCTL,
+        abi.FUSE_SETXATTR,
+        abi.FUSE_REMOVEXATTR,
+    }
+)
+"""Requests that must not be executed again once they are answered: the same may have been changed by others since, and what
+was opened would never be released."""
+
+_CREATION_FLAGS = os.O_CREAT | os.O_EXCL | os.O_TRUNC
+_CLOCK_REALTIME_COARSE = 5  # clock_gettime(2); Python's time has no name for it
+_TIME = struct.Struct("=q")
+
+
+class _Request(NamedTuple):
+    """A request, taken apart at the size of the struct before its names."""
+
+    header: tuple[int, ...]
+    head: bytes
+    tail: bytes
+
+    @classmethod
+    def parse(cls, message: memoryview, head_size: int) -> "_Request":
+        header = abi.fuse_in_header.unpack_from(message)
+        size, extensions = header[0], header[7]
+        body = bytes(message[abi.fuse_in_header.size : size - 8 * extensions])
+        return cls(header, body[:head_size], body[head_size:])
+
+    @property
+    def nodeid(self) -> int:
+        return self.header[3]
+
+    @property
+    def name(self) -> bytes:
+        return self.tail.partition(b"\0")[0]
+
+    @property
+    def second(self) -> bytes:
+        """What follows the first name: another one with its NUL, or a value."""
+        return self.tail.partition(b"\0")[2]
+
+    def instead(self, opcode: int, nodeid: int, body: bytes) -> memoryview:
+        """Another request of the same caller, whose reply will be for this one."""
+        _, _, unique, _, uid, gid, pid, *_ = self.header
+        size = abi.fuse_in_header.size + len(body)
+        return memoryview(abi.fuse_in_header.pack(size, opcode, unique, nodeid, uid, gid, pid, 0, 0) + body)
+
+
+class _Once(NamedTuple):
+    """How an opcode is done only once."""
+
+    head_size: int
+    look: Callable[[Operations, _Request], bytes]
+    """The intent, before the system call; empty if the request may be repeated."""
+    was_done: Callable[[Operations, _Request, bytes], bool]
+    """Whether the system call was made, given the intent. Raises OSError."""
+    rest: Callable[[Answer, _Request], Reply]
+    """Does what comes after the system call and gives the reply."""
+
+
+class Replay:
+    """Intents, and what a successor makes of them, for the connection on which `negotiated` was agreed."""
+
+    def __init__(self, operations: Operations, negotiated: Negotiated, answer: Answer) -> None:
+        self._operations = operations
+        self._answer = answer
+        setxattr_in = abi.fuse_setxattr_in if negotiated.has(abi.FUSE_SETXATTR_EXT) else abi.fuse_setxattr_in_compat
+        self._once = {
+            abi.FUSE_UNLINK: _Once(0, _victim, _victim_is_gone, _success),
+            abi.FUSE_RMDIR: _Once(0, _victim, _victim_is_gone, _success),
+            abi.FUSE_RENAME: _Once(abi.fuse_rename_in.size, _victim, _victim_is_gone, _success),
+            abi.FUSE_RENAME2: _Once(abi.fuse_rename2_in.size, _victim, _victim_is_gone, _success),
+            abi.FUSE_MKDIR: _Once(abi.fuse_mkdir_in.size, _vacancy, _is_new(_directory), _entry),
+            abi.FUSE_MKNOD: _Once(abi.fuse_mknod_in.size, _vacancy, _is_new(_node), _entry),
+            abi.FUSE_SYMLINK: _Once(0, _vacancy, _is_new(_symlink), _entry),
+            abi.FUSE_CREATE: _Once(abi.fuse_create_in.size, _vacancy, _is_new(_file), _entry_and_open),
+            abi.FUSE_LINK: _Once(abi.fuse_link_in.size, _vacancy, _is_linked, _entry),
+            abi.FUSE_SETXATTR: _Once(setxattr_in.size, _new_attribute, _has_value, _set_again),
+            abi.FUSE_REMOVEXATTR: _Once(0, _old_attribute, _attribute_is_gone, _success),
+        }
+
+    def intent(self, opcode: int, message: memoryview) -> bytes:
+        """What to record before the request `message` is executed; empty if it may be repeated as it is, be it because it
+        will fail: of that, its execution tells."""
+        once = self._once.get(opcode)
+        if once is not None:
+            with contextlib.suppress(OSError, struct.error):
+                return once.look(self._operations, _Request.parse(message, once.head_size))
+        return b""
+
+    def finish(self, opcode: int, message: memoryview, intent: bytes) -> Reply:
+        """The reply to the request `message`, which was being executed after its `intent` was recorded."""
+        once = self._once[opcode]
+        request = _Request.parse(message, once.head_size)
+        with contextlib.suppress(OSError):  # what cannot be looked at fails when it is executed, too
+            if once.was_done(self._operations, request, intent):
+                return once.rest(self._answer, request)
+        return self._answer(message)
+
+
+# -- intents -------------------------------------------------------------------------------------------------------------
+
+
+def _handle_at(operations: Operations, parent: int, name: bytes) -> bytes:
+    """What is under `name`: its volume and its handle; empty if there is nothing."""
+    directory = operations.inode(parent)
+    try:
+        handle, mount_id = name_to_handle_at(directory.fd, name)
+    except FileNotFoundError:
+        return b""
+    return operations.source.volumes.of_mount(mount_id).id + str(handle).encode()
+
+
+def _victim(operations: Operations, request: _Request) -> bytes:
+    return _handle_at(operations, request.nodeid, request.name)
+
+
+def _vacancy(operations: Operations, request: _Request) -> bytes:
+    if _handle_at(operations, request.nodeid, request.name):
+        return b""
+    return _TIME.pack(time.clock_gettime_ns(_CLOCK_REALTIME_COARSE))  # file times are taken from it
+
+
+def _new_attribute(operations: Operations, request: _Request) -> bytes:
+    _, flags = abi.fuse_setxattr_in_compat.unpack_from(request.head)
+    return b"absent" if flags & os.XATTR_CREATE and not _has_attribute(operations, request) else b""
+
+
+def _old_attribute(operations: Operations, request: _Request) -> bytes:
+    return b"present" if _has_attribute(operations, request) else b""
+
+
+def _has_attribute(operations: Operations, request: _Request) -> bool:
+    inode = operations.inode(request.nodeid)
+    return os.fsdecode(request.name) in os.listxattr(operations.source.path_to(inode))
+
+
+# -- was it done? --------------------------------------------------------------------------------------------------------
+
+
+def _victim_is_gone(operations: Operations, request: _Request, intent: bytes) -> bool:
+    return _handle_at(operations, request.nodeid, request.name) != intent
+
+
+def _is_linked(operations: Operations, request: _Request, _intent: bytes) -> bool:
+    (nodeid,) = abi.fuse_link_in.unpack(request.head)
+    volume, handle = operations.source.handle_of_node(nodeid)
+    return _handle_at(operations, request.nodeid, request.name) == volume.id + str(handle).encode()
+
+
+def _has_value(operations: Operations, request: _Request, _intent: bytes) -> bool:
+    inode = operations.inode(request.nodeid)
+    return os.getxattr(operations.source.path_to(inode), os.fsdecode(request.name)) == request.second
+
+
+def _attribute_is_gone(operations: Operations, request: _Request, _intent: bytes) -> bool:
+    return not _has_attribute(operations, request)
+
+
+def _is_new(is_wanted: Callable[[int, int, _Request], bool]) -> Callable[[Operations, _Request, bytes], bool]:
+    """Whether there is an object of the caller's, born since the intent, for which `is_wanted` (descriptor, mode, request)."""
+
+    def was_made(operations: Operations, request: _Request, intent: bytes) -> bool:
+        directory = operations.inode(request.nodeid)
+        fd = os.open(request.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
+        try:
+            status = os.fstat(fd)
+            uid = request.header[4]
+            (since,) = _TIME.unpack(intent)
+            return status.st_uid == uid and birth_time(fd) >= since and is_wanted(fd, status.st_mode, request)
+        finally:
+            os.close(fd)
+
+    return was_made
+
+
+def _directory(_fd: int, mode: int, _request: _Request) -> bool:
+    return stat.S_ISDIR(mode)
+
+
+def _node(_fd: int, mode: int, request: _Request) -> bool:
+    return stat.S_IFMT(mode) == stat.S_IFMT(abi.fuse_mknod_in.unpack(request.head)[0])
+
+
+def _symlink(fd: int, mode: int, request: _Request) -> bool:
+    return stat.S_ISLNK(mode) and os.readlink(b"", dir_fd=fd) + b"\0" == request.second
+
+
+def _file(_fd: int, mode: int, _request: _Request) -> bool:
+    return stat.S_ISREG(mode)
+
+
+# -- what comes after the system call ----------------------------------------------------------------------------------
+
+
+def _success(_answer: Answer, request: _Request) -> Reply:
+    return (abi.fuse_out_header.pack(abi.fuse_out_header.size, 0, request.header[2]),)
+
+
+def _entry(answer: Answer, request: _Request) -> Reply:
+    return answer(request.instead(abi.FUSE_LOOKUP, request.nodeid, request.name + b"\0"))
+
+
+def _entry_and_open(answer: Answer, request: _Request) -> Reply:
+    found = _entry(answer, request)
+    if found is None or abi.fuse_out_header.unpack(found[0])[1]:
+        return found
+    entry = b"".join(found[1:])
+    nodeid = abi.fuse_entry_out.unpack(entry)[0]
+    flags = abi.fuse_create_in.unpack(request.head)[0] & ~_CREATION_FLAGS
+    opened = answer(request.instead(abi.FUSE_OPEN, nodeid, abi.fuse_open_in.pack(flags, 0)))
+    if opened is None or abi.fuse_out_header.unpack(opened[0])[1]:
+        return opened
+    payload = entry + b"".join(opened[1:])
+    return (abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, request.header[2]), payload)
+
+
+def _set_again(answer: Answer, request: _Request) -> Reply:
+    """Set the same value, which clears the set-gid bit if the new access ACL asks for it."""
+    head = request.head[:4] + bytes(4) + request.head[8:]  # without XATTR_CREATE
+    return answer(request.instead(abi.FUSE_SETXATTR, request.nodeid, head + request.tail))
