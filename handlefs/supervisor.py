@@ -4,9 +4,13 @@ It opens nothing on its own mount and serves no file operation. Its loop runs in
 `evict` may be called from others.
 """
 
+import contextlib
+import ctypes
+import functools
 import json
 import logging
 import os
+import select
 import selectors
 import signal
 import socket
@@ -38,8 +42,10 @@ REPLY_TIMEOUT = 10.0
 LONGEST_PAUSE = 5.0
 """Seconds between attempts to start a worker, at most."""
 
+_PR_SET_CHILD_SUBREAPER = 36
 _TICK = 1.0
 _LONGEST_REPLY = 64 * 1024
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def default_workers() -> int:
@@ -47,30 +53,84 @@ def default_workers() -> int:
     return min(max(os.cpu_count() or 1, 2), 4)
 
 
-class _Process:
+class _Worker:
     """A worker process: first it starts, then it is ready, a spare, then it serves a slot."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", commands: socket.socket) -> None:
-        self.process = process
-        self.pid = process.pid
-        self.pidfd = os.pidfd_open(process.pid)
+    def __init__(self, commands: socket.socket) -> None:
         self.commands = commands
-        self.ready = False
+        self.pid = 0
+        self.pidfd = -1
+        """Both known when it is ready."""
         self.slot: int | None = None
         self._lock = threading.Lock()
+
+    @property
+    def is_spare(self) -> bool:
+        return bool(self.pid) and self.slot is None
+
+    def is_ready(self, pid: int) -> None:
+        """It has told its process ID."""
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)  # our child: the number is its own until we have waited for it
+
+    def tell(self, command: Mapping[str, object]) -> None:
+        """Send a command that is not answered. Raises OSError if the worker is dead."""
+        self.commands.send(json.dumps(command).encode())
 
     def ask(self, command: Mapping[str, object]) -> dict[str, Any] | None:
         """Have a serving worker execute `command`; None if it does not answer: it dies just now, or hangs."""
         with self._lock:
             try:
-                self.commands.send(json.dumps(command).encode())
+                self.tell(command)
                 reply = self.commands.recv(_LONGEST_REPLY)
             except OSError:
                 return None
         return json.loads(reply) if reply else None
 
     def close(self) -> None:
+        """Let go of its descriptors."""
         self.commands.close()
+        if self.pid:
+            os.close(self.pidfd)
+
+
+class _Template:
+    """The process that forks workers."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        """Start it."""
+        self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "handlefs.template",
+                    str(theirs.fileno()),
+                    str(os.getpid()),
+                    assignment.to_json(),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=None if assignment.foreground else subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), assignment.device, assignment.slots),
+                process_group=0,  # Ctrl-C is for the supervisor
+            )
+        self.pidfd = os.pidfd_open(self.process.pid)
+
+    def fork_worker(self) -> socket.socket:
+        """The command socket of a new worker; at its end at once if the template is dead."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(REPLY_TIMEOUT)
+        with theirs, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self.orders, [b"+"], [theirs.fileno()])
+        return ours
+
+    def close(self) -> None:
+        """Let it end, if it has not, and let go of its descriptors."""
+        self.orders.close()
+        self.process.wait()
         os.close(self.pidfd)
 
 
@@ -84,8 +144,9 @@ class Supervisor:
         self._count = config.workers or default_workers()
         self._cache_size = -(-cache_size // self._count)
         self._selector = selectors.DefaultSelector()
-        self._lock = threading.Lock()  # of _processes, which other threads read
-        self._processes: list[_Process] = []
+        self._template: _Template | None = None
+        self._lock = threading.Lock()  # of _workers, which other threads read
+        self._workers: list[_Worker] = []
         self._vacant = list(range(self._count))
         self._deaths: dict[int, tuple[int, int]] = {}  # slot → (request, workers that it killed)
         self._restarts = 0
@@ -93,17 +154,29 @@ class Supervisor:
         self._next_start = 0.0
         self._unmounted = False
         self._rate = Rate()
-        self._started = time.monotonic()
+        self._start_time = time.monotonic()
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until the mount is gone; calls `on_ready` once all workers serve.
 
         Raises OSError if the mount fails, StartupError if the kernel is too old or no worker can start.
         """
-        self._device, self._negotiated = direct.mount(self._config)
+        _adopt_orphans()
+        self._device, negotiated = direct.mount(self._config)
         try:
-            self._slots = SlotMemory.create(self._count, self._negotiated.buffer_size)
+            self._slots = SlotMemory.create(self._count, negotiated.buffer_size)
             self._counters = [SharedCounters(self._slots[index].counters, COUNTED) for index in range(self._count)]
+            self._assignment = Assignment(
+                config=self._config,
+                foreground=self._foreground,
+                cache_size=self._cache_size,
+                minor=negotiated.minor,
+                flags=negotiated.flags,
+                max_write=negotiated.max_write,
+                slot_count=self._count,
+                device=self._device,
+                slots=self._slots.fd,
+            )
             while self._vacant and not self._unmounted:
                 self._step()
             on_ready()
@@ -113,132 +186,121 @@ class Supervisor:
             unmount(self._config.mountpoint, lazy=True)
             raise
         finally:
-            self._end_workers()
+            self._end_processes()
             os.close(self._device)
 
-    # -- workers ---------------------------------------------------------------------------------------------------------
+    # -- processes -------------------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
         """Start what is missing, wait for something to happen, a second at most, and see to it."""
-        now = time.monotonic()
-        if len(self._processes) <= self._count and now >= self._next_start:
-            self._start_worker()
-        pause = 0.0 if len(self._processes) <= self._count and now >= self._next_start else _TICK
-        for key, _ in self._selector.select(pause):
-            key.data()
+        if time.monotonic() >= self._next_start:
+            self._start_missing()
+        for key, _ in self._selector.select(_TICK):
+            if key.fd in self._selector.get_map():  # else another has closed it meanwhile
+                key.data()
         self._rate.sample(self._operations().total())
 
-    def _start_worker(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        negotiated = self._negotiated
-        with theirs:
-            assignment = Assignment(
-                config=self._config,
-                supervisor=os.getpid(),
-                foreground=self._foreground,
-                cache_size=self._cache_size,
-                minor=negotiated.minor,
-                flags=negotiated.flags,
-                max_write=negotiated.max_write,
-                slot_count=self._count,
-                device=self._device,
-                slots=self._slots.fd,
-                commands=theirs.fileno(),
-            )
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "handlefs.worker", assignment.to_json()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=None if self._foreground else subprocess.DEVNULL,
-                pass_fds=(assignment.device, assignment.slots, assignment.commands),
-                process_group=0,  # Ctrl-C is for the supervisor
-            )
-        ours.settimeout(REPLY_TIMEOUT)
-        worker = _Process(process, ours)
-        self._selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._ended(worker))
-        self._selector.register(ours, selectors.EVENT_READ, lambda: self._started_up(worker))
-        with self._lock:
-            self._processes.append(worker)
+    def _start_missing(self) -> None:
+        """Have a template, and a worker more than there are slots."""
+        if self._template is None:
+            self._template = _Template(self._assignment)
+            self._selector.register(self._template.pidfd, selectors.EVENT_READ, self._template_ended)
+        while len(self._workers) <= self._count:
+            worker = _Worker(self._template.fork_worker())
+            self._selector.register(worker.commands, selectors.EVENT_READ, functools.partial(self._came_up, worker))
+            with self._lock:
+                self._workers.append(worker)
 
-    def _started_up(self, worker: _Process) -> None:
+    def _template_ended(self) -> None:
+        assert self._template is not None
+        self._selector.unregister(self._template.pidfd)
+        self._template.close()
+        status = self._template.process.returncode
+        self._template = None
+        log.warning("the template of the workers %s and is started anew", _how(status))
+        self._start_failed(f"a worker process cannot be started: it {_how(status)}")
+
+    def _came_up(self, worker: _Worker) -> None:
+        """A worker that was being forked has said how that went, or died."""
         self._selector.unregister(worker.commands)
-        message = worker.commands.recv(_LONGEST_REPLY)
-        if not message:
-            return  # killed: _ended comes next
-        said = json.loads(message)
-        if "failed" in said:
-            if self._vacant and not self._restarts:
-                raise StartupError(said["failed"])
-            log.error("a worker could not start: %s", said["failed"])
+        said = json.loads(worker.commands.recv(_LONGEST_REPLY) or "{}")
+        if "ready" not in said:
+            self._forget(worker)
+            self._start_failed(said.get("failed", "a worker died before it was ready"))
             return
-        worker.ready = True
+        worker.is_ready(said["ready"])
+        self._selector.register(worker.pidfd, selectors.EVENT_READ, functools.partial(self._ended, worker))
         self._failed_starts = 0
         self._fill_slots()
 
+    def _start_failed(self, why: str) -> None:
+        """Wait before the next attempt. Raises StartupError if no worker has ever served."""
+        if len(self._vacant) == self._count and not self._restarts:
+            raise StartupError(why)
+        log.error("%s", why)
+        self._next_start = time.monotonic() + min(0.1 * 2**self._failed_starts, LONGEST_PAUSE)
+        self._failed_starts += 1
+
     def _fill_slots(self) -> None:
         """Put spare workers into vacant slots."""
-        for worker in self._processes:
-            if not self._vacant:
-                return
-            if worker.ready and worker.slot is None:
-                try:
-                    worker.commands.send(json.dumps({"op": "serve", "slot": self._vacant[0]}).encode())
-                except OSError:
-                    continue  # it has just died, too
+        spares = [worker for worker in self._workers if worker.is_spare]
+        for worker in spares[: len(self._vacant)]:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has just died, too
+                worker.tell({"op": "serve", "slot": self._vacant[0]})
                 with self._lock:
                     worker.slot = self._vacant.pop(0)
 
-    def _ended(self, worker: _Process) -> None:
-        status = worker.process.wait()
-        for descriptor in (worker.pidfd, worker.commands):
-            if descriptor in self._selector.get_map():
-                self._selector.unregister(descriptor)
-        with self._lock:
-            self._processes.remove(worker)
-        worker.close()
-        if worker.slot is None:
-            self._start_failed(worker, status)
-        elif status == 0:
+    def _ended(self, worker: _Worker) -> None:
+        """A worker that was ready has died, or has seen the end of the mount."""
+        _, wait_status = os.waitpid(worker.pid, 0)
+        status = os.waitstatus_to_exitcode(wait_status)
+        self._selector.unregister(worker.pidfd)
+        self._forget(worker)
+        if status == 0:
             self._unmounted = True
-        else:
-            self._replace(worker.pid, worker.slot, status)
+            return
+        log.warning("worker %d %s and is replaced", worker.pid, _how(status))
+        if worker.slot is not None:
+            self._restarts += 1
+            self._check_deaths(worker.slot)
+            self._vacant.append(worker.slot)
+            self._fill_slots()
 
-    def _start_failed(self, worker: _Process, status: int) -> None:
-        """A worker has ended before it served: start the next one at once if it had been ready, else after a pause."""
-        log.warning("worker %d %s before it served", worker.pid, _how(status))
-        if not worker.ready:
-            self._next_start = time.monotonic() + min(0.1 * 2**self._failed_starts, LONGEST_PAUSE)
-            self._failed_starts += 1
+    def _forget(self, worker: _Worker) -> None:
+        with self._lock:
+            self._workers.remove(worker)
+        worker.close()
 
-    def _replace(self, pid: int, index: int, status: int) -> None:
-        log.warning("worker %d %s and is replaced", pid, _how(status))
-        self._restarts += 1
+    def _check_deaths(self, index: int) -> None:
+        """Answer the request that slot `index` holds with EIO, if it has killed too many workers."""
         slot = self._slots[index]
         message = slot.unfinished
-        if message is not None:
-            unique, deaths = self._deaths.get(index, (0, 0))
-            deaths = deaths + 1 if unique == slot.unique else 1
-            self._deaths[index] = (slot.unique, deaths)
-            if deaths == ATTEMPTS:
-                opcode = abi.fuse_in_header.unpack_from(message)[1]
-                name = abi.OPCODE_NAMES.get(opcode, str(opcode))
-                log.error("a request for %s has killed %d workers: it is answered with EIO", name, deaths)
-                answer_eio(self._device, message)
-                slot.answered()
-        self._vacant.append(index)
-        self._fill_slots()
+        if message is None:
+            return
+        unique, deaths = self._deaths.get(index, (0, 0))
+        deaths = deaths + 1 if unique == slot.unique else 1
+        self._deaths[index] = (slot.unique, deaths)
+        if deaths < ATTEMPTS:
+            return
+        opcode = abi.fuse_in_header.unpack_from(message)[1]
+        name = abi.OPCODE_NAMES.get(opcode, str(opcode))
+        log.error("a request for %s has killed %d workers: it is answered with EIO", name, deaths)
+        answer_eio(self._device, message)
+        slot.answered()
 
-    def _end_workers(self) -> None:
-        """The mount is gone: wait for the workers' end, and make sure of it."""
-        for worker in self._processes:
+    def _end_processes(self) -> None:
+        """The mount is gone: wait for the end of the workers, and make sure of it."""
+        if self._template is not None:
+            self._template.close()
+        for worker in self._workers:
             worker.commands.close()  # what a spare waits on
         deadline = time.monotonic() + END_TIMEOUT
-        for worker in self._processes:
-            try:
-                worker.process.wait(max(deadline - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
-                log.error("worker %d does not end and is killed", worker.pid)
-                worker.process.kill()
+        for worker in self._workers:
+            if worker.pid:
+                if not select.select([worker.pidfd], [], [], max(deadline - time.monotonic(), 0))[0]:
+                    log.error("worker %d does not end and is killed", worker.pid)
+                    os.kill(worker.pid, signal.SIGKILL)
+                os.waitpid(worker.pid, 0)
 
     # -- for the control socket -------------------------------------------------------------------------------------------
 
@@ -255,7 +317,7 @@ class Supervisor:
             },
             "open_files": sum(reply["open_files"] for reply in told),
             "open_dirs": sum(reply["open_dirs"] for reply in told),
-            "uptime": time.monotonic() - self._started,
+            "uptime": time.monotonic() - self._start_time,
             "operations": dict(operations),
             "errors": dict(errors),
             "operations_total": operations.total(),
@@ -273,12 +335,18 @@ class Supervisor:
             evicted += reply["evicted"] if reply is not None else 0
         return evicted
 
-    def _serving(self) -> list[_Process]:
+    def _serving(self) -> list[_Worker]:
         with self._lock:
-            return [worker for worker in self._processes if worker.slot is not None]
+            return [worker for worker in self._workers if worker.slot is not None]
 
     def _operations(self) -> Counter[str]:
         return sum((counters.operations() for counters in self._counters), Counter())
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of what the template forks."""
+    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0:
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def _how(status: int) -> str:

@@ -1,20 +1,16 @@
 """A worker process of the direct transport: reads a request into its slot, serves it, replies.
 
-``python -m handlefs.worker ASSIGNMENT`` is started by the supervisor (docs/crash-only.md). When it can serve it says
-``{"ready": true}`` on the command socket (or ``{"failed": "why"}``) and waits there for ``{"op": "serve", "slot": 0}``; then
-it finishes what the slot holds, and serves until it is killed or the mount is gone. The latter is exit status 0.
-Meanwhile a thread answers other commands.
+It is forked from the template (docs/crash-only.md). When it can serve it says ``{"ready": PID}`` on its command socket (or
+``{"failed": "why"}``) and waits there for ``{"op": "serve", "slot": 0}``; then it finishes what the slot holds, and serves
+until it is killed or the mount is gone. Meanwhile a thread answers other commands.
 """
 
 import contextlib
-import ctypes
 import errno
 import json
 import logging
 import os
-import signal
 import socket
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -40,18 +36,14 @@ log = logging.getLogger(__name__)
 COUNTED = {name: number for number, name in abi.OPCODE_NAMES.items()} | {"unknown": 0}
 """Name of an operation → its counter in the slot."""
 
-_PR_SET_PDEATHSIG = 1
 _LONGEST_COMMAND = 64 * 1024
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What the supervisor starts a worker with; the numbers are descriptors that it inherits."""
+    """What all workers of a mount are told at their start."""
 
     config: Config
-    supervisor: int
-    """Its process ID."""
     foreground: bool
     cache_size: int
     minor: int
@@ -59,8 +51,9 @@ class Assignment:
     max_write: int
     slot_count: int
     device: int
+    """Descriptor of /dev/fuse."""
     slots: int
-    commands: int
+    """Descriptor of the slots' memory."""
 
     def to_json(self) -> str:
         """For the command line; from_json() reads it back."""
@@ -157,11 +150,8 @@ def answer_eio(device: int, message: memoryview) -> None:
         os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.EIO, unique))
 
 
-def main() -> int:
-    """The process; returns its exit status."""
-    assignment = Assignment.from_json(sys.argv[1])
-    _die_with(assignment.supervisor)
-    commands = socket.socket(fileno=assignment.commands)
+def work(assignment: Assignment, commands: socket.socket) -> int:
+    """The life of a worker process; returns its exit status: 0 when the mount is gone or the supervisor wants no more."""
     try:
         set_up_logging(assignment.config.log_file, foreground=assignment.foreground)
         # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
@@ -170,20 +160,12 @@ def main() -> int:
     except StartupError as error:
         _send(commands, {"failed": str(error)})
         return 1
-    _send(commands, {"ready": True})
-    line = commands.recv(_LONGEST_COMMAND)
+    _send(commands, {"ready": os.getpid()})
+    line = _receive(commands)
     if line:
         _serve_slot(assignment, operations, json.loads(line)["slot"], commands)
     operations.source.map.close()
     return 0
-
-
-def _die_with(supervisor: int) -> None:
-    """Be killed when the process `supervisor`, our parent, dies: without it nobody replaces this one."""
-    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) < 0:
-        raise OSError(ctypes.get_errno(), "prctl")
-    if os.getppid() != supervisor:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _open(assignment: Assignment) -> Operations:
@@ -204,7 +186,7 @@ def _serve_slot(assignment: Assignment, operations: Operations, index: int, comm
 
 
 def _answer_commands(commands: socket.socket, operations: Operations) -> None:
-    while line := commands.recv(_LONGEST_COMMAND):
+    while line := _receive(commands):
         _send(commands, _perform(json.loads(line), operations))
 
 
@@ -217,12 +199,16 @@ def _perform(command: dict[str, Any], operations: Operations) -> dict[str, Any]:
     return {"cache": source.cache.statistics()._asdict(), "open_files": files, "open_dirs": directories}
 
 
+def _receive(commands: socket.socket) -> bytes:
+    """The next command; empty if the supervisor wants no more."""
+    try:
+        return commands.recv(_LONGEST_COMMAND)
+    except ConnectionResetError:
+        return b""
+
+
 def _send(commands: socket.socket, message: dict[str, Any]) -> None:
     with contextlib.suppress(
         BrokenPipeError, ConnectionResetError
     ):  # the supervisor ends, and does not listen any more
         commands.send(json.dumps(message).encode())
-
-
-if __name__ == "__main__":
-    sys.exit(main())
