@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,8 +38,11 @@ class Child(Generic[T]):
             _run_child(lambda: function(*args), user, umask, writer)
         os.close(writer)
 
-    def result(self) -> T:
-        """What the function has returned; its exception is raised here."""
+    def result(self, timeout: float | None = None) -> T:
+        """What the function has returned; its exception is raised here. Raises TimeoutError, and leaves the child behind,
+        if nothing has come of it after `timeout` seconds."""
+        if not select.select([self._reader], [], [], timeout)[0]:
+            raise TimeoutError(f"the child {self._pid} has no result after {timeout} s")
         with os.fdopen(self._reader, "rb") as pipe:
             answer = pipe.read()
         _, status = os.waitpid(self._pid, 0)

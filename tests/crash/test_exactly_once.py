@@ -1,0 +1,239 @@
+"""A worker is killed at every point of an operation in turn: the client sees what it would see without, once, and no error."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import os
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from ..posix.compare import attributes, outcome
+from ..support.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
+from ..support.users import ALICE, ROOT, User
+from .conftest import Ground
+
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+FS_NODUMP_FL = 0x40
+FALLOC_FL_ZERO_RANGE = 16
+ACL = struct.pack("=I" + "HHI" * 3, 2, 1, 7, 2**32 - 1, 4, 7, 2**32 - 1, 32, 5, 2**32 - 1)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def each(*steps: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Does all `steps`, the last of which gives the result."""
+
+    def act(base: Path) -> object:
+        result: object = None
+        for step in steps:
+            result = step(base)
+        return result
+
+    return act
+
+
+def link(base: Path) -> None:
+    os.link(base / "file", base / "new")
+
+
+class Case(NamedTuple):
+    """`act` does the operation in a directory that `prepare` has filled; both get the directory."""
+
+    operation: str
+    act: Callable[[Path], object]
+    prepare: Callable[[Path], object] = lambda base: None
+    user: User = ALICE
+
+
+def file(base: Path) -> None:
+    (base / "file").write_bytes(b"content")
+
+
+def two_files(base: Path) -> None:
+    file(base)
+    (base / "other").write_bytes(b"other content")
+
+
+def directories(base: Path) -> None:
+    (base / "directory").mkdir()
+    (base / "other").mkdir()
+    (base / "directory" / "file").write_bytes(b"in it")
+
+
+def opened(base: Path, flags: int, use: Callable[[int], object], name: str = "file", mode: int = 0o640) -> object:
+    fd = os.open(base / name, flags, mode)
+    try:
+        return use(fd)
+    finally:
+        os.close(fd)
+
+
+def create_and_write(base: Path, flags: int, mode: int) -> object:
+    """More than the creation depends on it: the descriptor has to work."""
+    return opened(
+        base,
+        os.O_CREAT | os.O_RDWR | flags,
+        lambda fd: (os.write(fd, b"new"), os.pread(fd, 10, 0), attributes(base / "new")),
+        "new",
+        mode,
+    )
+
+
+def unnamed(base: Path) -> object:
+    return opened(base, os.O_TMPFILE | os.O_RDWR, lambda fd: (os.write(fd, b"x"), os.fstat(fd).st_nlink), ".")
+
+
+def fallocate(fd: int) -> object:
+    return _libc.fallocate(fd, 0, 0, 100_000), os.fstat(fd).st_size
+
+
+def set_flags(fd: int) -> object:
+    flags = bytearray(8)
+    fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
+    (number,) = struct.unpack_from("=I", flags)
+    fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", number | FS_NODUMP_FL))
+    fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
+    return struct.unpack_from("=I", flags)[0] & FS_NODUMP_FL
+
+
+def copy(base: Path) -> object:
+    return opened(
+        base,
+        os.O_RDONLY,
+        lambda source: opened(base, os.O_WRONLY, lambda target: os.copy_file_range(source, target, 100), "other"),
+    )
+
+
+def with_attribute(base: Path) -> None:
+    file(base)
+    os.setxattr(base / "file", "user.x", b"old")
+
+
+def set_gid_file(base: Path) -> None:
+    file(base)
+    os.chown(base / "file", ALICE.uid, 4242)
+    (base / "file").chmod(0o2770)
+
+
+CASES = {
+    "mkdir": Case("mkdir", lambda base: (base / "new").mkdir(0o750)),
+    "mkdir-in-set-gid": Case("mkdir", lambda base: (base / "new").mkdir(), lambda base: base.chmod(0o2777)),
+    "mknod-fifo": Case("mknod", lambda base: os.mkfifo(base / "new", 0o640)),
+    "mknod-file": Case("mknod", lambda base: os.mknod(base / "new", stat.S_IFREG | 0o604)),
+    "symlink": Case("symlink", lambda base: (base / "new").symlink_to("some/where")),
+    "link": Case("link", lambda base: os.link(base / "file", base / "new"), file, ROOT),
+    "unlink": Case("unlink", lambda base: (base / "file").unlink(), file),
+    "unlink-one-of-two": Case("unlink", lambda base: (base / "new").unlink(), each(file, link)),
+    "rmdir": Case("rmdir", lambda base: (base / "other").rmdir(), directories),
+    "rmdir-not-empty": Case("rmdir", lambda base: (base / "directory").rmdir(), directories),
+    "rename": Case("rename", lambda base: os.rename(base / "file", base / "new"), file),
+    "rename-over": Case("rename", lambda base: os.rename(base / "file", base / "other"), two_files),
+    "rename-directory": Case(
+        "rename", lambda base: os.rename(base / "directory", base / "other" / "new"), directories, ROOT
+    ),
+    "rename-noreplace": Case("rename2", lambda base: renameat2(base / "file", base / "new", RENAME_NOREPLACE), file),
+    "rename-exchange": Case(
+        "rename2", lambda base: renameat2(base / "file", base / "other", RENAME_EXCHANGE), two_files
+    ),
+    "rename-exchange-kinds": Case(
+        "rename2",
+        lambda base: renameat2(base / "file", base / "other", RENAME_EXCHANGE),
+        each(file, lambda base: (base / "other").mkdir()),
+        ROOT,
+    ),
+    "create-exclusive": Case("create", lambda base: create_and_write(base, os.O_EXCL, 0o640)),
+    "create": Case("create", lambda base: create_and_write(base, 0, 0o640)),
+    "create-truncate": Case("create", lambda base: create_and_write(base, os.O_TRUNC, 0o640)),
+    "create-read-only": Case("create", lambda base: create_and_write(base, os.O_EXCL, 0o400)),
+    "tmpfile": Case("tmpfile", unnamed),
+    "open-truncate": Case("open", lambda base: opened(base, os.O_RDWR | os.O_TRUNC, os.fstat) and None, file, ROOT),
+    "truncate": Case("setattr", lambda base: os.truncate(base / "file", 3), file, ROOT),
+    "chmod": Case("setattr", lambda base: (base / "file").chmod(0o604), file, ROOT),
+    "chown": Case("setattr", lambda base: os.chown(base / "file", 77, 88), file, ROOT),
+    "utime": Case(
+        "setattr",
+        each(lambda base: os.utime(base / "file", ns=(5, 7)), lambda base: (base / "file").stat().st_mtime_ns),
+        file,
+        ROOT,
+    ),
+    "write": Case("write", lambda base: opened(base, os.O_WRONLY, lambda fd: os.write(fd, b"12")), file, ROOT),
+    "append": Case(
+        "write", lambda base: opened(base, os.O_WRONLY | os.O_APPEND, lambda fd: os.write(fd, b"12")), file, ROOT
+    ),
+    "fallocate": Case("fallocate", lambda base: opened(base, os.O_WRONLY, fallocate), file, ROOT),
+    "copy-file-range": Case("copy_file_range", copy, two_files, ROOT),
+    "copy-file-range-64": Case("copy_file_range_64", copy, two_files, ROOT),
+    "set-flags": Case("ioctl", lambda base: outcome(opened, base, os.O_RDONLY, set_flags), file, ROOT),
+    "setxattr": Case("setxattr", lambda base: os.setxattr(base / "file", "user.x", b"new"), with_attribute, ROOT),
+    "setxattr-create": Case(
+        "setxattr", lambda base: os.setxattr(base / "file", "user.x", b"n\0w", os.XATTR_CREATE), file, ROOT
+    ),
+    "setxattr-create-exists": Case(
+        "setxattr", lambda base: os.setxattr(base / "file", "user.x", b"new", os.XATTR_CREATE), with_attribute, ROOT
+    ),
+    "setxattr-replace": Case(
+        "setxattr", lambda base: os.setxattr(base / "file", "user.x", b"new", os.XATTR_REPLACE), with_attribute, ROOT
+    ),
+    "set-acl": Case(
+        "setxattr", lambda base: os.setxattr(base / "file", "system.posix_acl_access", ACL), set_gid_file, ALICE
+    ),
+    "removexattr": Case("removexattr", lambda base: os.removexattr(base / "file", "user.x"), with_attribute, ROOT),
+    "removexattr-none": Case("removexattr", lambda base: os.removexattr(base / "file", "user.x"), file, ROOT),
+    "read": Case("read", lambda base: (base / "file").read_bytes(), file, ROOT),
+    "list": Case("readdirplus", lambda base: sorted(os.listdir(base)), two_files, ROOT),
+    "opendir": Case("opendir", lambda base: sorted(os.listdir(base)), two_files, ROOT),
+    "release": Case("release", lambda base: (base / "file").read_bytes(), file, ROOT),
+    "lookup": Case("lookup", lambda base: (base / "nothing").exists(), file, ROOT),
+    "statfs": Case("statfs", lambda base: os.statvfs(base).f_bsize, file, ROOT),
+    "fsync": Case("fsync", lambda base: opened(base, os.O_WRONLY, os.fsync), file, ROOT),
+}
+
+
+def contents(base: Path) -> object:
+    """Everything that can be seen in the directory, through the mount or not."""
+    found = []
+    for path in [base, *sorted(base.rglob("*"))]:
+        content: object = None
+        if path.is_symlink():
+            content = path.readlink()
+        elif path.is_file():
+            content = path.read_bytes(), {name: os.getxattr(path, name) for name in os.listxattr(path)}
+        found.append((str(path.relative_to(base)), attributes(path), content))
+    return found
+
+
+def run_killed(ground: Ground, case: Case, point: int) -> bool:
+    """Compare the case to its control, with a worker killed at the given point; False if the operation has fewer points."""
+    served, control = ground.directories()
+    for base in (served, control):
+        case.prepare(base)
+    expected = outcome(ground.bounded, functools.partial(case.act, control), case.user)
+    ground.kill_at(case.operation, point)
+    seen = outcome(ground.bounded, functools.partial(case.act, served), case.user)
+    killed = ground.was_killed()
+    assert seen == expected
+    assert ground.bounded(functools.partial(contents, served)) == contents(control)
+    assert contents(ground.server.source / served.name) == contents(control)
+    return killed
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_at_every_point(ground: Ground, name: str) -> None:
+    case = CASES[name]
+    point = 0
+    try:
+        while run_killed(ground, case, point):
+            point += 1
+    except AssertionError as error:
+        error.add_note(f"killed at point {point}")
+        raise
+    ground.server.check_log()
+    assert point > 1 or case.operation not in ground.server.status()["operations"]
