@@ -93,10 +93,8 @@ class Rate:
         self._samples: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW + 1)
 
     def sample(self, total: int) -> None:
-        """The total is this now; not noted if it was told less than a second ago."""
-        now = time.monotonic()
-        if not self._samples or now - self._samples[-1][0] >= 1:
-            self._samples.append((now, total))
+        """The total is this now."""
+        self._samples.append((time.monotonic(), total))
 
     def per_second(self) -> float:
         """The mean over the last `RATE_WINDOW` seconds, or since the first sample."""

@@ -17,7 +17,7 @@ import stat as st
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from handlefs.credentials import (
     CAP_DAC_OVERRIDE,
@@ -82,12 +82,27 @@ class Changes:
     mtime: int | Moment = Moment.OMIT
 
 
+class Peers(Protocol):
+    """The other processes that serve the same mount, and what they are told."""
+
+    def removing(self, nodeid: int, fd: int) -> None:
+        """The object of `nodeid`, open as `fd` (maybe O_PATH), is about to lose a name, or has none. A client may have it
+        open, or get it open, so it has to live on."""
+
+    def released(self, nodeid: int, fh: int) -> None:
+        """The open file `fh` of `nodeid` is closed."""
+
+    def forgotten(self, nodeids: Sequence[int]) -> None:
+        """The kernel has dropped these nodes."""
+
+
 class Operations:
     """The operations on one source; safe to use from several threads."""
 
-    def __init__(self, source: Source, *, read_only: bool = False) -> None:
+    def __init__(self, source: Source, *, read_only: bool = False, peers: Peers | None = None) -> None:
         self.source = source
         self.read_only = read_only
+        self._peers = peers
         self.open_files = OpenFiles()
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
@@ -132,7 +147,10 @@ class Operations:
     def forget(self, nodeids: Iterable[int]) -> list[Inode]:
         """FORGET and BATCH_FORGET: the kernel has dropped the nodes, so their descriptors are not likely to be wanted, and
         would keep the blocks of removed files from being freed. Returns what was cached: letting go of it may take long."""
-        dropped = [self.source.cache.forget(nodeid) for nodeid in nodeids]
+        nodes = list(nodeids)
+        if self._peers is not None:
+            self._peers.forgotten(nodes)
+        dropped = [self.source.cache.forget(nodeid) for nodeid in nodes]
         return [inode for inode in dropped if inode is not None]
 
     def getattr(self, nodeid: int) -> Attributes:
@@ -241,6 +259,7 @@ class Operations:
         self._check_writable()
         check_name(name)
         directory = self.inode(parent)
+        self._removing(directory, name)
         os.unlink(name, dir_fd=directory.fd)
 
     def rmdir(self, parent: int, name: bytes) -> None:
@@ -248,6 +267,7 @@ class Operations:
         self._check_writable()
         check_name(name)
         directory = self.inode(parent)
+        self._removing(directory, name)
         os.rmdir(name, dir_fd=directory.fd)
 
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
@@ -258,7 +278,26 @@ class Operations:
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
             raise OSError(errno.EINVAL, "rename flags not supported")
         old, new = self.inode(parent), self.inode(new_parent)
+        if not flags:
+            self._removing(new, new_name)
         renameat2(old.fd, name, new.fd, new_name, flags)
+
+    def _removing(self, directory: Inode, name: bytes) -> None:
+        """Tell the peers of what is about to lose this name."""
+        if self._peers is None:
+            return
+        try:
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
+        except FileNotFoundError:
+            return
+        try:
+            handle, mount_id = handle_of(fd)
+            self._peers.removing(self.source.nodeid(self.source.volumes.of_mount(mount_id), handle), fd)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ESTALE):  # no handle, no node ID: nobody has it open
+                raise
+        finally:
+            os.close(fd)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -307,7 +346,10 @@ class Operations:
                 ),
             )
         file = OpenFile(fd, 0)
-        return self._opened(file, handle_of(fd), flags)
+        entry, fh = self._opened(file, handle_of(fd), flags)
+        if self._peers is not None:
+            self._peers.removing(entry.nodeid, fd)
+        return entry, fh
 
     def _opened(self, file: OpenFile, made: tuple[FileHandle, int], flags: int) -> tuple[Entry, int]:
         """The entry and the `fh` of the new `file` with the handle and mount ID `made`."""
@@ -395,6 +437,8 @@ class Operations:
     def release(self, nodeid: int, fh: int) -> None:
         """RELEASE and RELEASEDIR."""
         self.open_files.remove(nodeid, fh)
+        if self._peers is not None:
+            self._peers.released(nodeid, fh)
 
     def _file(self, nodeid: int, fh: int) -> OpenFile:
         """The open file `fh` of `nodeid`, opened again if this process does not know it."""

@@ -23,10 +23,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from handlefs.config import Config
+from handlefs.droplog import DropLog
 from handlefs.errors import StartupError
 from handlefs.metrics import Rate, SharedCounters
 from handlefs.mount import unmount
 from handlefs.protocol import abi
+from handlefs.removed import RemovedFiles
 from handlefs.slot import SlotMemory
 from handlefs.transport import direct
 from handlefs.worker import COUNTED, Assignment, answer_eio
@@ -114,7 +116,13 @@ class _Template:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=None if assignment.foreground else subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), assignment.device, assignment.slots),
+                pass_fds=(
+                    theirs.fileno(),
+                    assignment.device,
+                    assignment.slots,
+                    assignment.drops,
+                    assignment.removed,
+                ),
                 process_group=0,  # Ctrl-C is for the supervisor
             )
         self.pidfd = os.pidfd_open(self.process.pid)
@@ -151,7 +159,7 @@ class Supervisor:
         self._deaths: dict[int, tuple[int, int]] = {}  # slot → (request, workers that it killed)
         self._restarts = 0
         self._failed_starts = 0
-        self._next_start = 0.0
+        self._next_start = self._next_tick = 0.0
         self._unmounted = False
         self._rate = Rate()
         self._start_time = time.monotonic()
@@ -165,6 +173,10 @@ class Supervisor:
         self._device, negotiated = direct.mount(self._config)
         try:
             self._slots = SlotMemory.create(self._count, negotiated.buffer_size)
+            self._drops = DropLog.create()
+            self._removed = RemovedFiles(self._device, self._is_executing)
+            self._inbox, outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._selector.register(self._inbox, selectors.EVENT_READ, self._keep_removed)
             self._counters = [SharedCounters(self._slots[index].counters, COUNTED) for index in range(self._count)]
             self._assignment = Assignment(
                 config=self._config,
@@ -176,6 +188,8 @@ class Supervisor:
                 slot_count=self._count,
                 device=self._device,
                 slots=self._slots.fd,
+                drops=self._drops.fd,
+                removed=outbox.fileno(),
             )
             while self._vacant and not self._unmounted:
                 self._step()
@@ -198,7 +212,11 @@ class Supervisor:
         for key, _ in self._selector.select(_TICK):
             if key.fd in self._selector.get_map():  # else another has closed it meanwhile
                 key.data()
-        self._rate.sample(self._operations().total())
+        if time.monotonic() >= self._next_tick:
+            self._next_tick = time.monotonic() + _TICK
+            self._rate.sample(self._operations().total())
+            self._drop(self._removed.check())
+            self._drops.trim()
 
     def _start_missing(self) -> None:
         """Have a template, and a worker more than there are slots."""
@@ -301,6 +319,20 @@ class Supervisor:
                     log.error("worker %d does not end and is killed", worker.pid)
                     os.kill(worker.pid, signal.SIGKILL)
                 os.waitpid(worker.pid, 0)
+
+    # -- removed files ---------------------------------------------------------------------------------------------------
+
+    def _keep_removed(self) -> None:
+        self._drop(self._removed.receive(self._inbox))
+
+    def _drop(self, nodeids: list[int]) -> None:
+        """Have the workers let go of these nodes."""
+        if nodeids:
+            self._drops.forgotten(nodeids)
+
+    def _is_executing(self, unique: int) -> bool:
+        slots = (self._slots[index] for index in range(self._count))
+        return any(slot.unique == unique and slot.unfinished is not None for slot in slots)
 
     # -- for the control socket -------------------------------------------------------------------------------------------
 

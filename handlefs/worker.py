@@ -10,8 +10,10 @@ import errno
 import json
 import logging
 import os
+import select
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,13 +22,16 @@ from handlefs import faults
 from handlefs.config import Config
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.daemon import set_up_logging
+from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
 from handlefs.metrics import SharedCounters
 from handlefs.opening import open_map, open_source, state_dir_of
 from handlefs.operations import Operations
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated
+from handlefs.removed import hand_over
 from handlefs.slot import EXECUTED, EXECUTING, Slot, SlotMemory
+from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.replay import CHANGING, Replay
@@ -35,6 +40,9 @@ log = logging.getLogger(__name__)
 
 COUNTED = {name: number for number, name in abi.OPCODE_NAMES.items()} | {"unknown": 0}
 """Name of an operation → its counter in the slot."""
+
+DROP_INTERVAL = 1.0
+"""Seconds after which a worker looks at what others have been told."""
 
 _LONGEST_COMMAND = 64 * 1024
 
@@ -54,6 +62,10 @@ class Assignment:
     """Descriptor of /dev/fuse."""
     slots: int
     """Descriptor of the slots' memory."""
+    drops: int
+    """Descriptor of the drop log."""
+    removed: int
+    """Descriptor of the socket for what is removed."""
 
     def to_json(self) -> str:
         """For the command line; from_json() reads it back."""
@@ -73,14 +85,11 @@ class Assignment:
 class Worker:
     """One worker, from its first request to its last."""
 
-    def __init__(self, assignment: Assignment, operations: Operations, slot: Slot) -> None:
-        self._device = assignment.device
+    def __init__(self, device: int, slot: Slot, dispatcher: Dispatcher, replay: Replay) -> None:
+        self._device = device
         self._slot = slot
-        negotiated = assignment.negotiated
-        backing = BackingFiles(self._device, enabled=negotiated.has(abi.FUSE_PASSTHROUGH))
-        counters = SharedCounters(slot.counters, COUNTED)
-        self._dispatcher = Dispatcher(operations, negotiated, backing, assignment.config, counters)
-        self._replay = Replay(operations, negotiated, self._dispatcher.answer)
+        self._dispatcher = dispatcher
+        self._replay = replay
         self._handle = faults.injected(self._serve)
 
     def run(self) -> None:
@@ -150,53 +159,106 @@ def answer_eio(device: int, message: memoryview) -> None:
         os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.EIO, unique))
 
 
+class OtherProcesses:
+    """The other workers and the supervisor, as `Operations` want to tell them things."""
+
+    def __init__(self, slot: Slot, drops: DropLog, removed: socket.socket) -> None:
+        self._slot = slot
+        self._drops = drops
+        self._removed = removed
+
+    def removing(self, nodeid: int, fd: int) -> None:
+        """Have the supervisor keep the object."""
+        hand_over(self._removed, nodeid, self._slot.unique, fd)
+
+    def released(self, nodeid: int, fh: int) -> None:
+        """Have the others close what they have opened for `fh`."""
+        self._drops.released(nodeid, fh)
+
+    def forgotten(self, nodeids: Sequence[int]) -> None:
+        """Have the others drop these nodes, too."""
+        self._drops.forgotten(nodeids)
+
+
 def work(assignment: Assignment, commands: socket.socket) -> int:
     """The life of a worker process; returns its exit status: 0 when the mount is gone or the supervisor wants no more."""
     try:
         set_up_logging(assignment.config.log_file, foreground=assignment.foreground)
         # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
         drop_capability(CAP_SYS_RESOURCE)
-        operations = _open(assignment)
+        source = _open_source(assignment)
     except StartupError as error:
         _send(commands, {"failed": str(error)})
         return 1
     _send(commands, {"ready": os.getpid()})
     line = _receive(commands)
     if line:
-        _serve_slot(assignment, operations, json.loads(line)["slot"], commands)
-    operations.source.map.close()
+        _serve_slot(assignment, source, json.loads(line)["slot"], commands)
+    source.map.close()
     return 0
 
 
-def _open(assignment: Assignment) -> Operations:
+def _open_source(assignment: Assignment) -> Source:
     config = assignment.config
     source = open_source(config.source, assignment.cache_size, config)
     source.attach_map(open_map(state_dir_of(source, config.state_dir), source))
-    return Operations(source, read_only=config.options.read_only)
+    return source
 
 
-def _serve_slot(assignment: Assignment, operations: Operations, index: int, commands: socket.socket) -> None:
+def _serve_slot(assignment: Assignment, source: Source, index: int, commands: socket.socket) -> None:
     memory = SlotMemory(assignment.slots, assignment.slot_count, assignment.negotiated.buffer_size)
     try:
         memory.lock(index)
     except OSError as error:
         log.warning("cannot lock a request's memory: a worker that is killed may fail its request: %s", error.strerror)
-    threading.Thread(target=_answer_commands, args=(commands, operations), name="commands", daemon=True).start()
-    Worker(assignment, operations, memory[index]).run()
+    slot, negotiated, drops = memory[index], assignment.negotiated, DropLog(assignment.drops)
+    peers = OtherProcesses(slot, drops, socket.socket(fileno=assignment.removed))
+    operations = Operations(source, read_only=assignment.config.options.read_only, peers=peers)
+    backing = BackingFiles(assignment.device, enabled=negotiated.has(abi.FUSE_PASSTHROUGH))
+    counters = SharedCounters(slot.counters, COUNTED)
+    dispatcher = Dispatcher(operations, negotiated, backing, assignment.config, counters)
+    attendant = Attendant(commands, operations, drops)
+    threading.Thread(target=attendant.run, name="attendant", daemon=True).start()
+    Worker(assignment.device, slot, dispatcher, Replay(operations, negotiated, dispatcher.answer)).run()
 
 
-def _answer_commands(commands: socket.socket, operations: Operations) -> None:
-    while line := _receive(commands):
-        _send(commands, _perform(json.loads(line), operations))
+class Attendant:
+    """Beside the requests: answers the supervisor's commands, and drops what other processes say is not needed any more."""
 
+    def __init__(self, commands: socket.socket, operations: Operations, drops: DropLog) -> None:
+        self._commands = commands
+        self._operations = operations
+        self._drops = drops
 
-def _perform(command: dict[str, Any], operations: Operations) -> dict[str, Any]:
-    source = operations.source
-    if command["op"] == "evict":
-        count = command["count"]
-        return {"evicted": source.evict_all() if count is None else source.cache.evict(count)}
-    files, directories = operations.open_files.counts()
-    return {"cache": source.cache.statistics()._asdict(), "open_files": files, "open_dirs": directories}
+    def run(self) -> None:
+        """Until the supervisor closes its end of the socket."""
+        dropped = time.monotonic()
+        while True:
+            if select.select([self._commands], [], [], DROP_INTERVAL)[0]:
+                line = _receive(self._commands)
+                if not line:
+                    return
+                _send(self._commands, self._perform(json.loads(line)))
+            if time.monotonic() - dropped >= DROP_INTERVAL:
+                self._drop()
+                dropped = time.monotonic()
+
+    def _drop(self) -> None:
+        operations = self._operations
+        for nodeid, fh in self._drops.news():
+            if fh == FORGOTTEN:
+                operations.source.cache.forget(nodeid)
+            else:
+                operations.open_files.remove(nodeid, fh)
+
+    def _perform(self, command: dict[str, Any]) -> dict[str, Any]:
+        self._drop()
+        source = self._operations.source
+        if command["op"] == "evict":
+            count = command["count"]
+            return {"evicted": source.evict_all() if count is None else source.cache.evict(count)}
+        files, directories = self._operations.open_files.counts()
+        return {"cache": source.cache.statistics()._asdict(), "open_files": files, "open_dirs": directories}
 
 
 def _receive(commands: socket.socket) -> bytes:
@@ -208,7 +270,5 @@ def _receive(commands: socket.socket) -> bytes:
 
 
 def _send(commands: socket.socket, message: dict[str, Any]) -> None:
-    with contextlib.suppress(
-        BrokenPipeError, ConnectionResetError
-    ):  # the supervisor ends, and does not listen any more
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the supervisor does not listen any more
         commands.send(json.dumps(message).encode())

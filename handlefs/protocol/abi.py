@@ -142,6 +142,9 @@ FUSE_SETXATTR_ACL_KILL_SGID = 1 << 0
 FUSE_IOCTL_DIR = 1 << 4
 FUSE_UNIQUE_RESEND = 1 << 63
 
+FUSE_NOTIFY_INVAL_INODE = 2
+"""In place of the error of a reply whose `unique` is 0."""
+
 FUSE_EXT_GROUPS = 32
 """Type of a request extension that carries supplementary groups (struct fuse_supp_groups)."""
 
@@ -197,6 +200,7 @@ fuse_lseek_in = Struct("=QQII")  # fh offset whence padding
 fuse_lseek_out = Struct("=Q")  # offset
 fuse_copy_file_range_in = Struct("=QQQQQQQ")  # fh_in off_in nodeid_out fh_out off_out len flags
 fuse_copy_file_range_out = Struct("=Q")  # bytes_copied
+fuse_notify_inval_inode_out = Struct("=Qqq")  # ino off len
 fuse_dirent = Struct("=QQII")  # ino off namelen type, then the name, padded to 8
 fuse_ext_header = Struct("=II")  # size type
 fuse_supp_groups = Struct("=I")  # nr_groups, then the groups

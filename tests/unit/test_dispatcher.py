@@ -20,9 +20,12 @@ from handlefs.metrics import OperationMetrics
 from handlefs.operations import Operations
 from handlefs.protocol import abi
 from handlefs.protocol.init import negotiate
+from handlefs.slot import SlotMemory
 from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
-from handlefs.transport.direct import Dispatcher, _answer_init, _worker
+from handlefs.transport.direct import Dispatcher, _answer_init
+from handlefs.transport.replay import Replay
+from handlefs.worker import Worker
 
 OFFER = abi.fuse_init_in.pack(7, 45, 1 << 17, 0xFFFFFFFF, (1 << 11) - 1)
 NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT, abi.FUSE_NOTIFY_REPLY)
@@ -77,6 +80,15 @@ class Served:
         header = abi.fuse_in_header.pack(size, opcode, UNIQUE, nodeid, uid, gid, 0, extensions, 0)
         reply = self.dispatcher.answer(memoryview(bytearray(header + body)))
         return None if reply is None else b"".join(reply)
+
+    def work(self) -> None:
+        """Serve in a worker what readv(2) gives, until the mount is gone."""
+        memory = SlotMemory.create(1, self.dispatcher.negotiated.buffer_size)
+        try:
+            replay = Replay(self.operations, self.dispatcher.negotiated, self.dispatcher.answer)
+            Worker(-1, memory[0], self.dispatcher, replay).run()
+        finally:
+            os.close(memory.fd)
 
     def check(self, opcode: int, reply: bytes | None) -> int:
         """The errno of a well-formed reply."""
@@ -260,7 +272,7 @@ def test_the_end_of_the_mount_is_no_error(
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(os, "readv", gone)
-        _worker(-1, served.dispatcher)
+        served.work()
     assert not caplog.records
 
 
@@ -281,7 +293,7 @@ def test_a_refused_reply_is_answered_with_eio(served: Served, monkeypatch: pytes
     monkeypatch.setattr(os, "readv", read)
     monkeypatch.setattr(os, "writev", refuse)
     monkeypatch.setattr(os, "write", lambda _, data: written.append(data))
-    _worker(-1, served.dispatcher)
+    served.work()
     served.failures.seen = []
     assert written == [abi.fuse_out_header.pack(16, -errno.EIO, UNIQUE)]
 
