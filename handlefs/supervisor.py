@@ -70,10 +70,17 @@ class _Worker:
     def is_spare(self) -> bool:
         return bool(self.pid) and self.slot is None
 
-    def is_ready(self, pid: int) -> None:
-        """It has told its process ID."""
-        self.pid = pid
-        self.pidfd = os.pidfd_open(pid)  # our child: the number is its own until we have waited for it
+    def listen(self) -> str | None:
+        """Wait until it is ready, or dead, or has failed; returns why in the latter case."""
+        try:
+            said = json.loads(self.commands.recv(_LONGEST_REPLY) or "{}")
+        except OSError:
+            return None
+        if "ready" in said:
+            self.pid = said["ready"]
+            self.pidfd = os.pidfd_open(self.pid)  # our child: the number is its own until we have waited for it
+        failed: str | None = said.get("failed")
+        return failed
 
     def tell(self, command: Mapping[str, object]) -> None:
         """Send a command that is not answered. Raises OSError if the worker is dead."""
@@ -126,6 +133,8 @@ class _Template:
                 process_group=0,  # Ctrl-C is for the supervisor
             )
         self.pidfd = os.pidfd_open(self.process.pid)
+        self.has_worked = False
+        """Whether one of its workers has been ready."""
 
     def fork_worker(self) -> socket.socket:
         """The command socket of a new worker; at its end at once if the template is dead."""
@@ -233,20 +242,26 @@ class Supervisor:
         assert self._template is not None
         self._selector.unregister(self._template.pidfd)
         self._template.close()
-        status = self._template.process.returncode
+        how, worked = _how(self._template.process.returncode), self._template.has_worked
         self._template = None
-        log.warning("the template of the workers %s and is started anew", _how(status))
-        self._start_failed(f"a worker process cannot be started: it {_how(status)}")
+        if worked:
+            log.warning("the template of the workers %s and is started anew", how)
+        else:
+            self._start_failed(f"worker processes cannot be started: their template {how}")
 
     def _came_up(self, worker: _Worker) -> None:
         """A worker that was being forked has said how that went, or died."""
         self._selector.unregister(worker.commands)
-        said = json.loads(worker.commands.recv(_LONGEST_REPLY) or "{}")
-        if "ready" not in said:
+        failure = worker.listen()
+        if not worker.pid:
             self._forget(worker)
-            self._start_failed(said.get("failed", "a worker died before it was ready"))
+            if failure is None:
+                log.warning("a worker died before it was ready")
+            else:
+                self._start_failed(failure)
             return
-        worker.is_ready(said["ready"])
+        if self._template is not None:
+            self._template.has_worked = True
         self._selector.register(worker.pidfd, selectors.EVENT_READ, functools.partial(self._ended, worker))
         self._failed_starts = 0
         self._fill_slots()
@@ -310,9 +325,11 @@ class Supervisor:
         """The mount is gone: wait for the end of the workers, and make sure of it."""
         if self._template is not None:
             self._template.close()
-        for worker in self._workers:
-            worker.commands.close()  # what a spare waits on
         deadline = time.monotonic() + END_TIMEOUT
+        for worker in self._workers:
+            if not worker.pid:
+                worker.listen()
+            worker.commands.close()  # what a spare waits on
         for worker in self._workers:
             if worker.pid:
                 if not select.select([worker.pidfd], [], [], max(deadline - time.monotonic(), 0))[0]:
