@@ -28,6 +28,11 @@ def workers(server: Mounted) -> list[int]:
     return [worker["pid"] for worker in server.status()["workers"]]
 
 
+def kill(pid: int) -> None:
+    with suppress(ProcessLookupError):  # it has died just now
+        os.kill(pid, signal.SIGKILL)
+
+
 def children(pid: int) -> set[int]:
     """The processes below `pid`, zombies too."""
     return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
@@ -43,17 +48,15 @@ def random_kills(server: Mounted, seed: int) -> Iterator[None]:
     """Until the end of the block a worker is killed every 20 to 100 ms."""
     stop, failures, chance = threading.Event(), [], random.Random(seed)
 
-    def kill() -> None:
+    def work() -> None:
         try:
             while not stop.wait(chance.uniform(0.02, 0.1)):
                 for pid in workers(server)[:: chance.choice((1, -1))][:1]:
-                    os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            kill()
+                    kill(pid)
         except Exception as error:  # raised below, in the test's own thread
             failures.append(error)
 
-    thread = threading.Thread(target=kill, name="random-kills", daemon=True)
+    thread = threading.Thread(target=work, name="random-kills", daemon=True)
     thread.start()
     try:
         yield
@@ -240,7 +243,7 @@ def test_open_files_go_on(server: Mounted) -> None:
             with mmap.mmap(file.fileno(), 0) as mapping, os.scandir(directory) as listing:
                 names = [next(listing).name]
                 for pid in workers(server):
-                    os.kill(pid, signal.SIGKILL)
+                    kill(pid)
                 names += [entry.name for entry in listing]
                 assert len(names) == len(set(names)) == 2001
                 assert os.pread(file.fileno(), 5, 50_000) == b"aaaaa"
@@ -300,7 +303,7 @@ def test_nothing_of_the_dead_is_left(server: Mounted) -> None:
     processes = children(server.pid)
     descriptors = server.descriptors()
     for _ in range(30):
-        os.kill(random.choice(workers(server)), signal.SIGKILL)
+        kill(random.choice(workers(server)))
         assert outcome(Child(os.listdir, server.path).result, TIMEOUT) is not None
     assert in_the_end(lambda: len(children(server.pid)), len(processes), seconds=TIMEOUT) == len(processes)
     assert in_the_end(server.descriptors, descriptors, seconds=TIMEOUT) == descriptors
@@ -310,7 +313,7 @@ def test_any_process_but_the_supervisor_may_be_killed(server: Mounted) -> None:
     """The template and the spare worker too, all at once."""
     before = children(server.pid)
     for pid in before:
-        os.kill(pid, signal.SIGKILL)
+        kill(pid)
     assert Child(outcome, os.mkdir, server.path / "after").result(TIMEOUT) is None
 
     def all_new() -> bool:
@@ -336,8 +339,7 @@ def test_the_supervisor_has_nothing_of_its_mount(server: Mounted) -> None:
 def kill_one_after_the_other(pids: list[int], stop: threading.Event) -> None:
     for pid in pids:
         if not stop.wait(0.005):
-            with suppress(ProcessLookupError):  # it has seen the end of the mount
-                os.kill(pid, signal.SIGKILL)
+            kill(pid)
 
 
 def test_unmounting_with_dying_workers(kind: str, filesystems: FileSystems) -> None:
@@ -345,7 +347,7 @@ def test_unmounting_with_dying_workers(kind: str, filesystems: FileSystems) -> N
     source.mkdir()
     for _ in range(3):
         with mounted(source, None, "--transport=direct", "--workers=3") as server:
-            before = children(server.pid) | {server.pid}
+            before = children(server.pid)
             assert len(workers(server)) == 3
             stop = threading.Event()
 
