@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -260,7 +260,7 @@ def test_closed_files_are_let_go(tmp_path: Path) -> None:
 def test_a_full_table_makes_no_inode_mixed(ext4: Path) -> None:
     """Files that were open keep their passthrough, others get none, in every process, also when there is room again."""
     with ExitStack() as stack:
-        memory = stack.enter_context(filesystem("tmpfs", "2M"))
+        memory = stack.enter_context(filesystem("tmpfs", "8M"))
         base = stack.enter_context(scratch_directory("passthrough-"))
         (base / "mnt").mkdir()
         source = ext4 / base.name
@@ -297,7 +297,10 @@ def test_a_full_table_makes_no_inode_mixed(ext4: Path) -> None:
 
 def table_of(server: Mounted) -> Path:
     """The directory of the server's table."""
-    opened = (os.readlink(path) for path in Path(f"/proc/{server.pid}/fd").iterdir())
+    opened = set()
+    for path in Path(f"/proc/{server.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            opened.add(os.readlink(path))
     (directory,) = (Path(path) for path in opened if re.fullmatch("/dev/shm/handlefs-backing-[^/]*", path))
     return directory
 
