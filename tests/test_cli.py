@@ -274,6 +274,60 @@ def test_foreground_stays_until_interrupted(place: Place) -> None:
     assert not place.is_mounted()
 
 
+@pytest.fixture
+def foreground(place: Place) -> Iterator["subprocess.Popen[str]"]:
+    """A server in the foreground that serves."""
+    argv = [*HANDLEFS, "--foreground", place.source, place.path, "--state-dir", place.state_dir]
+    words = [str(word) for word in [*argv, "--transport", place.transport]]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        assert "serving" in server.stderr.readline()
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+@needs_root
+@both_transports
+@pytest.mark.parametrize("command", ["umount", "umount --lazy", "umount --force"])
+def test_unmounting_ends_a_server_well(place: Place, foreground: "subprocess.Popen[str]", command: str) -> None:
+    subprocess.run([*command.split(), place.path], check=True)
+    _, messages = foreground.communicate(timeout=TIMEOUT)
+    assert foreground.returncode == 0
+    assert "is unmounted" in messages
+    assert "ERROR" not in messages
+
+
+@needs_root
+@both_transports
+@pytest.mark.parametrize("how", ["fusectl", "umount --force"])
+def test_an_abort_is_a_failure(place: Place, tmp_path: Path, foreground: "subprocess.Popen[str]", how: str) -> None:
+    in_use = os.open(place.path, os.O_PATH)
+    if how == "fusectl":
+        abort(place, tmp_path)
+    else:
+        done = subprocess.run([*how.split(), place.path], capture_output=True, text=True, check=False)
+        assert "busy" in done.stderr
+    _, messages = foreground.communicate(timeout=TIMEOUT)
+    os.close(in_use)
+    assert foreground.returncode == 1
+    assert messages.splitlines()[-1].startswith(f"handlefs: the connection to {place.path} was aborted")
+    assert "Traceback" not in messages
+
+
+def abort(place: Place, scratch: Path) -> None:
+    """Abort the connection by fusectl."""
+    connection = os.stat(place.path).st_dev
+    fusectl = scratch / "fusectl"
+    fusectl.mkdir()
+    subprocess.run(["mount", "-t", "fusectl", "fusectl", fusectl], check=True)
+    try:
+        (fusectl / str(os.minor(connection)) / "abort").write_text("1")
+    finally:
+        subprocess.run(["umount", fusectl], check=True)
+
+
 @needs_root
 @both_transports
 def test_sigterm_unmounts_and_the_last_user_ends_the_server(place: Place) -> None:
@@ -385,14 +439,7 @@ def test_an_aborted_connection_can_be_brought_back(place: Place, tmp_path: Path)
     """fusectl's abort, or umount -f: the mount is dead, the server ends and leaves what restart needs."""
     place.mount()
     server = os.pidfd_open(place.pid)
-    connection = os.stat(place.path).st_dev
-    fusectl = tmp_path / "fusectl"
-    fusectl.mkdir()
-    subprocess.run(["mount", "-t", "fusectl", "fusectl", fusectl], check=True)
-    try:
-        (fusectl / str(os.minor(connection)) / "abort").write_text("1")
-    finally:
-        subprocess.run(["umount", fusectl], check=True)
+    abort(place, tmp_path)
     wait_for_end(server)
     assert "was aborted: handlefs restart brings it back" in place.log.read_text()
     ok("restart", place.path)
