@@ -83,10 +83,13 @@ def test_another_process_reads_on() -> None:
     with table_directory() as directory:
         pid = os.fork()
         if pid == 0:
-            victim = BackingTable(directory)
-            victim.opened(5, 1, lambda: 77)
-            victim.opened(6, 1, lambda: os._exit(0))
-        os.waitpid(pid, 0)
+            try:
+                victim = BackingTable(directory)
+                victim.opened(5, 1, lambda: 77)
+                victim.opened(6, 1, lambda: os._exit(0))
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         with contextlib.closing(BackingTable(directory)) as table:
             assert table.opened(5, 2, refuse) == 77
             assert table.opened(6, 1, lambda: 78) == 78
