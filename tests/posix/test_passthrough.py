@@ -177,6 +177,7 @@ def test_killed_in_an_open(connection: Connection, step: str) -> None:
     connection.kill(survivor)
     assert connection.do(os.pread, second, 3, 0) == b"con"  # passed through: nobody serves
     connection.worker()
+    connection.resend()  # releases that the survivor had read
     for fd in (first, second):
         connection.do(os.close, fd)
     table = BackingTable(connection.table)
