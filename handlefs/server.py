@@ -3,6 +3,7 @@
 import logging
 import os
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +12,7 @@ from handlefs import __version__
 from handlefs.config import Config
 from handlefs.control import ControlServer
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
-from handlefs.errors import StartupError
+from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.metrics import OperationMetrics
 from handlefs.mount import mount_at
 from handlefs.opening import default_cache_size, open_map, open_source, state_dir_of
@@ -21,6 +22,9 @@ from handlefs.supervisor import Supervisor
 from handlefs.transport import pyfuse3
 
 log = logging.getLogger(__name__)
+
+UNMOUNT_TIME = 1.0
+"""Seconds that umount(8) may take between cutting the connection and unmounting."""
 
 
 class Serving(Protocol):
@@ -84,7 +88,8 @@ class Server:
             self.serving = SingleProcess(config, self.source)
 
     def serve(self, on_ready: Callable[[], None]) -> None:
-        """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises StartupError if it cannot."""
+        """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises StartupError if it cannot,
+        ConnectionAborted when the connection was aborted (fusectl, umount -f of a mount in use)."""
         # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
         drop_capability(CAP_SYS_RESOURCE)
         control = ControlServer(self.status, self.serving.evict, self.config)
@@ -100,17 +105,17 @@ class Server:
         try:
             control.start()
             self.serving.serve(ready)
-            left = mount_at(self.config.mountpoint)
-            aborted = left is not None and left.dev == device
+            aborted = device is not None and _stays(self.config.mountpoint, device)
         except OSError as error:
             raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
         finally:
             control.stop(keep_record=aborted)
             self._close_map()
         if aborted:
-            log.error("the connection to %s was aborted: handlefs restart brings it back", self.config.mountpoint)
-        else:
-            log.info("%s is unmounted", self.config.mountpoint)
+            message = f"the connection to {self.config.mountpoint} was aborted: handlefs restart brings it back"
+            log.error("%s", message)
+            raise ConnectionAborted(message)
+        log.info("%s is unmounted", self.config.mountpoint)
 
     def _close_map(self) -> None:
         try:
@@ -135,6 +140,17 @@ class Server:
             "read_only": self.config.options.read_only,
             **self.serving.status(),
         }
+
+
+def _stays(mountpoint: str, device: tuple[int, int]) -> bool:
+    """Whether the mount of `device` is still at `mountpoint` after its connection has ended, and stays: umount -f cuts the
+    connection first, then unmounts if nobody uses the mount."""
+    deadline = time.monotonic() + UNMOUNT_TIME
+    while (mount := mount_at(mountpoint)) is not None and mount.dev == device:
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def _raise_descriptor_limit() -> int:

@@ -19,10 +19,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from handlefs.config import Config
+from handlefs.config import Config, Passthrough
 from handlefs.droplog import DropLog
 from handlefs.errors import StartupError
 from handlefs.metrics import Rate, SharedCounters
@@ -30,7 +30,9 @@ from handlefs.mount import unmount
 from handlefs.protocol import abi
 from handlefs.removed import RemovedFiles
 from handlefs.slot import SlotMemory
+from handlefs.statedir import SHARED_MEMORY
 from handlefs.transport import direct
+from handlefs.transport.backingtable import BackingTable, table_directory
 from handlefs.worker import COUNTED, Assignment, answer_eio
 
 log = logging.getLogger(__name__)
@@ -123,13 +125,7 @@ class _Template:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=None if assignment.foreground else subprocess.DEVNULL,
-                pass_fds=(
-                    theirs.fileno(),
-                    assignment.device,
-                    assignment.slots,
-                    assignment.drops,
-                    assignment.removed,
-                ),
+                pass_fds=(theirs.fileno(), *assignment.descriptors()),
                 process_group=0,  # Ctrl-C is for the supervisor
             )
         self.pidfd = os.pidfd_open(self.process.pid)
@@ -179,38 +175,51 @@ class Supervisor:
         Raises OSError if the mount fails, StartupError if the kernel is too old or no worker can start.
         """
         _adopt_orphans()
-        self._device, negotiated = direct.mount(self._config)
-        try:
-            self._slots = SlotMemory.create(self._count, negotiated.buffer_size)
-            self._drops = DropLog.create()
-            self._removed = RemovedFiles(self._device, self._is_executing)
-            self._inbox, outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._selector.register(self._inbox, selectors.EVENT_READ, self._keep_removed)
-            self._counters = [SharedCounters(self._slots[index].counters, COUNTED) for index in range(self._count)]
-            self._assignment = Assignment(
-                config=self._config,
-                foreground=self._foreground,
-                cache_size=self._cache_size,
-                minor=negotiated.minor,
-                flags=negotiated.flags,
-                max_write=negotiated.max_write,
-                slot_count=self._count,
-                device=self._device,
-                slots=self._slots.fd,
-                drops=self._drops.fd,
-                removed=outbox.fileno(),
-            )
-            while self._vacant and not self._unmounted:
-                self._step()
-            on_ready()
-            while not self._unmounted:
-                self._step()
-        except BaseException:
-            unmount(self._config.mountpoint, lazy=True)
-            raise
-        finally:
-            self._end_processes()
-            os.close(self._device)
+        with contextlib.ExitStack() as stack:
+            self._prepare(stack)
+            try:
+                while self._vacant and not self._unmounted:
+                    self._step()
+                on_ready()
+                while not self._unmounted:
+                    self._step()
+            except BaseException:
+                unmount(self._config.mountpoint, lazy=True)
+                raise
+            finally:
+                self._end_processes()
+
+    def _prepare(self, stack: contextlib.ExitStack) -> None:
+        """Mount, and make what the workers share; `stack` closes it."""
+        table = stack.enter_context(_backing_directory(self._config.passthrough))
+        self._device, negotiated = direct.mount(self._config, passthrough=table is not None)
+        stack.callback(os.close, self._device)
+        self._slots = SlotMemory.create(self._count, negotiated.buffer_size)
+        stack.callback(os.close, self._slots.fd)
+        self._counters = [SharedCounters(self._slots[index].counters, COUNTED) for index in range(self._count)]
+        self._drops = DropLog.create()
+        stack.callback(os.close, self._drops.fd)
+        self._removed = RemovedFiles(self._device, self._is_executing)
+        stack.callback(self._removed.close)
+        inbox, outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stack.enter_context(inbox)
+        stack.enter_context(outbox)  # kept, so that what a dead worker has sent still arrives
+        self._selector.register(inbox, selectors.EVENT_READ, lambda: self._drop(self._removed.receive(inbox)))
+        stack.callback(self._selector.close)
+        self._assignment = Assignment(
+            config=self._config,
+            foreground=self._foreground,
+            cache_size=self._cache_size,
+            minor=negotiated.minor,
+            flags=negotiated.flags,
+            max_write=negotiated.max_write,
+            slot_count=self._count,
+            device=self._device,
+            slots=self._slots.fd,
+            drops=self._drops.fd,
+            removed=outbox.fileno(),
+            backing=table if negotiated.has(abi.FUSE_PASSTHROUGH) else None,
+        )
 
     # -- processes -------------------------------------------------------------------------------------------------------
 
@@ -339,9 +348,6 @@ class Supervisor:
 
     # -- removed files ---------------------------------------------------------------------------------------------------
 
-    def _keep_removed(self) -> None:
-        self._drop(self._removed.receive(self._inbox))
-
     def _drop(self, nodeids: list[int]) -> None:
         """Have the workers let go of these nodes."""
         if nodeids:
@@ -390,6 +396,25 @@ class Supervisor:
 
     def _operations(self) -> Counter[str]:
         return sum((counters.operations() for counters in self._counters), Counter())
+
+
+@contextlib.contextmanager
+def _backing_directory(passthrough: Passthrough) -> Iterator[int | None]:
+    """The directory of a new connection's table of backing IDs, by its descriptor; None if passthrough is off, or may be and
+    there is no room for a table."""
+    with contextlib.ExitStack() as stack:
+        directory = None
+        if passthrough != "off":
+            try:
+                directory = stack.enter_context(table_directory())
+                BackingTable(directory).close()
+            except OSError as error:
+                message = f"no passthrough without a table in {SHARED_MEMORY}: {error.strerror}"
+                if passthrough == "on":
+                    raise StartupError(f"{message}; free space there, or use --passthrough=auto or off") from error
+                log.warning("%s", message)
+                directory = None
+        yield directory
 
 
 def _adopt_orphans() -> None:

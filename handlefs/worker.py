@@ -33,6 +33,7 @@ from handlefs.removed import hand_over
 from handlefs.slot import EXECUTED, EXECUTING, Slot, SlotMemory
 from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
+from handlefs.transport.backingtable import BackingTable
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.replay import CHANGING, Replay
 
@@ -66,6 +67,13 @@ class Assignment:
     """Descriptor of the drop log."""
     removed: int
     """Descriptor of the socket for what is removed."""
+    backing: int | None
+    """Descriptor of the directory of the table of backing IDs; None if there is no passthrough."""
+
+    def descriptors(self) -> tuple[int, ...]:
+        """All descriptors that it names."""
+        numbers = (self.device, self.slots, self.drops, self.removed, self.backing)
+        return tuple(number for number in numbers if number is not None)
 
     def to_json(self) -> str:
         """For the command line; from_json() reads it back."""
@@ -187,13 +195,14 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
         # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
         drop_capability(CAP_SYS_RESOURCE)
         source = _open_source(assignment)
+        table = _open_table(assignment)
     except StartupError as error:
         _send(commands, {"failed": str(error)})
         return 1
     _send(commands, {"ready": os.getpid()})
     line = _receive(commands)
     if line:
-        _serve_slot(assignment, source, json.loads(line)["slot"], commands)
+        _serve_slot(assignment, source, table, json.loads(line)["slot"], commands)
     source.map.close()
     return 0
 
@@ -205,7 +214,16 @@ def _open_source(assignment: Assignment) -> Source:
     return source
 
 
-def _serve_slot(assignment: Assignment, source: Source, index: int, commands: socket.socket) -> None:
+def _open_table(assignment: Assignment) -> BackingTable | None:
+    try:
+        return None if assignment.backing is None else BackingTable(assignment.backing)
+    except OSError as error:
+        raise StartupError(f"cannot open the table of backing IDs: {error.strerror}") from error
+
+
+def _serve_slot(
+    assignment: Assignment, source: Source, table: BackingTable | None, index: int, commands: socket.socket
+) -> None:
     memory = SlotMemory(assignment.slots, assignment.slot_count, assignment.negotiated.buffer_size)
     try:
         memory.lock(index)
@@ -214,7 +232,7 @@ def _serve_slot(assignment: Assignment, source: Source, index: int, commands: so
     slot, negotiated, drops = memory[index], assignment.negotiated, DropLog(assignment.drops)
     peers = OtherProcesses(slot, drops, socket.socket(fileno=assignment.removed))
     operations = Operations(source, read_only=assignment.config.options.read_only, peers=peers)
-    backing = BackingFiles(assignment.device, enabled=negotiated.has(abi.FUSE_PASSTHROUGH))
+    backing = BackingFiles(assignment.device, table)
     counters = SharedCounters(slot.counters, COUNTED)
     dispatcher = Dispatcher(operations, negotiated, backing, assignment.config, counters)
     attendant = Attendant(commands, operations, drops)

@@ -23,7 +23,8 @@ from handlefs.protocol.extensions import supplementary_groups
 from handlefs.protocol.init import MAX_WRITE, Negotiated, ProtocolError, negotiate
 from handlefs.source import Attributes, Entry
 from handlefs.syscalls import DirectoryEntry, Moment
-from handlefs.transport.backing import NO_BACKING, BackingFiles
+from handlefs.transport.backing import BackingFiles
+from handlefs.transport.backingtable import NO_BACKING
 from handlefs.transport.failures import Failures
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,8 @@ class Request(NamedTuple):
     groups: tuple[int, ...] | None
 
 
-def mount(config: Config) -> tuple[int, Negotiated]:
-    """Mount, and answer the kernel's INIT: the /dev/fuse descriptor, and what was agreed on.
+def mount(config: Config, *, passthrough: bool) -> tuple[int, Negotiated]:
+    """Mount, and answer the kernel's INIT, with `passthrough` if it can: the /dev/fuse descriptor, and what was agreed on.
 
     Raises OSError if the mount fails, StartupError if the kernel is too old.
     """
@@ -65,7 +66,7 @@ def mount(config: Config) -> tuple[int, Negotiated]:
         options.device(config.source), config.mountpoint, options.fstype(), options.flags(), options.fuse_data(device)
     )
     try:
-        negotiated = _answer_init(device, passthrough=config.passthrough != "off")
+        negotiated = _answer_init(device, passthrough=passthrough)
         if config.passthrough == "on" and not negotiated.has(abi.FUSE_PASSTHROUGH):
             raise StartupError(
                 "this kernel has no FUSE passthrough (Linux 6.9 or newer): use --passthrough=auto or off"
@@ -328,7 +329,7 @@ class Dispatcher:
         """struct fuse_open_out for a regular file, opened with the open(2) `flags`."""
         file = self._operations.open_files.get(nodeid, fh)
         try:
-            backing_id = NO_BACKING if file is None else self._backing.opened(nodeid, file.fd)
+            backing_id = NO_BACKING if file is None else self._backing.opened(nodeid, fh, file.fd)
         except OSError:
             self._operations.release(nodeid, fh)  # the kernel will not: for it the file was never opened
             raise
@@ -369,8 +370,10 @@ class Dispatcher:
         return b""
 
     def _release(self, request: Request) -> Reply:
-        self._backing.released(request.nodeid)
-        return self._releasedir(request)
+        fh, *_ = abi.fuse_release_in.unpack_from(request.body)
+        self._operations.release(request.nodeid, fh)
+        self._backing.released(request.nodeid, fh)
+        return b""
 
     def _releasedir(self, request: Request) -> Reply:
         self._operations.release(request.nodeid, abi.fuse_release_in.unpack_from(request.body)[0])
