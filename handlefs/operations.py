@@ -489,7 +489,16 @@ class Operations:
     def _list(file: OpenFile, offset: int, size: int) -> list[DirectoryEntry]:
         with file.lock:
             os.lseek(file.fd, offset, os.SEEK_SET)
-            return getdents(file.fd, size)
+            entries = getdents(file.fd, size)
+            if offset == 0 and not entries:
+                # Not even ".": ext4 lists nothing from the start of a descriptor that was first read at the end
+                # (ext4_dx_readdir takes what it computed there for the start's), as of one that was opened again.
+                flags = fcntl.fcntl(file.fd, fcntl.F_GETFL)
+                fresh = os.open(b"/proc/self/fd/%d" % file.fd, flags | os.O_CLOEXEC)
+                os.dup2(fresh, file.fd, inheritable=False)
+                os.close(fresh)
+                entries = getdents(file.fd, size)
+            return entries
 
     def _with_nodes(
         self, file: OpenFile, inode: Inode, entries: Sequence[DirectoryEntry]

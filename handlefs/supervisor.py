@@ -155,7 +155,7 @@ class Supervisor:
         self._config = config
         self._foreground = foreground
         self._count = config.workers or default_workers()
-        self._cache_size = -(-cache_size // self._count)
+        self._cache_size = cache_size
         self._selector = selectors.DefaultSelector()
         self._template: _Template | None = None
         self._lock = threading.Lock()  # of _workers, which other threads read

@@ -24,6 +24,7 @@ from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.daemon import set_up_logging
 from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
+from handlefs.inodecache import InodeCache
 from handlefs.metrics import SharedCounters
 from handlefs.opening import open_map, open_source, state_dir_of
 from handlefs.operations import Operations
@@ -55,6 +56,7 @@ class Assignment:
     config: Config
     foreground: bool
     cache_size: int
+    """Inodes to cache, by all workers together."""
     minor: int
     flags: int
     max_write: int
@@ -209,7 +211,7 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
 
 def _open_source(assignment: Assignment) -> Source:
     config = assignment.config
-    source = open_source(config.source, assignment.cache_size, config)
+    source = open_source(config.source, 0, config)
     source.attach_map(open_map(state_dir_of(source, config.state_dir), source))
     return source
 
@@ -229,6 +231,7 @@ def _serve_slot(
         memory.lock(index)
     except OSError as error:
         log.warning("cannot lock a request's memory: a worker that is killed may fail its request: %s", error.strerror)
+    source.cache = InodeCache(share(assignment.cache_size, index, assignment.slot_count))
     slot, negotiated, drops = memory[index], assignment.negotiated, DropLog(assignment.drops)
     peers = OtherProcesses(slot, drops, socket.socket(fileno=assignment.removed))
     operations = Operations(source, read_only=assignment.config.options.read_only, peers=peers)
@@ -238,6 +241,11 @@ def _serve_slot(
     attendant = Attendant(commands, operations, drops)
     threading.Thread(target=attendant.run, name="attendant", daemon=True).start()
     Worker(assignment.device, slot, dispatcher, Replay(operations, negotiated, dispatcher.answer)).run()
+
+
+def share(total: int, index: int, count: int) -> int:
+    """The part of `total` that number `index` of `count` gets."""
+    return total // count + (index < total % count)
 
 
 class Attendant:

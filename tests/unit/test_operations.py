@@ -97,6 +97,19 @@ def _one_batch(root: Path, state: Path, directory: int, fh: int, offset: int) ->
         return entries
 
 
+def test_a_listing_that_goes_on_at_the_end_can_start_again(root: Path, tmp_path: Path) -> None:
+    """The first that a server sees of an open directory may be a READDIR at its end, and then one at its start."""
+    source = new_directory(root)
+    for number in range(100):
+        (source / f"{number}").touch()
+    with serving(source, tmp_path / "state") as operations:
+        fh = operations.opendir(1)
+        entries = operations.readdir(1, fh, 0, 1 << 16)
+    with serving(source, tmp_path / "state") as operations:
+        assert operations.readdir(1, fh, entries[-1].offset, 1 << 16) == []
+        assert operations.readdir(1, fh, 0, 1 << 16) == entries
+
+
 def test_a_listing_gives_nodes_as_a_look_up_does(root: Path, tmp_path: Path) -> None:
     (root / "dir/below").mkdir(parents=True)
     (root / "dir/file").touch()
