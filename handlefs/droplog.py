@@ -9,6 +9,7 @@ import array
 import fcntl
 import os
 import struct
+import threading
 from collections.abc import Iterable
 
 from handlefs.syscalls import fallocate
@@ -30,6 +31,7 @@ class DropLog:
         self.fd = fd
         self._position = self._size()
         self._trimmed = 0
+        self._lock = threading.Lock()
 
     @classmethod
     def create(cls) -> "DropLog":
@@ -48,8 +50,9 @@ class DropLog:
 
     def news(self) -> list[tuple[int, int]]:
         """The events since the last call: (node ID, fh or `FORGOTTEN`)."""
-        words = array.array("Q", os.pread(self.fd, self._size() - self._position, self._position))
-        self._position += len(words) * words.itemsize
+        with self._lock:
+            words = array.array("Q", os.pread(self.fd, self._size() - self._position, self._position))
+            self._position += len(words) * words.itemsize
         return list(zip(words[::2], words[1::2], strict=True))
 
     def trim(self) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 from cachetools import LRUCache
@@ -62,6 +63,8 @@ class InodeCache:
         self._hits = 0
         self._misses = 0
         self._evictions = 0
+        self.more_room: Callable[[], int] = lambda: 0
+        """Closes descriptors elsewhere that are not needed; returns how many."""
 
     def get(self, nodeid: int) -> Inode | None:
         """The cached inode of `nodeid`, now the most recently used; None if it is not here."""
@@ -97,6 +100,10 @@ class InodeCache:
             evicted, self._lru.evicted = self._lru.evicted, []
             self._evictions += len(evicted)
         return len(evicted)
+
+    def make_room(self) -> int:
+        """The process is out of descriptors: drop half of what is cached, and what `more_room` finds; returns how much."""
+        return self.evict(self.statistics().size // 2 + 1) + self.more_room()
 
     def evict_all(self) -> int:
         """Drop everything; returns how many inodes were dropped."""

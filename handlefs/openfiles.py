@@ -1,7 +1,7 @@
 """Open files and directories, and the file handles (`fh`) the kernel holds for them.
 
-An `fh` is a hint, never the only way back: it carries what is needed to open the node again, so that a server that has
-never seen it (the kernel kept the file open across a restart) serves the request from the node ID all the same.
+An `fh` is a hint, never the only way back: it carries what is needed to open the node again, so that a process that has
+never seen it (another one has opened the file) serves the request from the node ID all the same.
 """
 
 import itertools
@@ -38,6 +38,7 @@ class OpenFiles:
         # With the node ID: numbers of an earlier server may coincide with new ones.
         self._files: dict[tuple[int, int], OpenFile] = {}
         self._by_node: dict[int, list[OpenFile]] = {}
+        self._restored: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
         # Starts at random, so that numbers of an earlier server do not come again.
         self._ids = itertools.count(secrets.randbits(56))
@@ -46,17 +47,24 @@ class OpenFiles:
         """Register `file`, opened with the open(2) `flags`; returns its new 64-bit `fh`."""
         fh = (next(self._ids) & _ID_MASK) << _ID_SHIFT | flags & _ACCESS_MASK
         fh |= (_DIRECTORY if directory else 0) | (_NOATIME if flags & os.O_NOATIME else 0)
-        self.restore(file, fh)
+        with self._lock:
+            self._register(file, fh)
         return fh
 
     def restore(self, file: OpenFile, fh: int) -> OpenFile:
-        """Register `file` under the `fh` of an earlier server; returns what another thread has registered meanwhile, if
+        """Register `file` under the `fh` of another process; returns what another thread has registered meanwhile, if
         any, else `file`."""
         with self._lock:
-            registered = self._files.setdefault((file.nodeid, fh), file)
-            if registered is file:
-                self._by_node.setdefault(file.nodeid, []).append(file)
-            return registered
+            registered = self._files.get((file.nodeid, fh))
+            if registered is not None:
+                return registered
+            self._register(file, fh)
+            self._restored.add((file.nodeid, fh))
+            return file
+
+    def _register(self, file: OpenFile, fh: int) -> None:
+        self._files[file.nodeid, fh] = file
+        self._by_node.setdefault(file.nodeid, []).append(file)
 
     def get(self, nodeid: int, fh: int) -> OpenFile | None:
         """The open file `fh` of `nodeid`; None if it is unknown here: a number from an earlier server."""
@@ -71,19 +79,37 @@ class OpenFiles:
     def remove(self, nodeid: int, fh: int) -> None:
         """Forget `fh`, if it is known; the file is closed when the last operation on it is done."""
         with self._lock:
-            file = self._files.pop((nodeid, fh), None)
-            if file is None:
-                return
+            file = self._remove(nodeid, fh)
+        del file
+
+    def _remove(self, nodeid: int, fh: int) -> OpenFile | None:
+        """Returns the file, which is to be closed without the lock."""
+        file = self._files.pop((nodeid, fh), None)
+        if file is not None:
+            self._restored.discard((nodeid, fh))
             files = self._by_node[nodeid]
             files.remove(file)
             if not files:
                 del self._by_node[nodeid]
+        return file
 
-    def counts(self) -> tuple[int, int]:
-        """Numbers of open files and of open directories."""
+    def make_room(self) -> int:
+        """The process is out of descriptors: close files that can be opened again when they are asked for, those of another
+        process's `fh` or else half of those that still have a name; returns how many."""
         with self._lock:
-            directories = sum(1 for _, fh in self._files if fh & _DIRECTORY)
-            return len(self._files) - directories, directories
+            candidates = list(self._restored)
+            if not candidates:
+                candidates = [key for key, file in self._files.items() if os.fstat(file.fd).st_nlink]
+                candidates = candidates[: len(candidates) // 2 + 1]
+            dropped = [self._remove(nodeid, fh) for nodeid, fh in candidates]
+        return len(dropped)
+
+    def counts(self, *, restored: bool = True) -> tuple[int, int]:
+        """Numbers of open files and of open directories, with or without those of other processes."""
+        with self._lock:
+            numbers = self._files.keys() if restored else self._files.keys() - self._restored
+            directories = sum(1 for _, fh in numbers if fh & _DIRECTORY)
+            return len(numbers) - directories, directories
 
 
 def reopen_flags(fh: int) -> int:

@@ -54,11 +54,11 @@ class Entry(NamedTuple):
 
 
 def with_descriptors(cache: InodeCache, work: Callable[[], T]) -> T:
-    """Run `work`; if it runs out of descriptors, drop half of the cached ones and run it again."""
+    """Run `work`; if it runs out of descriptors, make room in `cache` and run it again."""
     try:
         return work()
     except OSError as error:
-        if error.errno not in _OUT_OF_DESCRIPTORS or not cache.evict(cache.statistics().size // 2 + 1):
+        if error.errno not in _OUT_OF_DESCRIPTORS or not cache.make_room():
             raise
     return work()
 

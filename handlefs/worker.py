@@ -239,6 +239,7 @@ def _serve_slot(
     counters = SharedCounters(slot.counters, COUNTED)
     dispatcher = Dispatcher(operations, negotiated, backing, assignment.config, counters)
     attendant = Attendant(commands, operations, drops)
+    source.cache.more_room = attendant.make_room
     threading.Thread(target=attendant.run, name="attendant", daemon=True).start()
     Worker(assignment.device, slot, dispatcher, Replay(operations, negotiated, dispatcher.answer)).run()
 
@@ -269,13 +270,20 @@ class Attendant:
                 self._drop()
                 dropped = time.monotonic()
 
-    def _drop(self) -> None:
+    def make_room(self) -> int:
+        """This process has no descriptor left: close what can be opened again; returns how many there were."""
+        return self._drop() + self._operations.open_files.make_room()
+
+    def _drop(self) -> int:
+        """Drop what others have been told is not needed any more; returns the number of such events."""
         operations = self._operations
-        for nodeid, fh in self._drops.news():
+        events = self._drops.news()
+        for nodeid, fh in events:
             if fh == FORGOTTEN:
                 operations.source.cache.forget(nodeid)
             else:
                 operations.open_files.remove(nodeid, fh)
+        return len(events)
 
     def _perform(self, command: dict[str, Any]) -> dict[str, Any]:
         self._drop()
@@ -283,7 +291,7 @@ class Attendant:
         if command["op"] == "evict":
             count = command["count"]
             return {"evicted": source.evict_all() if count is None else source.cache.evict(count)}
-        files, directories = self._operations.open_files.counts()
+        files, directories = self._operations.open_files.counts(restored=False)
         return {"cache": source.cache.statistics()._asdict(), "open_files": files, "open_dirs": directories}
 
 

@@ -137,3 +137,31 @@ def test_counts_tell_files_from_directories() -> None:
     for number, fh in enumerate(numbers):
         files.remove(number, fh)
     assert files.counts() == (0, 0)
+
+
+def test_room_is_made_of_what_can_be_opened_again(tmp_path: Path) -> None:
+    """First what belongs to another process, then half of what has a name; never what was removed."""
+    files = OpenFiles()
+
+    def opened(name: str, nodeid: int) -> OpenFile:
+        return OpenFile(os.open(tmp_path / name, os.O_RDWR | os.O_CREAT), nodeid)
+
+    foreign = opened("foreign", 1)
+    files.restore(foreign, 0x10)
+    own = [files.add(opened(f"own{number}", number), os.O_RDWR) for number in range(2, 8)]
+    removed = files.add(opened("removed", 8), os.O_RDWR)
+    (tmp_path / "removed").unlink()
+    assert files.counts() == (8, 0)
+    assert files.counts(restored=False) == (7, 0)
+    fd = foreign.fd
+    del foreign
+    assert files.make_room() == 1
+    assert not is_open(fd)
+    assert files.get(1, 0x10) is None
+    rounds = 0
+    while files.make_room():
+        rounds += 1
+    assert rounds > 1
+    assert files.get(8, removed) is not None
+    assert not any(files.get(number, fh) for number, fh in enumerate(own, 2))
+    assert files.counts() == (1, 0)
