@@ -8,6 +8,7 @@ import itertools
 import os
 import secrets
 import threading
+from collections.abc import Iterator
 
 _ACCESS_MASK = os.O_ACCMODE  # bits 0 and 1
 _DIRECTORY = 1 << 2
@@ -34,18 +35,19 @@ class OpenFile:
 class OpenFiles:
     """The table of open files of this process; safe to use from several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Iterator[int] | None = None) -> None:
+        """`numbers` are for new files: no two open files of one mount may have the same, whatever process opens them. By
+        default they are counted, from a random one on, so that those of an earlier server do not come again."""
         # With the node ID: numbers of an earlier server may coincide with new ones.
         self._files: dict[tuple[int, int], OpenFile] = {}
         self._by_node: dict[int, list[OpenFile]] = {}
         self._restored: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
-        # Starts at random, so that numbers of an earlier server do not come again.
-        self._ids = itertools.count(secrets.randbits(56))
+        self._numbers = numbers or itertools.count(secrets.randbits(56))
 
     def add(self, file: OpenFile, flags: int, *, directory: bool = False) -> int:
         """Register `file`, opened with the open(2) `flags`; returns its new 64-bit `fh`."""
-        fh = (next(self._ids) & _ID_MASK) << _ID_SHIFT | flags & _ACCESS_MASK
+        fh = (next(self._numbers) & _ID_MASK) << _ID_SHIFT | flags & _ACCESS_MASK
         fh |= (_DIRECTORY if directory else 0) | (_NOATIME if flags & os.O_NOATIME else 0)
         with self._lock:
             self._register(file, fh)

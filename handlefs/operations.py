@@ -99,11 +99,18 @@ class Peers(Protocol):
 class Operations:
     """The operations on one source; safe to use from several threads."""
 
-    def __init__(self, source: Source, *, read_only: bool = False, peers: Peers | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        read_only: bool = False,
+        open_files: OpenFiles | None = None,
+        peers: Peers | None = None,
+    ) -> None:
         self.source = source
         self.read_only = read_only
         self._peers = peers
-        self.open_files = OpenFiles()
+        self.open_files = open_files or OpenFiles()
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
 from handlefs.inodecache import InodeCache
 from handlefs.metrics import SharedCounters
+from handlefs.openfiles import OpenFiles
 from handlefs.opening import open_map, open_source, state_dir_of
 from handlefs.operations import Operations
 from handlefs.protocol import abi
@@ -234,7 +235,10 @@ def _serve_slot(
     source.cache = InodeCache(share(assignment.cache_size, index, assignment.slot_count))
     slot, negotiated, drops = memory[index], assignment.negotiated, DropLog(assignment.drops)
     peers = OtherProcesses(slot, drops, socket.socket(fileno=assignment.removed))
-    operations = Operations(source, read_only=assignment.config.options.read_only, peers=peers)
+    # Numbered by their requests: a successor that repeats one opens the same file, not a second.
+    open_files = OpenFiles(iter(lambda: slot.unique, None))
+    read_only = assignment.config.options.read_only
+    operations = Operations(source, read_only=read_only, open_files=open_files, peers=peers)
     backing = BackingFiles(assignment.device, table)
     counters = SharedCounters(slot.counters, COUNTED)
     dispatcher = Dispatcher(operations, negotiated, backing, assignment.config, counters)

@@ -87,6 +87,7 @@ def _rows(details: dict[str, Any]) -> list[tuple[str, str]]:
     operations, errors = rest.pop("operations"), rest.pop("errors")
     asked = cache["hits"] + cache["misses"]
     hits = f", {cache['hits'] / asked:.1%} hits" if asked else ""
+    workers = rest.pop("workers", None)
     rows = [(name.replace("_", " "), _plain(rest.pop(name))) for name in ("mountpoint", "source", "state", "pid")]
     rows += [
         ("up for", _duration(uptime)),
@@ -97,6 +98,9 @@ def _rows(details: dict[str, Any]) -> list[tuple[str, str]]:
         ("operations", f"{rest.pop('operations_total'):,}, {per_second:.1f} per second now{_counts(operations)}"),
         ("errors", _counts(errors).removeprefix(": ") or "none"),
     ]
+    if workers is not None:
+        pids = ", ".join(str(worker["pid"]) for worker in workers)
+        rows.append(("workers", f"{len(workers)} (processes {pids})"))
     return rows + [(name.replace("_", " "), _plain(value)) for name, value in rest.items()]
 
 

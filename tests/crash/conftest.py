@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -61,16 +62,23 @@ class Ground:
             raise
 
 
-@pytest.fixture(scope="module")
-def ground(kind: str, filesystems: FileSystems) -> Iterator[Ground]:
-    base = filesystems[kind] / f"crash-{next(_numbers)}"
+@contextmanager
+def serving(root: Path, passthrough: str) -> Iterator[Ground]:
+    """A server over a new directory on the file system `root`."""
+    base = root / f"crash-{next(_numbers)}"
     source, controls = base / "source", base / "control"
     for path in (source, controls):
         path.mkdir(parents=True)
     with scratch_directory() as scratch, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HANDLEFS_FAULT", os.fspath(scratch / "fault"))
-        with mounted(source, None, "--transport=direct", "--passthrough=off") as server:
+        with mounted(source, None, "--transport=direct", f"--passthrough={passthrough}") as server:
             yield Ground(server, scratch / "fault", controls)
+
+
+@pytest.fixture(scope="module")
+def ground(kind: str, filesystems: FileSystems) -> Iterator[Ground]:
+    with serving(filesystems[kind], "off" if kind == "ext4" else "auto") as ground:
+        yield ground
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
