@@ -12,6 +12,7 @@
 #include <linux/fuse.h>
 #include <stdint.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 
 #define BILLION 1000000000LL
@@ -233,37 +234,202 @@ static void fill_attr(struct fuse_attr *attr, uint64_t ino, const Stat *stat)
     attr->blksize = stat->blksize;
 }
 
+struct timeout {
+    unsigned long long seconds;
+    unsigned int nanoseconds;
+};
+
+static void fill_entry(struct fuse_entry_out *out, uint64_t nodeid, uint64_t generation, struct timeout entry,
+                       struct timeout attr, uint64_t ino, const Stat *stat)
+{
+    memset(out, 0, sizeof *out);
+    out->nodeid = nodeid;
+    out->generation = generation;
+    out->entry_valid = entry.seconds;
+    out->entry_valid_nsec = entry.nanoseconds;
+    out->attr_valid = attr.seconds;
+    out->attr_valid_nsec = attr.nanoseconds;
+    fill_attr(&out->attr, ino, stat);
+}
+
 static PyObject *native_attr_out(PyObject *module, PyObject *args)
 {
     struct fuse_attr_out out = {0};
-    unsigned long long ino, seconds;
-    unsigned int nanoseconds;
+    struct timeout timeout;
+    unsigned long long ino;
     Stat *stat;
-    if (!PyArg_ParseTuple(args, "KIKO!", &seconds, &nanoseconds, &ino, &StatType, &stat))
+    if (!PyArg_ParseTuple(args, "(KI)KO!", &timeout.seconds, &timeout.nanoseconds, &ino, &StatType, &stat))
         return NULL;
-    out.attr_valid = seconds;
-    out.attr_valid_nsec = nanoseconds;
+    out.attr_valid = timeout.seconds;
+    out.attr_valid_nsec = timeout.nanoseconds;
     fill_attr(&out.attr, ino, stat);
     return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
 }
 
 static PyObject *native_entry_out(PyObject *module, PyObject *args)
 {
-    struct fuse_entry_out out = {0};
-    unsigned long long nodeid, generation, entry_seconds, attr_seconds, ino;
-    unsigned int entry_nanoseconds, attr_nanoseconds;
+    struct fuse_entry_out out;
+    struct timeout entry, attr;
+    unsigned long long nodeid, generation, ino;
     Stat *stat;
-    if (!PyArg_ParseTuple(args, "KKKKIIKO!", &nodeid, &generation, &entry_seconds, &attr_seconds, &entry_nanoseconds,
-                          &attr_nanoseconds, &ino, &StatType, &stat))
+    if (!PyArg_ParseTuple(args, "KK(KI)(KI)KO!", &nodeid, &generation, &entry.seconds, &entry.nanoseconds,
+                          &attr.seconds, &attr.nanoseconds, &ino, &StatType, &stat))
         return NULL;
-    out.nodeid = nodeid;
-    out.generation = generation;
-    out.entry_valid = entry_seconds;
-    out.attr_valid = attr_seconds;
-    out.entry_valid_nsec = entry_nanoseconds;
-    out.attr_valid_nsec = attr_nanoseconds;
-    fill_attr(&out.attr, ino, stat);
+    fill_entry(&out, nodeid, generation, entry, attr, ino, stat);
     return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
+}
+
+/* -- directories ----------------------------------------------------------------------------------------------------- */
+
+/* struct linux_dirent64 of getdents64(2). */
+struct kernel_dirent {
+    uint64_t ino;
+    int64_t offset;
+    unsigned short length;
+    unsigned char type;
+    char name[];
+};
+
+/* A new instance of the tuple class `type` with the items (name, ino, type, offset). */
+static PyObject *new_entry(PyTypeObject *type, const struct kernel_dirent *from)
+{
+    PyObject *items = Py_BuildValue("((yKiL))", from->name, (unsigned long long)from->ino, (int)from->type,
+                                    (long long)from->offset);
+    PyObject *entry = items == NULL ? NULL : PyTuple_Type.tp_new(type, items, NULL);
+    Py_XDECREF(items);
+    return entry;
+}
+
+static PyObject *native_getdents(PyObject *module, PyObject *args)
+{
+    int fd;
+    Py_ssize_t size, count, position = 0;
+    PyTypeObject *type;
+    PyObject *entries;
+    char *buffer;
+    if (!PyArg_ParseTuple(args, "inO!", &fd, &size, &PyType_Type, &type))
+        return NULL;
+    if (!PyType_IsSubtype(type, &PyTuple_Type)) {
+        PyErr_SetString(PyExc_TypeError, "not a class of tuples");
+        return NULL;
+    }
+    buffer = PyMem_Malloc(size);
+    if (buffer == NULL)
+        return PyErr_NoMemory();
+    SYSTEM_CALL(count, syscall(SYS_getdents64, fd, buffer, size));
+    entries = count < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyList_New(0);
+    while (entries != NULL && position < count) {
+        const struct kernel_dirent *from = (const struct kernel_dirent *)(buffer + position);
+        PyObject *entry = new_entry(type, from);
+        if (entry == NULL || PyList_Append(entries, entry) < 0)
+            Py_CLEAR(entries);
+        Py_XDECREF(entry);
+        position += from->length;
+    }
+    PyMem_Free(buffer);
+    return entries;
+}
+
+/* A reply that is being made. */
+struct reply {
+    char *end;       /* of what it holds already */
+    Py_ssize_t room; /* bytes left */
+    struct timeout entry, attr;
+};
+
+enum outcome { FAILED = -1, FULL, WRITTEN };
+
+/* Writes struct fuse_dirent for the tuple (name, ino, type, offset). */
+static enum outcome put_dirent(struct reply *reply, PyObject *entry)
+{
+    unsigned long long ino, offset;
+    int type;
+    const char *name;
+    Py_ssize_t length, size;
+    struct fuse_dirent head;
+    if (!PyArg_ParseTuple(entry, "y#KiK", &name, &length, &ino, &type, &offset))
+        return FAILED;
+    size = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET + length);
+    if (size > reply->room)
+        return FULL;
+    head.ino = ino;
+    head.off = offset;
+    head.namelen = length;
+    head.type = type;
+    memset(reply->end + size - 8, 0, 8); /* the padding */
+    memcpy(reply->end, &head, FUSE_NAME_OFFSET);
+    memcpy(reply->end + FUSE_NAME_OFFSET, name, length);
+    reply->end += size;
+    reply->room -= size;
+    return WRITTEN;
+}
+
+/* Writes struct fuse_direntplus for the tuple (entry, node): `entry` as above, node None or (nodeid, generation, (ino, Stat)). */
+static enum outcome put_direntplus(struct reply *reply, PyObject *item)
+{
+    struct fuse_entry_out out = {0};
+    struct reply rest;
+    PyObject *entry, *node;
+    unsigned long long nodeid, generation, ino;
+    Stat *stat;
+    enum outcome outcome;
+    if (!PyArg_ParseTuple(item, "OO", &entry, &node))
+        return FAILED;
+    if (node != Py_None) {
+        if (!PyArg_ParseTuple(node, "KK(KO!)", &nodeid, &generation, &ino, &StatType, &stat))
+            return FAILED;
+        fill_entry(&out, nodeid, generation, reply->entry, reply->attr, ino, stat);
+    }
+    if (reply->room < (Py_ssize_t)sizeof out)
+        return FULL;
+    rest = (struct reply){.end = reply->end + sizeof out, .room = reply->room - sizeof out};
+    outcome = put_dirent(&rest, entry);
+    if (outcome == WRITTEN) {
+        memcpy(reply->end, &out, sizeof out);
+        reply->end = rest.end;
+        reply->room = rest.room;
+    }
+    return outcome;
+}
+
+/* A reply with as many of the `entries`, a sequence, as fit, each written by `put`. */
+static PyObject *fill(struct reply *reply, PyObject *entries, enum outcome (*put)(struct reply *, PyObject *))
+{
+    enum outcome outcome = WRITTEN;
+    PyObject *items = PySequence_Fast(entries, "not a sequence"), *bytes;
+    if (items == NULL)
+        return NULL;
+    bytes = PyBytes_FromStringAndSize(NULL, reply->room);
+    if (bytes != NULL) {
+        reply->end = PyBytes_AS_STRING(bytes);
+        for (Py_ssize_t index = 0; outcome == WRITTEN && index < PySequence_Fast_GET_SIZE(items); index++)
+            outcome = put(reply, PySequence_Fast_GET_ITEM(items, index));
+        if (outcome == FAILED)
+            Py_CLEAR(bytes);
+        else
+            _PyBytes_Resize(&bytes, reply->end - PyBytes_AS_STRING(bytes));
+    }
+    Py_DECREF(items);
+    return bytes;
+}
+
+static PyObject *native_dirents(PyObject *module, PyObject *args)
+{
+    struct reply reply = {0};
+    PyObject *entries;
+    if (!PyArg_ParseTuple(args, "On", &entries, &reply.room))
+        return NULL;
+    return fill(&reply, entries, put_dirent);
+}
+
+static PyObject *native_direntplus(PyObject *module, PyObject *args)
+{
+    struct reply reply = {0};
+    PyObject *entries;
+    if (!PyArg_ParseTuple(args, "On(KI)(KI)", &entries, &reply.room, &reply.entry.seconds, &reply.entry.nanoseconds,
+                          &reply.attr.seconds, &reply.attr.nanoseconds))
+        return NULL;
+    return fill(&reply, entries, put_direntplus);
 }
 
 /* -- the module ------------------------------------------------------------------------------------------------------ */
@@ -276,10 +442,14 @@ static PyMethodDef methods[] = {
      "open_by_handle_at(mount_fd, handle type, handle bytes, flags) -> descriptor, close-on-exec"},
     {"look", native_look, METH_VARARGS,
      "look(dir_fd, name) -> (handle type, handle bytes, mount ID, Stat), the Stat taken last"},
-    {"attr_out", native_attr_out, METH_VARARGS, "attr_out(attr_valid, attr_valid_nsec, ino, Stat) -> struct fuse_attr_out"},
+    {"attr_out", native_attr_out, METH_VARARGS, "attr_out(timeout, ino, Stat) -> struct fuse_attr_out"},
     {"entry_out", native_entry_out, METH_VARARGS,
-     "entry_out(nodeid, generation, entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec, ino, Stat) -> struct "
-     "fuse_entry_out"},
+     "entry_out(nodeid, generation, entry timeout, attr timeout, ino, Stat) -> struct fuse_entry_out"},
+    {"getdents", native_getdents, METH_VARARGS,
+     "getdents(fd, size, type) -> list of instances of the tuple class, each of (name, ino, type, offset)"},
+    {"dirents", native_dirents, METH_VARARGS, "dirents(entries, size) -> as many struct fuse_dirent as fit"},
+    {"direntplus", native_direntplus, METH_VARARGS,
+     "direntplus([(entry, node or None)], size, entry timeout, attr timeout) -> as many struct fuse_direntplus as fit"},
     {NULL},
 };
 

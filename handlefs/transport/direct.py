@@ -6,6 +6,7 @@ across an operation.
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import struct
@@ -23,8 +24,10 @@ from handlefs.protocol import abi
 from handlefs.protocol.attributes import attr_out, entry_out
 from handlefs.protocol.extensions import supplementary_groups
 from handlefs.protocol.init import MAX_WRITE, Negotiated, ProtocolError, negotiate
+from handlefs.protocol.listing import direntplus, dirents
 from handlefs.source import Attributes, Entry
-from handlefs.syscalls import DirectoryEntry, Moment
+from handlefs.syscalls import Moment
+from handlefs.transport.affinity import Follower
 from handlefs.transport.backing import NO_BACKING, BackingFiles
 from handlefs.transport.failures import Failures
 
@@ -34,13 +37,11 @@ WORKER_THREADS = 4
 """Requests served at the same time."""
 
 _LARGEST_REQUEST = MAX_WRITE + 4096
-_MOST_PIECES = os.sysconf("SC_IOV_MAX")
-"""What writev(2) takes; the kernel refuses a reply in more pieces, and whoever asked waits for ever."""
 _MALFORMED = (struct.error, ValueError, OverflowError)  # OverflowError: a number that no system call takes
 _NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT, abi.FUSE_NOTIFY_REPLY)
 
-Reply = bytes | Sequence[bytes] | None
-"""The payload of a reply, in one or more pieces; None for requests that have none."""
+Reply = bytes | None
+"""The payload of a reply; None for requests that have none."""
 
 
 class Request(NamedTuple):
@@ -49,7 +50,6 @@ class Request(NamedTuple):
     `groups`: the caller's supplementary groups as an extension tells them; None if this kernel never does.
     """
 
-    unique: int
     nodeid: int
     uid: int
     gid: int
@@ -75,9 +75,10 @@ def serve(operations: Operations, config: Config, metrics: OperationMetrics, on_
                 "this kernel has no FUSE passthrough (Linux 6.9 or newer): use --passthrough=auto or off"
             )
         backing = BackingFiles(device, enabled=negotiated.has(abi.FUSE_PASSTHROUGH))
-        dispatcher = Dispatcher(operations, negotiated, backing, config, metrics)
+        dispatcher = Dispatcher(operations, negotiated, backing, config)
+        gc.freeze()  # what is here by now stays; the collector need not look at it again and again
         threads = [
-            threading.Thread(target=_worker, args=(device, dispatcher), name=f"fuse-{number}", daemon=True)
+            threading.Thread(target=_worker, args=(device, dispatcher, metrics), name=f"fuse-{number}", daemon=True)
             for number in range(WORKER_THREADS)
         ]
         for thread in threads:
@@ -106,14 +107,27 @@ def _answer_init(device: int, *, passthrough: bool) -> Negotiated:
     return negotiated
 
 
-def _worker(device: int, dispatcher: "Dispatcher") -> None:
+def _worker(device: int, dispatcher: "Dispatcher", metrics: OperationMetrics) -> None:
     """Serve requests until the mount is gone."""
     buffer = bytearray(dispatcher.negotiated.buffer_size)
     view = memoryview(buffer)
-    buffers = (buffer,)
+    follower = Follower()
+    while size := _receive(device, buffer):
+        reply = dispatcher.answer(view[:size])
+        if reply is not None:
+            _send(device, reply, view)
+        # From here on nobody waits.
+        _, opcode, _, _, _, _, pid, *_ = abi.fuse_in_header.unpack_from(buffer)
+        failed = reply is not None and abi.fuse_out_header.unpack(reply[0])[1] != 0
+        metrics.count(abi.OPCODE_NAMES.get(opcode, "unknown"), failed=failed)
+        follower.served(pid, max(size, abi.fuse_out_header.unpack(reply[0])[0] if reply else 0))
+
+
+def _receive(device: int, buffer: bytearray) -> int:
+    """Read the next request into `buffer`; returns its size in bytes, 0 when the mount is gone."""
     while True:
         try:
-            size = os.readv(device, buffers)
+            return os.readv(device, (buffer,))
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
                 continue  # ENOENT: the request was interrupted before it was read
@@ -122,15 +136,17 @@ def _worker(device: int, dispatcher: "Dispatcher") -> None:
                 errno.ECONNABORTED,
             ):  # unmounted, ahead of or in the middle of the read
                 log.exception("reading requests failed")
-            return
-        reply = dispatcher.answer(view[:size])
-        if reply is not None:
-            try:
-                os.writev(device, reply)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENODEV):  # interrupted, or unmounted, meanwhile
-                    log.exception("a reply could not be written")
-                    _answer_eio(device, view)
+            return 0
+
+
+def _send(device: int, reply: Sequence[bytes], message: memoryview) -> None:
+    """Write the reply to the request `message`."""
+    try:
+        os.writev(device, reply)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):  # interrupted, or unmounted, meanwhile
+            log.exception("a reply could not be written")
+            _answer_eio(device, message)
 
 
 def _answer_eio(device: int, message: memoryview) -> None:
@@ -149,13 +165,11 @@ class Dispatcher:
         negotiated: Negotiated,
         backing: BackingFiles,
         config: Config,
-        metrics: OperationMetrics,
     ) -> None:
         self.negotiated = negotiated
         self._backing = backing
         self._failures = Failures()
         self._operations = operations
-        self._metrics = metrics
         self._entry_timeout = divmod(round(config.entry_timeout * 10**9), 10**9)
         self._attr_timeout = divmod(round(config.attr_timeout * 10**9), 10**9)
         self._no_groups = () if negotiated.has(abi.FUSE_CREATE_SUPP_GROUP) else None
@@ -221,38 +235,26 @@ class Dispatcher:
             return None
         size, opcode, unique, nodeid, uid, gid, pid, extensions, _ = abi.fuse_in_header.unpack_from(message)
         name = abi.OPCODE_NAMES.get(opcode, "unknown")
-        self._metrics.count(name)
         handler = self._handlers.get(opcode)
         end = size - 8 * extensions
         if handler is None:
-            return self._error(unique, errno.ENOSYS, name, opcode)
+            return _error(unique, errno.ENOSYS, opcode)
         if size != len(message) or end < abi.fuse_in_header.size:
-            return self._error(unique, errno.EINVAL, name, opcode)
+            return _error(unique, errno.EINVAL, opcode)
         try:
             groups = supplementary_groups(message[end:]) if extensions else self._no_groups
-            payload = handler(Request(unique, nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end], groups))
+            payload = handler(Request(nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end], groups))
         except OSError as error:
-            return self._error(unique, self._failures.errno_for_reply(name, error), name, opcode)
+            return _error(unique, self._failures.errno_for_reply(name, error), opcode)
         except _MALFORMED:
             log.error("malformed %s request of %d bytes", name, size)
-            return self._error(unique, errno.EINVAL, name, opcode)
+            return _error(unique, errno.EINVAL, opcode)
         except Exception:
             log.exception("%s failed", name)
-            return self._error(unique, errno.EIO, name, opcode)
+            return _error(unique, errno.EIO, opcode)
         if payload is None:
             return None
-        if not isinstance(payload, bytes) and len(payload) >= _MOST_PIECES:
-            payload = b"".join(payload)
-        if isinstance(payload, bytes):
-            return (abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique), payload)
-        size = abi.fuse_out_header.size + sum(map(len, payload))
-        return (abi.fuse_out_header.pack(size, 0, unique), *payload)
-
-    def _error(self, unique: int, number: int, name: str, opcode: int) -> Sequence[bytes] | None:
-        self._metrics.error(name)
-        if opcode in _NEVER_ANSWERED:
-            return None
-        return (abi.fuse_out_header.pack(abi.fuse_out_header.size, -number, unique),)
+        return abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique), payload
 
     # -- pieces of replies -----------------------------------------------------------------------------------------------
 
@@ -306,7 +308,7 @@ class Dispatcher:
         seconds, nanoseconds = self._attr_timeout
         # struct fuse_statx is struct statx up to the device numbers; only the inode number is ours.
         head = abi.fuse_statx_head.pack(seconds, nanoseconds, 0)
-        return head, statx[:32], abi.fuse_statx_ino.pack(ino), statx[40:144], bytes(112)
+        return b"".join((head, statx[:32], abi.fuse_statx_ino.pack(ino), statx[40:144], bytes(112)))
 
     def _readlink(self, request: Request) -> Reply:
         return self._operations.readlink(request.nodeid)
@@ -466,26 +468,15 @@ class Dispatcher:
     def _readdir(self, request: Request) -> Reply:
         fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
         # A fuse_dirent is 5 bytes longer than a linux_dirent64, and at least 32 bytes long.
-        pieces: list[bytes] = []
-        for entry in self._operations.readdir(request.nodeid, fh, offset, max(size * 5 // 6, 512)):
-            piece = _dirent(entry)
-            size -= len(piece)
-            if size < 0:
-                break
-            pieces.append(piece)
-        return pieces
+        size = min(size, self.negotiated.buffer_size)
+        return dirents(self._operations.readdir(request.nodeid, fh, offset, max(size * 5 // 6, 512)), size)
 
     def _readdirplus(self, request: Request) -> Reply:
         fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
         # An entry takes 128 bytes more than its fuse_dirent: ask for about as many as fit.
-        pieces: list[bytes] = []
-        for entry, node in self._operations.readdirplus(request.nodeid, fh, offset, max(size // 5, 512)):
-            piece = (_NO_ENTRY if node is None else self._entry(node)) + _dirent(entry)
-            size -= len(piece)
-            if size < 0:
-                break
-            pieces.append(piece)
-        return pieces
+        size = min(size, self.negotiated.buffer_size)
+        entries = self._operations.readdirplus(request.nodeid, fh, offset, max(size // 5, 512))
+        return direntplus(entries, size, self._entry_timeout, self._attr_timeout)
 
     def _syncfs(self, request: Request) -> Reply:
         self._operations.syncfs(request.nodeid)
@@ -530,13 +521,11 @@ class Dispatcher:
         return b""
 
 
-_NO_ENTRY = bytes(abi.fuse_entry_out.size)
-
-
-def _dirent(entry: DirectoryEntry) -> bytes:
-    size = abi.fuse_dirent.size + len(entry.name)
-    head = abi.fuse_dirent.pack(entry.ino, entry.offset, len(entry.name), entry.type)
-    return (head + entry.name).ljust(abi.padded(size), b"\0")
+def _error(unique: int, number: int, opcode: int) -> Sequence[bytes] | None:
+    """The reply that says errno `number`, to a request that may have one."""
+    if opcode in _NEVER_ANSWERED:
+        return None
+    return (abi.fuse_out_header.pack(abi.fuse_out_header.size, -number, unique),)
 
 
 def _name(body: memoryview) -> bytes:

@@ -57,7 +57,7 @@ class Served:
         negotiated, _ = negotiate(OFFER)
         config = Config(os.fspath(self.tree), "/nowhere")
         backing = BackingFiles(-1, enabled=False)
-        self.dispatcher = Dispatcher(self.operations, negotiated, backing, config, OperationMetrics())
+        self.dispatcher = Dispatcher(self.operations, negotiated, backing, config)
         self.file = self.operations.lookup(1, b"file").nodeid
         self.directory = self.operations.lookup(1, b"directory").nodeid
         self.groups = os.getgroups()
@@ -260,7 +260,7 @@ def test_the_end_of_the_mount_is_no_error(
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(os, "readv", gone)
-        _worker(-1, served.dispatcher)
+        _worker(-1, served.dispatcher, OperationMetrics())
     assert not caplog.records
 
 
@@ -281,7 +281,7 @@ def test_a_refused_reply_is_answered_with_eio(served: Served, monkeypatch: pytes
     monkeypatch.setattr(os, "readv", read)
     monkeypatch.setattr(os, "writev", refuse)
     monkeypatch.setattr(os, "write", lambda _, data: written.append(data))
-    _worker(-1, served.dispatcher)
+    _worker(-1, served.dispatcher, OperationMetrics())
     served.failures.seen = []
     assert written == [abi.fuse_out_header.pack(16, -errno.EIO, UNIQUE)]
 
@@ -290,7 +290,7 @@ def old_kernel(served: Served) -> Dispatcher:
     """As Linux 5.10 negotiates: no HANDLE_KILLPRIV_V2, no SETXATTR_EXT, no extensions."""
     negotiated, _ = negotiate(abi.fuse_init_in.pack(7, 32, 1 << 17, (1 << 28) - 1, 0)[:16], passthrough=True)
     config = Config(os.fspath(served.tree), "/nowhere")
-    return Dispatcher(served.operations, negotiated, BackingFiles(-1, enabled=False), config, OperationMetrics())
+    return Dispatcher(served.operations, negotiated, BackingFiles(-1, enabled=False), config)
 
 
 def test_old_kernels_leave_set_id_bits_to_the_server(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
