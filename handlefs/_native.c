@@ -211,6 +211,68 @@ static PyObject *native_look(PyObject *module, PyObject *args)
                          stat);
 }
 
+/* The node ID in an inline handle of `size` bytes: u32 or u64 inode, u32 generation. 0 if it is none (nodeid.py). */
+static uint64_t inline_nodeid(const unsigned char *data, unsigned int size)
+{
+    uint64_t ino = 0;
+    uint32_t generation;
+    memcpy(&ino, data, size - sizeof generation);
+    memcpy(&generation, data + size - sizeof generation, sizeof generation);
+    return ino < 1ULL << 31 ? ino << 32 | generation : 0;
+}
+
+/* What an object must be like to have an inline node ID for certain. */
+struct inline_rule {
+    int mount_id, type;
+    unsigned int size;
+    unsigned long long device, root_ino;
+    long long before_seconds;
+    long before_nanoseconds;
+};
+
+static PyObject *find_inline(int directory, const char *name, const struct inline_rule *rule)
+{
+    struct handle_buffer handle = {.head.handle_bytes = MAX_HANDLE};
+    struct stat found;
+    int mount_id, result;
+    uint64_t nodeid;
+    SYSTEM_CALL(result, name_to_handle_at(directory, name, &handle.head, &mount_id, 0) ||
+                            fstatat(directory, name, &found, AT_SYMLINK_NOFOLLOW));
+    if (result || mount_id != rule->mount_id || handle.head.handle_type != rule->type ||
+        handle.head.handle_bytes != rule->size)
+        Py_RETURN_NONE;
+    nodeid = inline_nodeid(handle.data, rule->size);
+    if (nodeid >> 32 != found.st_ino || found.st_ino == rule->root_ino || found.st_dev != rule->device)
+        Py_RETURN_NONE;
+    if (found.st_ctim.tv_sec > rule->before_seconds ||
+        (found.st_ctim.tv_sec == rule->before_seconds && found.st_ctim.tv_nsec >= rule->before_nanoseconds))
+        Py_RETURN_NONE;
+    return Py_BuildValue("KN", (unsigned long long)nodeid, new_stat(&found));
+}
+
+static PyObject *native_find_inline(PyObject *module, PyObject *args)
+{
+    int directory;
+    struct inline_rule rule;
+    PyObject *names, *result;
+    if (!PyArg_ParseTuple(args, "iO!(iiIKK)(Ll)", &directory, &PyList_Type, &names, &rule.mount_id, &rule.type,
+                          &rule.size, &rule.device, &rule.root_ino, &rule.before_seconds, &rule.before_nanoseconds))
+        return NULL;
+    if (rule.size != 8 && rule.size != 12) {
+        PyErr_SetString(PyExc_ValueError, "not the size of an inline handle");
+        return NULL;
+    }
+    result = PyList_New(0);
+    for (Py_ssize_t index = 0; result != NULL && index < PyList_GET_SIZE(names); index++) {
+        const char *name = PyBytes_AsString(PyList_GET_ITEM(names, index));
+        PyObject *item = name == NULL ? NULL : find_inline(directory, name, &rule);
+        if (item == NULL || PyList_Append(result, item) < 0)
+            Py_CLEAR(result);
+        Py_XDECREF(item);
+    }
+    return result;
+}
+
 /* -- the wire format ------------------------------------------------------------------------------------------------- */
 
 static void fill_attr(struct fuse_attr *attr, uint64_t ino, const Stat *stat)
@@ -442,6 +504,8 @@ static PyMethodDef methods[] = {
      "open_by_handle_at(mount_fd, handle type, handle bytes, flags) -> descriptor, close-on-exec"},
     {"look", native_look, METH_VARARGS,
      "look(dir_fd, name) -> (handle type, handle bytes, mount ID, Stat), the Stat taken last"},
+    {"find_inline", native_find_inline, METH_VARARGS,
+     "find_inline(dir_fd, names, rule, before) -> list of (nodeid, Stat), or None where that is not certain"},
     {"attr_out", native_attr_out, METH_VARARGS, "attr_out(timeout, ino, Stat) -> struct fuse_attr_out"},
     {"entry_out", native_entry_out, METH_VARARGS,
      "entry_out(nodeid, generation, entry timeout, attr timeout, ino, Stat) -> struct fuse_entry_out"},

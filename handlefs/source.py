@@ -9,10 +9,10 @@ import logging
 import os
 import stat as st
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from handlefs.accelerator import Stat, fstat
+from handlefs.accelerator import Stat, fstat, native
 from handlefs.filesystem import SourceIdentity
 from handlefs.handle import FileHandle, handle_of, look_at, name_to_handle_at, open_by_handle_at
 from handlefs.handlemap import HandleMap, MappedHandle
@@ -87,10 +87,15 @@ class Source:
         self.identity = SourceIdentity(self.volumes.root.filesystem.identity, self.handle)
         root_fd = open_by_handle_at(self.volumes.root.fd, self.handle, os.O_PATH)
         self.root = Inode(root_fd, ROOT_NODEID, self.volumes.root.id, 0)
+        root_ino = os.fstat(root_fd).st_ino
         self.inline: InlineFormat | None = None
         if self.volumes.root.filesystem.type in INLINE_FILESYSTEMS:
-            self.inline = inline_format(self.handle, os.fstat(root_fd).st_ino)
+            self.inline = inline_format(self.handle, root_ino)
         """How handles of the source's own file system go into node IDs; None if all have to be mapped."""
+        self._inline_rule: tuple[int, int, int, int, int] | None = None
+        if self.inline is not None:
+            volume, form = self.volumes.root, self.inline
+            self._inline_rule = (volume.mount_id, form.type, form.layout.size, volume.device, root_ino)
         self._map: HandleMap | None = None
 
     def attach_map(self, handle_map: HandleMap) -> None:
@@ -196,9 +201,14 @@ class Source:
         What has an inline node ID and is no directory is not opened: few of the files that are looked up are used.
         """
         check_name(name)
-        found = self._look(parent.fd, name, time.time_ns())
-        if found is not None and found.nodeid is not None and not st.S_ISDIR(found.stat.st_mode):
-            return self._entry(found, found.nodeid)
+        asked = time.time_ns()
+        (found,) = self._find_inline(parent.fd, [name], asked)
+        if found is None:
+            looked = self._look(parent.fd, name, asked)
+            if looked is not None and looked.nodeid is not None:
+                found = looked.nodeid, looked.stat
+        if found is not None and not st.S_ISDIR(found[1].st_mode):
+            return self._inline_entry(*found)
         return self.entry(self.lookup(parent, name))
 
     def inode(self, volume: Volume, handle: FileHandle) -> Inode:
@@ -293,23 +303,37 @@ class Source:
         stat = fstat(inode.fd)
         return Attributes(stat.st_ino ^ inode.ino_mask, stat)
 
-    def entries(self, directory_fd: int, names: Sequence[bytes]) -> list[Entry | None]:
+    def entries(self, directory_fd: int, names: list[bytes]) -> list[Entry | None]:
         """Look up many `names` of one directory without opening any of them; None for a name that is gone.
 
         Nothing enters the cache: a listing would push out what is in use.
         """
         asked = time.time_ns()
-        found = [self._peek(directory_fd, name, asked) for name in names]
-        unmapped = [item for item in found if item is not None and item.nodeid is None]
-        assigned = iter(self.map.assign([MappedHandle(item.volume.id, item.handle) for item in unmapped]))
-        return [
-            None if item is None else self._entry(item, next(assigned) if item.nodeid is None else item.nodeid)
-            for item in found
+        inline = self._find_inline(directory_fd, names, asked)
+        others = [
+            self._peek(directory_fd, name, asked) for name, found in zip(names, inline, strict=True) if found is None
         ]
+        unmapped = [item for item in others if item is not None and item.nodeid is None]
+        assigned = iter(self.map.assign([MappedHandle(item.volume.id, item.handle) for item in unmapped]))
+        rest = (
+            None if item is None else self._entry(item, next(assigned) if item.nodeid is None else item.nodeid)
+            for item in others
+        )
+        return [next(rest) if found is None else self._inline_entry(*found) for found in inline]
 
     def _entry(self, found: "_Found", nodeid: int) -> Entry:
         ino = found.stat.st_ino ^ found.volume.ino_mask(found.stat.st_dev, found.handle)
         return Entry(nodeid, self.map.nodeids.generation(nodeid), Attributes(ino, found.stat))
+
+    def _inline_entry(self, nodeid: int, stat: Stat) -> Entry:
+        return Entry(nodeid, self.map.nodeids.generation(nodeid), Attributes(stat.st_ino, stat))
+
+    def _find_inline(self, directory_fd: int, names: list[bytes], asked: int) -> list[tuple[int, Stat] | None]:
+        """What the accelerator finds out about `names`, asked at the time `asked` (nanoseconds since the epoch): node ID and
+        attributes of what clearly has an inline node ID; None for all others, which `_look` has to look at."""
+        if native is None or self._inline_rule is None:
+            return [None] * len(names)
+        return native.find_inline(directory_fd, names, self._inline_rule, divmod(asked - _JUST_NOW, 10**9))
 
     def _peek(self, directory_fd: int, name: bytes, asked: int) -> "_Found | None":
         """As `_look`. None also for what has gone, and on any error: one entry that cannot be looked up (the root of a file

@@ -27,7 +27,6 @@ from handlefs.protocol.init import MAX_WRITE, Negotiated, ProtocolError, negotia
 from handlefs.protocol.listing import direntplus, dirents
 from handlefs.source import Attributes, Entry
 from handlefs.syscalls import Moment
-from handlefs.transport.affinity import Follower
 from handlefs.transport.backing import NO_BACKING, BackingFiles
 from handlefs.transport.failures import Failures
 
@@ -111,16 +110,14 @@ def _worker(device: int, dispatcher: "Dispatcher", metrics: OperationMetrics) ->
     """Serve requests until the mount is gone."""
     buffer = bytearray(dispatcher.negotiated.buffer_size)
     view = memoryview(buffer)
-    follower = Follower()
     while size := _receive(device, buffer):
         reply = dispatcher.answer(view[:size])
         if reply is not None:
             _send(device, reply, view)
         # From here on nobody waits.
-        _, opcode, _, _, _, _, pid, *_ = abi.fuse_in_header.unpack_from(buffer)
+        _, opcode, *_ = abi.fuse_in_header.unpack_from(buffer)
         failed = reply is not None and abi.fuse_out_header.unpack(reply[0])[1] != 0
         metrics.count(abi.OPCODE_NAMES.get(opcode, "unknown"), failed=failed)
-        follower.served(pid, max(size, abi.fuse_out_header.unpack(reply[0])[0] if reply else 0))
 
 
 def _receive(device: int, buffer: bytearray) -> int:
