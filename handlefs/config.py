@@ -12,6 +12,8 @@ from handlefs.volumes import Submounts
 Transport = Literal["pyfuse3", "direct"]
 Passthrough = Literal["auto", "on", "off"]
 
+MAX_WORKERS = 64
+
 
 @dataclass(frozen=True)
 class Config:
@@ -28,6 +30,7 @@ class Config:
     submounts: Submounts = "cross"
     transport: Transport = "pyfuse3"
     passthrough: Passthrough = "auto"
+    workers: int = 4
     log_file: str | None = None
 
     def with_options(self, own: Mapping[str, str]) -> "Config":
@@ -87,6 +90,13 @@ def _passthrough(name: str, text: str) -> Passthrough:
     return cast(Passthrough, _choice(name, text, get_args(Passthrough)))
 
 
+def _workers(name: str, text: str) -> int:
+    number = _whole(name, text)
+    if not 1 <= number <= MAX_WORKERS:
+        raise OptionError(f"bad {name} '{text}': expected a number from 1 to {MAX_WORKERS}")
+    return number
+
+
 def _choice(name: str, text: str, choices: tuple[str, ...]) -> str:
     if text not in choices:
         raise OptionError(f"bad {name} '{text}': expected {' or '.join(choices)}")
@@ -106,5 +116,6 @@ _OPTIONS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = {
     "submounts": ("submounts", _submounts),
     "transport": ("transport", _transport),
     "passthrough": ("passthrough", _passthrough),
+    "workers": ("workers", _workers),
     "log-file": ("log_file", _path),
 }

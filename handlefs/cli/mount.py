@@ -28,6 +28,7 @@ from handlefs.mount import canonical, parse_options
 @click.option(
     "--passthrough", metavar="auto|on|off", help="Data of open files within the kernel (direct). Default: auto."
 )
+@click.option("--workers", metavar="N", help="Requests served at the same time (direct). Default: 4.")
 @click.option("--log-file", "--log", metavar="FILE", help="Log there and not to syslog.")
 def command(
     source: str, mountpoint: str, options: tuple[str, ...], ro: bool, foreground: bool, **own: str | None

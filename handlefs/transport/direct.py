@@ -29,11 +29,9 @@ from handlefs.source import Attributes, Entry
 from handlefs.syscalls import Moment
 from handlefs.transport.backing import NO_BACKING, BackingFiles
 from handlefs.transport.failures import Failures
+from handlefs.transport.receiver import Receiver
 
 log = logging.getLogger(__name__)
-
-WORKER_THREADS = 4
-"""Requests served at the same time."""
 
 _LARGEST_REQUEST = MAX_WRITE + 4096
 _MALFORMED = (struct.error, ValueError, OverflowError)  # OverflowError: a number that no system call takes
@@ -77,8 +75,14 @@ def serve(operations: Operations, config: Config, metrics: OperationMetrics, on_
         dispatcher = Dispatcher(operations, negotiated, backing, config)
         gc.freeze()  # what is here by now stays; the collector need not look at it again and again
         threads = [
-            threading.Thread(target=_worker, args=(device, dispatcher, metrics), name=f"fuse-{number}", daemon=True)
-            for number in range(WORKER_THREADS)
+            threading.Thread(
+                target=_worker,
+                args=(device, dispatcher, metrics),
+                kwargs={"busy": config.workers == 1},
+                name=f"fuse-{number}",
+                daemon=True,
+            )
+            for number in range(config.workers)
         ]
         for thread in threads:
             thread.start()
@@ -106,11 +110,12 @@ def _answer_init(device: int, *, passthrough: bool) -> Negotiated:
     return negotiated
 
 
-def _worker(device: int, dispatcher: "Dispatcher", metrics: OperationMetrics) -> None:
-    """Serve requests until the mount is gone."""
+def _worker(device: int, dispatcher: "Dispatcher", metrics: OperationMetrics, *, busy: bool = False) -> None:
+    """Serve requests until the mount is gone; `busy` as for a `Receiver`."""
     buffer = bytearray(dispatcher.negotiated.buffer_size)
     view = memoryview(buffer)
-    while size := _receive(device, buffer):
+    receiver = Receiver(device, buffer, busy=busy)
+    while size := receiver.receive():
         reply = dispatcher.answer(view[:size])
         if reply is not None:
             _send(device, reply, view)
@@ -118,22 +123,6 @@ def _worker(device: int, dispatcher: "Dispatcher", metrics: OperationMetrics) ->
         _, opcode, *_ = abi.fuse_in_header.unpack_from(buffer)
         failed = reply is not None and abi.fuse_out_header.unpack(reply[0])[1] != 0
         metrics.count(abi.OPCODE_NAMES.get(opcode, "unknown"), failed=failed)
-
-
-def _receive(device: int, buffer: bytearray) -> int:
-    """Read the next request into `buffer`; returns its size in bytes, 0 when the mount is gone."""
-    while True:
-        try:
-            return os.readv(device, (buffer,))
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
-                continue  # ENOENT: the request was interrupted before it was read
-            if error.errno not in (
-                errno.ENODEV,
-                errno.ECONNABORTED,
-            ):  # unmounted, ahead of or in the middle of the read
-                log.exception("reading requests failed")
-            return 0
 
 
 def _send(device: int, reply: Sequence[bytes], message: memoryview) -> None:

@@ -26,6 +26,7 @@ CONFIGS = st.builds(
     entry_timeout=SECONDS,
     attr_timeout=SECONDS,
     submounts=st.sampled_from(["cross", "hide"]),
+    workers=st.integers(1, 64),
     log_file=PATHS,
 )
 
@@ -78,6 +79,9 @@ def test_options_are_applied(name: str, text: str, expected: Config) -> None:
         ("attr-timeout", "soon"),
         ("submounts", "maybe"),
         ("transport", "pigeon"),
+        ("workers", "0"),
+        ("workers", "65"),
+        ("workers", "many"),
     ],
 )
 def test_bad_values_are_named(name: str, text: str) -> None:
