@@ -26,7 +26,8 @@ class Receiver:
         self._busy = busy
         self._soon = False
         poll = select.poll()
-        poll.register(device, select.POLLIN)
+        if busy:
+            poll.register(device, select.POLLIN)
         self._ready = poll.poll
 
     def receive(self) -> int:
