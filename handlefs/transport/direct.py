@@ -122,7 +122,7 @@ def _worker(device: int, dispatcher: "Dispatcher", metrics: OperationMetrics, *,
         # From here on nobody waits.
         _, opcode, *_ = abi.fuse_in_header.unpack_from(buffer)
         failed = reply is not None and abi.fuse_out_header.unpack(reply[0])[1] != 0
-        metrics.count(abi.OPCODE_NAMES.get(opcode, "unknown"), failed=failed)
+        metrics.count(_name_of(opcode), failed=failed)
 
 
 def _send(device: int, reply: Sequence[bytes], message: memoryview) -> None:
@@ -220,7 +220,6 @@ class Dispatcher:
             log.error("dropped a request of %d bytes, shorter than its header", len(message))
             return None
         size, opcode, unique, nodeid, uid, gid, pid, extensions, _ = abi.fuse_in_header.unpack_from(message)
-        name = abi.OPCODE_NAMES.get(opcode, "unknown")
         handler = self._handlers.get(opcode)
         end = size - 8 * extensions
         if handler is None:
@@ -231,12 +230,12 @@ class Dispatcher:
             groups = supplementary_groups(message[end:]) if extensions else self._no_groups
             payload = handler(Request(nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end], groups))
         except OSError as error:
-            return _error(unique, self._failures.errno_for_reply(name, error), opcode)
+            return _error(unique, self._failures.errno_for_reply(_name_of(opcode), error), opcode)
         except _MALFORMED:
-            log.error("malformed %s request of %d bytes", name, size)
+            log.error("malformed %s request of %d bytes", _name_of(opcode), size)
             return _error(unique, errno.EINVAL, opcode)
         except Exception:
-            log.exception("%s failed", name)
+            log.exception("%s failed", _name_of(opcode))
             return _error(unique, errno.EIO, opcode)
         if payload is None:
             return None
@@ -505,6 +504,10 @@ class Dispatcher:
 
     def _destroy(self, request: Request) -> Reply:
         return b""
+
+
+def _name_of(opcode: int) -> str:
+    return abi.OPCODE_NAMES.get(opcode, "unknown")
 
 
 def _error(unique: int, number: int, opcode: int) -> Sequence[bytes] | None:

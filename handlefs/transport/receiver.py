@@ -23,33 +23,34 @@ class Receiver:
     def __init__(self, device: int, buffer: bytearray, *, busy: bool) -> None:
         self._device = device
         self._buffers = (buffer,)
-        self._busy = busy
         self._soon = False
-        poll = select.poll()
+        self._poll = select.poll()
         if busy:
-            poll.register(device, select.POLLIN)
-        self._ready = poll.poll
+            self._poll.register(device, select.POLLIN)
+            os.set_blocking(device, False)
 
     def receive(self) -> int:
         """The size of the next request in bytes; 0 when the mount is gone."""
-        if not self._busy:
-            return self._read()
-        started = time.monotonic_ns()
-        if self._soon:
-            while not self._ready(0) and time.monotonic_ns() - started < SOON:
-                os.sched_yield()  # to whoever else wants this CPU
-        size = self._read()
-        self._soon = time.monotonic_ns() - started < SOON
-        return size
-
-    def _read(self) -> int:
         while True:
             try:
                 return os.readv(self._device, self._buffers)
+            except BlockingIOError:
+                self._wait()
             except OSError as error:
-                if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
+                if error.errno in (errno.ENOENT, errno.EINTR):
                     continue  # ENOENT: the request was interrupted before it was read
                 # ENODEV: unmounted; ECONNABORTED: in the middle of the read.
                 if error.errno not in (errno.ENODEV, errno.ECONNABORTED):
                     log.exception("reading requests failed")
                 return 0
+
+    def _wait(self) -> None:
+        """Until there is something to read."""
+        started = time.monotonic_ns()
+        if self._soon:
+            while time.monotonic_ns() - started < SOON:
+                if self._poll.poll(0):
+                    return
+                os.sched_yield()  # to whoever else wants this CPU
+        self._poll.poll()
+        self._soon = time.monotonic_ns() - started < SOON
