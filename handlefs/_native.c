@@ -9,8 +9,10 @@
 #include <structmember.h>
 
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <linux/fuse.h>
 #include <stdint.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
@@ -494,6 +496,48 @@ static PyObject *native_direntplus(PyObject *module, PyObject *args)
     return fill(&reply, entries, put_direntplus);
 }
 
+/* -- credentials ------------------------------------------------------------------------------------------------------ */
+
+/* ioctl(2) without `capability`; the thread has it again afterwards. */
+static int ioctl_without(unsigned int capability, int fd, unsigned long request, void *argument)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3];
+    uint32_t *effective = &data[capability / 32].effective, before;
+    int result, number;
+    if (syscall(SYS_capget, &header, data) < 0)
+        return -1;
+    before = *effective;
+    *effective &= ~(1u << capability % 32);
+    if (syscall(SYS_capset, &header, data) < 0)
+        return -1;
+    result = ioctl(fd, request, argument);
+    number = errno;
+    *effective = before;
+    if (syscall(SYS_capset, &header, data) < 0)
+        return -1;
+    errno = number;
+    return result;
+}
+
+static PyObject *native_ioctl_without(PyObject *module, PyObject *args)
+{
+    unsigned int capability;
+    unsigned long request;
+    int fd, result;
+    Py_buffer argument;
+    if (!PyArg_ParseTuple(args, "Iikw*", &capability, &fd, &request, &argument))
+        return NULL;
+    if (capability >= 32 * _LINUX_CAPABILITY_U32S_3) {
+        PyBuffer_Release(&argument);
+        PyErr_SetString(PyExc_ValueError, "no such capability");
+        return NULL;
+    }
+    SYSTEM_CALL(result, ioctl_without(capability, fd, request, argument.buf));
+    PyBuffer_Release(&argument);
+    return result < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(result);
+}
+
 /* -- the module ------------------------------------------------------------------------------------------------------ */
 
 static PyMethodDef methods[] = {
@@ -514,6 +558,8 @@ static PyMethodDef methods[] = {
     {"dirents", native_dirents, METH_VARARGS, "dirents(entries, size) -> as many struct fuse_dirent as fit"},
     {"direntplus", native_direntplus, METH_VARARGS,
      "direntplus([(entry, node or None)], size, entry timeout, attr timeout) -> as many struct fuse_direntplus as fit"},
+    {"ioctl_without", native_ioctl_without, METH_VARARGS,
+     "ioctl_without(capability, fd, request, argument) -> what ioctl(2) returns without that capability"},
     {NULL},
 };
 

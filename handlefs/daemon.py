@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from handlefs.errors import StartupError
+from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.mount import mount_at, unmount
 
 log = logging.getLogger(__name__)
@@ -111,6 +111,8 @@ def _child(serve: Callable[[Callable[[], None]], None], writer: int) -> NoReturn
         serve(on_ready)
     except StartupError as error:
         _report(writer, str(error))
+        status = 1
+    except ConnectionAborted:  # it is in the log, and nobody waits any more
         status = 1
     except OSError as error:
         log.exception("the server failed")

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from handlefs import __version__
 from handlefs.config import Config
 from handlefs.control import ControlServer
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
-from handlefs.errors import StartupError
+from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.handlemap import HandleMap, how_to_replace
 from handlefs.metrics import OperationMetrics
 from handlefs.mount import mount_at, mounts
@@ -23,6 +24,8 @@ from handlefs.transport import pyfuse3 as pyfuse3_transport
 log = logging.getLogger(__name__)
 
 LARGEST_DEFAULT_CACHE = 16384
+UNMOUNT_TIME = 1.0
+"""Seconds that umount(8) may take between cutting the connection and unmounting."""
 
 
 class Server:
@@ -45,7 +48,8 @@ class Server:
         self.metrics = OperationMetrics()
 
     def serve(self, on_ready: Callable[[], None]) -> None:
-        """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises StartupError if it cannot."""
+        """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises StartupError if it cannot,
+        ConnectionAborted when the connection was aborted (fusectl, umount -f of a mount in use)."""
         # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
         drop_capability(CAP_SYS_RESOURCE)
         control = ControlServer(self.status, self.evict, self.config)
@@ -62,17 +66,17 @@ class Server:
         try:
             control.start()
             transport.serve(self.operations, self.config, self.metrics, ready)
-            left = mount_at(self.config.mountpoint)
-            aborted = left is not None and left.dev == device
+            aborted = device is not None and _stays(self.config.mountpoint, device)
         except OSError as error:
             raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
         finally:
             control.stop(keep_record=aborted)
             self._close_map()
         if aborted:
-            log.error("the connection to %s was aborted: handlefs restart brings it back", self.config.mountpoint)
-        else:
-            log.info("%s is unmounted", self.config.mountpoint)
+            message = f"the connection to {self.config.mountpoint} was aborted: handlefs restart brings it back"
+            log.error("%s", message)
+            raise ConnectionAborted(message)
+        log.info("%s is unmounted", self.config.mountpoint)
 
     def _close_map(self) -> None:
         try:
@@ -106,6 +110,17 @@ class Server:
     def evict(self, count: int | None) -> int:
         """Drop up to `count` of the least recently used cached inodes, or everything (None); returns how many."""
         return self.source.evict_all() if count is None else self.source.cache.evict(count)
+
+
+def _stays(mountpoint: str, device: tuple[int, int]) -> bool:
+    """Whether the mount of `device` is still at `mountpoint` after its connection has ended, and stays: umount -f cuts the
+    connection first, then unmounts if nobody uses the mount."""
+    deadline = time.monotonic() + UNMOUNT_TIME
+    while (mount := mount_at(mountpoint)) is not None and mount.dev == device:
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def open_source(path: str, cache_size: int, config: Config) -> Source:

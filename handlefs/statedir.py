@@ -12,7 +12,8 @@ from pathlib import Path
 
 from handlefs.errors import StartupError
 
-_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
+"""A tmpfs that all processes share."""
 _LOCK_FILE_SIZE = 64 << 10
 """Room for some 1000 readers of one environment."""
 _TOKEN_SIZE = 16
@@ -48,8 +49,8 @@ class StateDirectory:
                     self._renew_locks(environments)
                 elif (path / "locks").is_symlink() and not self._has_token():
                     raise StartupError(
-                        f"the handle map in {path} is in use by a process that has another {_MEMORY} (in another container "
-                        "or mount namespace). Run this in the same one, or stop that process."
+                        f"the handle map in {path} is in use by a process that has another {SHARED_MEMORY} (in another "
+                        "container or mount namespace). Run this in the same one, or stop that process."
                     )
         except BaseException:
             os.close(self._in_use)
@@ -95,7 +96,7 @@ class StateDirectory:
             (self.path / name).mkdir(mode=0o700, exist_ok=True)
             _link(self.path / name / "lock.mdb", None if locks is None else Path("../locks", name))
             if locks is not None:
-                _allocate(locks / name)
+                allocate_lock_file(locks / name)
         if locks is not None:
             (locks / "token").write_bytes(self._new_token())
 
@@ -117,7 +118,7 @@ class StateDirectory:
                 with contextlib.suppress(FileExistsError):
                     before.mkdir(mode=0o700)
                     return before
-            return Path(tempfile.mkdtemp(prefix="handlefs-", dir=_MEMORY))
+            return Path(tempfile.mkdtemp(prefix="handlefs-", dir=SHARED_MEMORY))
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS, errno.EPERM):
                 return None
@@ -127,7 +128,7 @@ class StateDirectory:
         """Remove the directory on the tmpfs, if it is ours; returns its path."""
         link = self.path / "locks"
         locks = link.readlink() if link.is_symlink() else None
-        if locks is None or locks.parent != _MEMORY:
+        if locks is None or locks.parent != SHARED_MEMORY:
             return None
         if locks.is_dir() and not locks.is_symlink() and locks.stat().st_uid == os.geteuid():
             shutil.rmtree(locks)
@@ -142,7 +143,8 @@ def _link(link: Path, target: Path | None) -> None:
             link.symlink_to(target)
 
 
-def _allocate(path: Path) -> None:
+def allocate_lock_file(path: Path) -> None:
+    """Make a lock file for LMDB, so that writing to it never needs more space. OSError: ENOSPC."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(fd, 0, _LOCK_FILE_SIZE)

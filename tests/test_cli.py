@@ -274,6 +274,60 @@ def test_foreground_stays_until_interrupted(place: Place) -> None:
     assert not place.is_mounted()
 
 
+@pytest.fixture
+def foreground(place: Place) -> Iterator["subprocess.Popen[str]"]:
+    """A server in the foreground that serves."""
+    argv = [*HANDLEFS, "--foreground", place.source, place.path, "--state-dir", place.state_dir]
+    words = [str(word) for word in [*argv, "--transport", place.transport]]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        assert "serving" in server.stderr.readline()
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+@needs_root
+@both_transports
+@pytest.mark.parametrize("command", ["umount", "umount --lazy", "umount --force"])
+def test_unmounting_ends_a_server_well(place: Place, foreground: "subprocess.Popen[str]", command: str) -> None:
+    subprocess.run([*command.split(), place.path], check=True)
+    _, messages = foreground.communicate(timeout=TIMEOUT)
+    assert foreground.returncode == 0
+    assert "is unmounted" in messages
+    assert "ERROR" not in messages
+
+
+@needs_root
+@both_transports
+@pytest.mark.parametrize("how", ["fusectl", "umount --force"])
+def test_an_abort_is_a_failure(place: Place, tmp_path: Path, foreground: "subprocess.Popen[str]", how: str) -> None:
+    in_use = os.open(place.path, os.O_PATH)
+    if how == "fusectl":
+        abort(place, tmp_path)
+    else:
+        done = subprocess.run([*how.split(), place.path], capture_output=True, text=True, check=False)
+        assert "busy" in done.stderr
+    _, messages = foreground.communicate(timeout=TIMEOUT)
+    os.close(in_use)
+    assert foreground.returncode == 1
+    assert messages.splitlines()[-1].startswith(f"handlefs: the connection to {place.path} was aborted")
+    assert "Traceback" not in messages
+
+
+def abort(place: Place, scratch: Path) -> None:
+    """Abort the connection by fusectl."""
+    connection = os.stat(place.path).st_dev
+    fusectl = scratch / "fusectl"
+    fusectl.mkdir()
+    subprocess.run(["mount", "-t", "fusectl", "fusectl", fusectl], check=True)
+    try:
+        (fusectl / str(os.minor(connection)) / "abort").write_text("1")
+    finally:
+        subprocess.run(["umount", fusectl], check=True)
+
+
 @needs_root
 @both_transports
 def test_sigterm_unmounts_and_the_last_user_ends_the_server(place: Place) -> None:
@@ -385,14 +439,7 @@ def test_an_aborted_connection_can_be_brought_back(place: Place, tmp_path: Path)
     """fusectl's abort, or umount -f: the mount is dead, the server ends and leaves what restart needs."""
     place.mount()
     server = os.pidfd_open(place.pid)
-    connection = os.stat(place.path).st_dev
-    fusectl = tmp_path / "fusectl"
-    fusectl.mkdir()
-    subprocess.run(["mount", "-t", "fusectl", "fusectl", fusectl], check=True)
-    try:
-        (fusectl / str(os.minor(connection)) / "abort").write_text("1")
-    finally:
-        subprocess.run(["umount", fusectl], check=True)
+    abort(place, tmp_path)
     wait_for_end(server)
     assert "was aborted: handlefs restart brings it back" in place.log.read_text()
     ok("restart", place.path)
@@ -423,6 +470,35 @@ def test_passthrough_is_not_promised_without_the_direct_transport(place: Place) 
     message = fails(place.source, place.path, *place.options(), "--passthrough=on")
     assert "--transport=direct" in message
     assert not place.is_mounted()
+
+
+@needs_root
+def test_no_room_for_passthrough(place: Place) -> None:
+    """A full /dev/shm, seen in a mount namespace of its own, where the handle map's lock files just fit."""
+    if shutil.which("unshare") is None:
+        pytest.skip("unshare(1) is not installed")
+
+    def start(passthrough: str, then: str) -> "subprocess.CompletedProcess[str]":
+        words = [
+            *HANDLEFS,
+            place.source,
+            place.path,
+            *place.options(),
+            "--transport=direct",
+            "--passthrough",
+            passthrough,
+        ]
+        script = f"mount -t tmpfs -o size=160k tmpfs /dev/shm && {shlex.join(map(str, words))} && {then}"
+        argv = ["unshare", "--mount", "--propagation=private", "sh", "-c", script]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+
+    unmount_it = shlex.join([*HANDLEFS, "umount", str(place.path)])
+    served = start("auto", f"cat {place.path}/file && {unmount_it}")
+    assert (served.returncode, served.stdout) == (0, "content"), served.stderr
+    assert re.search("WARNING .* no passthrough .*: No space left on device", place.log.read_text())
+    refused = start("on", "true")
+    assert refused.returncode == 1
+    assert re.fullmatch("handlefs: no passthrough .*/dev/shm: No space left on device; .*\n", refused.stderr)
 
 
 @needs_root
@@ -685,14 +761,83 @@ def test_check_knows_the_direct_transport(tmp_path: Path) -> None:
     assert found["passthrough"]["verdict"] == ("ok" if offered else "limited")
 
 
-@pytest.mark.parametrize(("minor", "features"), [(30, ()), (45, ("PASSTHROUGH",)), (38, ())])
-def test_check_says_what_keeps_from_direct_and_passthrough(minor: int, features: tuple[str, ...]) -> None:
-    protocol = FuseProtocol(7, minor, frozenset(features))
-    direct, passthrough = _direct(protocol), _passthrough(protocol)
+@pytest.mark.parametrize("minor", [30, 38])
+def test_check_says_what_keeps_from_direct_and_passthrough(minor: int, tmp_path: Path) -> None:
+    protocol = FuseProtocol(7, minor, frozenset())
+    direct, passthrough = _direct(protocol), _passthrough(protocol, str(tmp_path))
     assert (direct.verdict == "ok") is (minor >= 31)
     assert direct.verdict == "ok" or ("7.30" in direct.detail and "--transport=pyfuse3" in direct.advice)
-    assert (passthrough.verdict == "ok") is bool(features)
-    assert passthrough.verdict == "ok" or "6.9" in passthrough.advice
+    assert passthrough.verdict == "limited"
+    assert "6.9" in passthrough.advice
+
+
+@contextlib.contextmanager
+def overlay(lower: Path, base: Path) -> Iterator[Path]:
+    """An overlayfs over `lower`, with file handles; its own files are on a tmpfs."""
+    base.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", base], check=True)
+    try:
+        for name in ("upper", "work", "root"):
+            (base / name).mkdir()
+        layers = f"lowerdir={lower},upperdir={base}/upper,workdir={base}/work,index=on,nfs_export=on"
+        done = subprocess.run(
+            ["mount", "-t", "overlay", "overlay", "-o", layers, base / "root"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "unknown filesystem type" in done.stderr:
+            pytest.skip("this kernel has no overlayfs")
+        assert done.returncode == 0, done.stderr
+        try:
+            yield base / "root"
+        finally:
+            unmount(str(base / "root"))
+    finally:
+        unmount(str(base))
+
+
+@needs_root
+@pytest.mark.parametrize("content", ["with a file", "empty"])
+def test_check_tries_passthrough_on_the_source(tmp_path: Path, content: str) -> None:
+    """The kernel passes through to an overlayfs, but not to one on another one."""
+    if "PASSTHROUGH" not in ask_kernel().features:
+        pytest.skip("this kernel has no passthrough")
+    lower = tmp_path / "lower"
+    lower.mkdir()
+    if content == "with a file":
+        (lower / "file").touch()
+    with overlay(lower, tmp_path / "first") as first, overlay(first, tmp_path / "second") as second:
+        assert findings(lower)["passthrough"]["verdict"] == "ok"
+        assert findings(first)["passthrough"]["verdict"] == "ok"
+        too_deep = findings(second)["passthrough"]
+        assert too_deep["verdict"] == "limited"
+        assert "stacked too deep" in too_deep["detail"]
+        assert too_deep["advice"]
+        assert os.listdir(second) == os.listdir(lower)
+
+
+@needs_root
+def test_check_tries_passthrough_on_a_mount_with_passthrough(place: Place) -> None:
+    if "PASSTHROUGH" not in ask_kernel().features:
+        pytest.skip("this kernel has no passthrough")
+    place.mount("--transport", "direct")
+    found = findings(place.path)["passthrough"]
+    ok("umount", place.path)
+    assert "stacked too deep" in found["detail"]
+
+
+@needs_root
+def test_check_tries_passthrough_on_a_source_that_it_must_not_change(tmp_path: Path) -> None:
+    if "PASSTHROUGH" not in ask_kernel().features:
+        pytest.skip("this kernel has no passthrough")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path], check=True)
+    try:
+        found = findings(tmp_path)["passthrough"]
+    finally:
+        unmount(str(tmp_path))
+    assert found["verdict"] == "limited"
+    assert "not tried" in found["detail"]
 
 
 @needs_root

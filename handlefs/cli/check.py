@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from handlefs import nfs
-from handlefs.cli.fuseprobe import FEATURES, FuseProtocol, ask_kernel
+from handlefs.cli.fuseprobe import FEATURES, FuseProtocol, ask_kernel, try_passthrough
 from handlefs.cli.launch import CAPABILITIES, missing_capabilities
 from handlefs.cli.params import DIRECTORY, json_option, print_json, print_table
 from handlefs.filesystem import identify
@@ -62,7 +62,7 @@ def examine(source: str) -> Iterator[Finding]:
     """All findings about *source* (a real path)."""
     yield from _source(source)
     yield from _capabilities()
-    yield from _fuse()
+    yield from _fuse(source)
     yield from _transport()
     yield from _nfs_server()
     yield _mount_helper()
@@ -181,7 +181,7 @@ def _capabilities() -> Iterator[Finding]:
             yield Finding(name, "ok", f"may {use}")
 
 
-def _fuse() -> Iterator[Finding]:
+def _fuse(source: str) -> Iterator[Finding]:
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR))
     except OSError as error:
@@ -197,7 +197,7 @@ def _fuse() -> Iterator[Finding]:
         return
     yield _protocol(protocol)
     yield _direct(protocol)
-    yield _passthrough(protocol)
+    yield _passthrough(protocol, source)
 
 
 def _protocol(protocol: FuseProtocol) -> Finding:
@@ -222,13 +222,46 @@ def _direct(protocol: FuseProtocol) -> Finding:
     return Finding("direct", "ok", "can be used: --transport=direct")
 
 
-def _passthrough(protocol: FuseProtocol) -> Finding:
-    if "PASSTHROUGH" in protocol.features:
-        return Finding("passthrough", "ok", "data of open files can stay in the kernel, with --transport=direct")
-    return Finding(
-        "passthrough", "limited", "this kernel's FUSE has none: data goes through the server",
-        "use Linux 6.9 or newer with CONFIG_FUSE_PASSTHROUGH, and --transport=direct",
-    )  # fmt: skip
+def _passthrough(protocol: FuseProtocol, source: str) -> Finding:
+    if "PASSTHROUGH" not in protocol.features:
+        return Finding(
+            "passthrough", "limited", "this kernel's FUSE has none: data goes through the server",
+            "use Linux 6.9 or newer with CONFIG_FUSE_PASSTHROUGH, and --transport=direct",
+        )  # fmt: skip
+    try:
+        file = _some_file(source)
+        if file is None:
+            return Finding(
+                "passthrough", "limited", "the kernel has it; not tried on this source: no file in it, and none can be made",
+                "check again with a directory of the source that holds a file",
+            )  # fmt: skip
+        try:
+            try_passthrough(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return Finding(
+                "passthrough", "limited",
+                "not for this source, whose file system is stacked too deep on others: data goes through the server",
+                "serve a directory of the file system below it",
+            )  # fmt: skip
+        return Finding(
+            "passthrough", "limited", f"not for this source ({error.strerror}): data goes through the server"
+        )
+    return Finding("passthrough", "ok", "data of open files can stay in the kernel, with --transport=direct")
+
+
+def _some_file(source: str) -> int | None:
+    """A descriptor of some regular file in *source*, of a new one without a name if it holds none; None if that cannot be."""
+    with os.scandir(source) as entries:
+        name = next((entry.path for entry in entries if entry.is_file(follow_symlinks=False)), None)
+    try:
+        if name is not None:
+            return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return os.open(source, os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError:
+        return None
 
 
 def _transport() -> Iterator[Finding]:

@@ -1,19 +1,17 @@
 """What FUSE this kernel has: asked of the kernel itself, which says so in its INIT request to every new mount."""
 
 import contextlib
+import fcntl
 import os
-import struct
 import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from handlefs.mount import MountOptions, mount_fuse, unmount
+from handlefs.protocol import abi
+from handlefs.protocol.init import negotiate
 
-_HEADER = struct.Struct("=IIQQIIIHH")  # struct fuse_in_header, <linux/fuse.h>
-_INIT = struct.Struct("=IIII")  # struct fuse_init_in up to flags: major, minor, max_readahead, flags
-_FLAGS2 = struct.Struct("=I")
-_OPCODE_INIT = 26
-_INIT_EXT = 1 << 30
+_LARGEST_INIT = 1 << 16
 
 # Bits of flags, and from 32 on of flags2: those that matter to handlefs, now or with a later transport.
 FEATURES = {
@@ -42,30 +40,44 @@ class FuseProtocol(NamedTuple):
 
 def ask_kernel() -> FuseProtocol:
     """Mount /dev/fuse on a directory of our own, read what the kernel offers, unmount. Raises OSError."""
+    with _mounted() as device:
+        return _parse(os.read(device, _LARGEST_INIT))
+
+
+def try_passthrough(fd: int) -> None:
+    """Register the regular file `fd` as a backing file with a mount of our own, on a kernel that offers PASSTHROUGH.
+
+    Raises OSError; ELOOP if the file system is stacked too deep (fs/fuse/backing.c).
+    """
+    with _mounted() as device:
+        message = os.read(device, _LARGEST_INIT)
+        unique = abi.fuse_in_header.unpack_from(message)[2]
+        _, reply = negotiate(memoryview(message)[abi.fuse_in_header.size :], passthrough=True)
+        os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size + len(reply), 0, unique) + reply)
+        fcntl.ioctl(device, abi.FUSE_DEV_IOC_BACKING_OPEN, bytearray(abi.fuse_backing_map.pack(fd, 0, 0)))
+
+
+@contextlib.contextmanager
+def _mounted() -> Iterator[int]:
+    """The device of a new connection, mounted on a directory of our own."""
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     try:
-        with _mounted(device):
-            return _parse(os.read(device, 1 << 16))
+        with tempfile.TemporaryDirectory(prefix="handlefs-check-") as directory:
+            mount_fuse("handlefs-check", directory, "fuse", 0, MountOptions().fuse_data(device))
+            try:
+                yield device
+            finally:
+                unmount(directory, lazy=True)
     finally:
         os.close(device)
 
 
-@contextlib.contextmanager
-def _mounted(device: int) -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="handlefs-check-") as directory:
-        mount_fuse("handlefs-check", directory, "fuse", 0, MountOptions().fuse_data(device))
-        try:
-            yield
-        finally:
-            unmount(directory, lazy=True)
-
-
 def _parse(message: bytes) -> FuseProtocol:
-    opcode = _HEADER.unpack_from(message)[1]
-    if opcode != _OPCODE_INIT:
+    opcode = abi.fuse_in_header.unpack_from(message)[1]
+    if opcode != abi.FUSE_INIT:
         raise OSError(f"/dev/fuse sent opcode {opcode} before INIT")
-    major, minor, _, flags = _INIT.unpack_from(message, _HEADER.size)
-    after = _HEADER.size + _INIT.size
-    if flags & _INIT_EXT and len(message) >= after + _FLAGS2.size:
-        flags |= _FLAGS2.unpack_from(message, after)[0] << 32
+    payload = message[abi.fuse_in_header.size :]
+    major, minor, _, flags = abi.fuse_init_in_v6.unpack_from(payload)
+    if flags & abi.FUSE_INIT_EXT and len(payload) >= abi.fuse_init_in.size:
+        flags |= abi.fuse_init_in.unpack_from(payload)[4] << 32
     return FuseProtocol(major, minor, frozenset(name for name, bit in FEATURES.items() if flags >> bit & 1))

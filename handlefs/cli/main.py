@@ -12,12 +12,12 @@ from click.shell_completion import CompletionItem
 from handlefs import __version__
 from handlefs.cli import check, completion, evict, export, handle, maps, mount, restart, status, umount
 from handlefs.control import ControlError
-from handlefs.errors import StartupError
+from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.mount import OptionError
 from handlefs.nfs import NfsError
 
 # What to tell the user in one line, without a traceback.
-EXPECTED = (click.ClickException, StartupError, ControlError, NfsError, OptionError)
+EXPECTED = (click.ClickException, StartupError, ConnectionAborted, ControlError, NfsError, OptionError)
 
 
 class Commands(click.Group):

@@ -11,10 +11,10 @@ import logging
 import os
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from handlefs.config import Config
+from handlefs.config import Config, Passthrough
 from handlefs.credentials import Caller
 from handlefs.errors import StartupError
 from handlefs.metrics import OperationMetrics
@@ -26,8 +26,10 @@ from handlefs.protocol.extensions import supplementary_groups
 from handlefs.protocol.init import MAX_WRITE, Negotiated, ProtocolError, negotiate
 from handlefs.protocol.listing import direntplus, dirents
 from handlefs.source import Attributes, Entry
+from handlefs.statedir import SHARED_MEMORY
 from handlefs.syscalls import Moment
-from handlefs.transport.backing import NO_BACKING, BackingFiles
+from handlefs.transport.backing import BackingFiles
+from handlefs.transport.backingtable import NO_BACKING, BackingTable, table_directory
 from handlefs.transport.failures import Failures
 from handlefs.transport.receiver import Receiver
 
@@ -60,41 +62,71 @@ def serve(operations: Operations, config: Config, metrics: OperationMetrics, on_
 
     Raises OSError if the mount fails, StartupError if the kernel is too old.
     """
-    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    options = config.options
-    mount_fuse(
-        options.device(config.source), config.mountpoint, options.fstype(), options.flags(), options.fuse_data(device)
-    )
-    try:
-        negotiated = _answer_init(device, passthrough=config.passthrough != "off")
-        if config.passthrough == "on" and not negotiated.has(abi.FUSE_PASSTHROUGH):
-            raise StartupError(
-                "this kernel has no FUSE passthrough (Linux 6.9 or newer): use --passthrough=auto or off"
-            )
-        backing = BackingFiles(device, enabled=negotiated.has(abi.FUSE_PASSTHROUGH))
-        dispatcher = Dispatcher(operations, negotiated, backing, config)
-        gc.freeze()  # what is here by now stays; the collector need not look at it again and again
-        threads = [
-            threading.Thread(
-                target=_worker,
-                args=(device, dispatcher, metrics),
-                kwargs={"busy": config.workers == 1},
-                name=f"fuse-{number}",
-                daemon=True,
-            )
-            for number in range(config.workers)
-        ]
+    with _backing_table(config.passthrough) as table:
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        options = config.options
+        mount_fuse(
+            options.device(config.source),
+            config.mountpoint,
+            options.fstype(),
+            options.flags(),
+            options.fuse_data(device),
+        )
+        try:
+            negotiated = _answer_init(device, passthrough=table is not None)
+            if config.passthrough == "on" and not negotiated.has(abi.FUSE_PASSTHROUGH):
+                raise StartupError(
+                    "this kernel has no FUSE passthrough (Linux 6.9 or newer): use --passthrough=auto or off"
+                )
+            backing = BackingFiles(device, table if negotiated.has(abi.FUSE_PASSTHROUGH) else None)
+            dispatcher = Dispatcher(operations, negotiated, backing, config)
+            threads = _start_workers(device, dispatcher, metrics, config.workers)
+            os.statvfs(config.mountpoint)
+            on_ready()
+        except BaseException:
+            unmount(config.mountpoint, lazy=True)
+            raise
         for thread in threads:
-            thread.start()
-        os.statvfs(config.mountpoint)
-        on_ready()
-    except BaseException:
-        unmount(config.mountpoint, lazy=True)
-        raise
+            while thread.is_alive():
+                thread.join(1.0)  # not for ever, so that this thread runs signal handlers
+        os.close(device)
+
+
+@contextlib.contextmanager
+def _backing_table(passthrough: Passthrough) -> Iterator[BackingTable | None]:
+    """The table of a new connection's backing IDs; None if passthrough is off, or may be and there is no room for one."""
+    with contextlib.ExitStack() as stack:
+        table = None
+        if passthrough != "off":
+            try:
+                table = BackingTable(stack.enter_context(table_directory()))
+            except OSError as error:
+                message = f"no passthrough without a table in {SHARED_MEMORY}: {error.strerror}"
+                if passthrough == "on":
+                    raise StartupError(f"{message}; free space there, or use --passthrough=auto or off") from error
+                log.warning("%s", message)
+            else:
+                stack.callback(table.close)
+        yield table
+
+
+def _start_workers(
+    device: int, dispatcher: "Dispatcher", metrics: OperationMetrics, count: int
+) -> list[threading.Thread]:
+    gc.freeze()  # what is here by now stays; the collector need not look at it again and again
+    threads = [
+        threading.Thread(
+            target=_worker,
+            args=(device, dispatcher, metrics),
+            kwargs={"busy": count == 1},
+            name=f"fuse-{number}",
+            daemon=True,
+        )
+        for number in range(count)
+    ]
     for thread in threads:
-        while thread.is_alive():
-            thread.join(1.0)  # not for ever, so that this thread runs signal handlers
-    os.close(device)
+        thread.start()
+    return threads
 
 
 def _answer_init(device: int, *, passthrough: bool) -> Negotiated:
@@ -365,7 +397,7 @@ class Dispatcher:
         """struct fuse_open_out for a regular file, opened with the open(2) `flags`."""
         file = self._operations.open_files.get(nodeid, fh)
         try:
-            backing_id = NO_BACKING if file is None else self._backing.opened(nodeid, file.fd)
+            backing_id = NO_BACKING if file is None else self._backing.opened(nodeid, fh, file.fd)
         except OSError:
             self._operations.release(nodeid, fh)  # the kernel will not: for it the file was never opened
             raise
@@ -406,8 +438,10 @@ class Dispatcher:
         return b""
 
     def _release(self, request: Request) -> Reply:
-        self._backing.released(request.nodeid)
-        return self._releasedir(request)
+        fh, *_ = abi.fuse_release_in.unpack_from(request.body)
+        self._operations.release(request.nodeid, fh)
+        self._backing.released(request.nodeid, fh)
+        return b""
 
     def _releasedir(self, request: Request) -> Reply:
         self._operations.release(request.nodeid, abi.fuse_release_in.unpack_from(request.body)[0])

@@ -56,7 +56,7 @@ class Served:
         self.operations = Operations(self.source)
         negotiated, _ = negotiate(OFFER)
         config = Config(os.fspath(self.tree), "/nowhere")
-        backing = BackingFiles(-1, enabled=False)
+        backing = BackingFiles(-1, None)
         self.dispatcher = Dispatcher(self.operations, negotiated, backing, config)
         self.file = self.operations.lookup(1, b"file").nodeid
         self.directory = self.operations.lookup(1, b"directory").nodeid
@@ -290,7 +290,7 @@ def old_kernel(served: Served) -> Dispatcher:
     """As Linux 5.10 negotiates: no HANDLE_KILLPRIV_V2, no SETXATTR_EXT, no extensions."""
     negotiated, _ = negotiate(abi.fuse_init_in.pack(7, 32, 1 << 17, (1 << 28) - 1, 0)[:16], passthrough=True)
     config = Config(os.fspath(served.tree), "/nowhere")
-    return Dispatcher(served.operations, negotiated, BackingFiles(-1, enabled=False), config)
+    return Dispatcher(served.operations, negotiated, BackingFiles(-1, None), config)
 
 
 def test_old_kernels_leave_set_id_bits_to_the_server(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,205 @@
+"""The backing IDs of one connection, where every process that serves it finds them.
+
+The kernel tells nobody which IDs a connection has, so a process that is killed must not take them along. The table is an
+LMDB environment in shared memory: transactions of different processes run one after the other, one that a killed process
+had begun never was, and nothing is ever written to a disk.
+
+Each connection has a table of its own, in a directory that nobody else knows of: `table_directory` gives its descriptor.
+Whoever keeps the connection's device open keeps that descriptor too: it leads to the table, and its lock tells that the table
+is in use. A directory that is not locked was left by a killed server.
+
+Writing to memory that is mapped but not there yet ends the process (SIGBUS) when the memory file system is full. So what
+a transaction may touch is allocated before it begins; if that fails, the table is frozen.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import lmdb
+
+from handlefs.statedir import SHARED_MEMORY, allocate_lock_file
+
+log = logging.getLogger(__name__)
+
+NO_BACKING = 0
+"""Not a backing ID: the file's data goes through the server."""
+
+_PREFIX = "handlefs-backing-"
+_MAP_SIZE = 512 << 20
+"""Bytes of address space; room for some 8 million open files. The same for all: LMDB cuts the file to it."""
+_STEP = 1 << 20
+"""Bytes allocated at a time: some 17,000 open files more."""
+_ROOM = 256 << 10
+"""Bytes, more than the pages that two records may add: twice the depth of the tree each, and the list of free pages."""
+
+_KEY = struct.Struct(">QQ")  # node ID, fh: the opens of an inode are neighbours
+_NODEID = struct.Struct(">Q")
+_VALUE = struct.Struct("=I")  # backing ID
+_FROZEN = _KEY.pack(0, 0)  # no node has the ID 0
+
+
+class BackingTable:
+    """Which inodes are open, and with which backing ID; for any number of processes and threads.
+
+    There is a record for each open file, by its `fh`. So a RELEASE may be repeated (by the successor of a killed process); an
+    OPEN that is repeated leaves a record too many, with which its inode keeps its backing ID until the mount is gone.
+
+    A table that can grow no more is frozen, for good: known inodes keep their backing IDs, even when they are closed,
+    and others get none. Were an open forgotten instead, a later one of the same inode could be given another ID, and
+    the kernel would refuse that.
+    """
+
+    def __init__(self, directory: int) -> None:
+        """The table in a directory of `table_directory`, by its descriptor. Raises OSError.
+
+        A process may have it open only once, and must not use it after a fork.
+        """
+        path = f"/proc/self/fd/{directory}"
+        try:
+            self._env = lmdb.open(
+                path, map_size=_MAP_SIZE, mode=0o600, create=False, writemap=True, sync=False, metasync=False
+            )
+        except lmdb.Error as error:
+            raise _as_oserror(error) from error
+        try:
+            self._file = os.open(f"{path}/data.mdb", os.O_RDWR | os.O_CLOEXEC)
+        except BaseException:
+            self._env.close()
+            raise
+        self._allocated = 0
+
+    def close(self) -> None:
+        """Close it; the records stay."""
+        self._env.close()
+        os.close(self._file)
+
+    def opened(self, nodeid: int, fh: int, register: Callable[[], int]) -> int:
+        """Record that `nodeid` is opened as `fh`. Returns the backing ID that all its opens have, or `NO_BACKING` if they
+        have none: what `register` returns, which is called if it is the first. Raises OSError, nothing recorded."""
+
+        def record(transaction: lmdb.Transaction) -> int:
+            backing_id = _backing_id(transaction, nodeid)
+            if not self._writable(transaction):
+                return NO_BACKING if backing_id is None else backing_id
+            if backing_id is None:
+                backing_id = register()
+            transaction.put(_KEY.pack(nodeid, fh), _VALUE.pack(backing_id))
+            return backing_id
+
+        return self._run(record)
+
+    def released(self, nodeid: int, fh: int) -> int:
+        """Forget the open `fh` of `nodeid`. Returns the backing ID to close if it was the last one, else `NO_BACKING`."""
+
+        def forget(transaction: lmdb.Transaction) -> int:
+            if not self._writable(transaction):
+                return NO_BACKING
+            value = transaction.pop(_KEY.pack(nodeid, fh))
+            if value is None or _backing_id(transaction, nodeid) is not None:
+                return NO_BACKING
+            return int(_VALUE.unpack(value)[0])
+
+        return self._run(forget)
+
+    def make_room(self) -> None:
+        """Make sure that there is memory for two records more; every change does so. OSError: ENOSPC, also when it is full."""
+        needed = (self._env.info()["last_pgno"] + 1) * _PAGE_SIZE + _ROOM
+        if needed <= self._allocated:
+            return
+        self._env.reader_check()  # the slot of a process that was killed while it opened the table keeps pages from reuse
+        size = -(-needed // _STEP) * _STEP
+        if size > _MAP_SIZE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.posix_fallocate(self._file, 0, size)
+        self._allocated = size
+
+    def _run(self, work: Callable[[lmdb.Transaction], int]) -> int:
+        try:
+            with self._env.begin(write=True) as transaction:
+                return work(transaction)
+        except lmdb.Error as error:
+            raise _as_oserror(error) from error
+
+    def _writable(self, transaction: lmdb.Transaction) -> bool:
+        """Whether `transaction` may change something."""
+        if transaction.get(_FROZEN) is not None:
+            return False
+        try:
+            self.make_room()
+        except OSError as error:
+            transaction.put(_FROZEN, b"")  # the record before this one has left room for it
+            log.error("no passthrough for files that are not open now, until the next mount: %s", error.strerror)
+            return False
+        return True
+
+
+_PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")  # LMDB's too, in a new file
+
+
+def _backing_id(transaction: lmdb.Transaction, nodeid: int) -> int | None:
+    """What the opens of `nodeid` have; None if there are none."""
+    prefix = _NODEID.pack(nodeid)
+    with transaction.cursor() as cursor:
+        if cursor.set_range(prefix) and bytes(cursor.key()).startswith(prefix):
+            return int(_VALUE.unpack(cursor.value())[0])
+    return None
+
+
+def _as_oserror(error: lmdb.Error) -> OSError:
+    number = errno.ENOSPC if isinstance(error, lmdb.DiskError) else errno.EIO
+    return OSError(number, f"table of backing IDs: {error}")
+
+
+@contextlib.contextmanager
+def table_directory(memory: Path = SHARED_MEMORY) -> Iterator[int]:
+    """A new directory in `memory`, a tmpfs, with an empty table for a new connection; removed at the end of the block. Yields
+    its descriptor, which holds the lock. Those of killed servers are removed.
+
+    Raises OSError if there is no such file system, or no room in it.
+    """
+    _remove_leftovers(memory)
+    path, descriptor = _new_directory(memory)
+    try:
+        allocate_lock_file(path / "lock.mdb")
+        with contextlib.closing(BackingTable(descriptor)) as table:
+            table.make_room()
+        yield descriptor
+    finally:
+        shutil.rmtree(path)
+        os.close(descriptor)
+
+
+def _new_directory(memory: Path) -> tuple[Path, int]:
+    """Made and locked; made again if another server took it for a left-over before it was locked."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=memory))
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if path.exists():
+                return path, descriptor
+            os.close(descriptor)
+
+
+def _remove_leftovers(memory: Path) -> None:
+    for path in memory.glob(f"{_PREFIX}*"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:  # somebody else's, who may put there what he likes; or just removed
+            continue
+        try:
+            if os.fstat(descriptor).st_uid == os.geteuid():
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        except BlockingIOError:
+            pass  # in use
+        finally:
+            os.close(descriptor)

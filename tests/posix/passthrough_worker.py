@@ -1,0 +1,71 @@
+"""A process that serves a connection together with others: it has the connection's device and its table of backing IDs from
+its parent. With DIES_AT it is killed (SIGKILL, by itself) at that step of an open or a release.
+
+python -m tests.posix.passthrough_worker SOURCE STATE DEVICE TABLE MINOR FLAGS MAX_WRITE [DIES_AT]
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from handlefs.config import Config
+from handlefs.handlemap import HandleMap
+from handlefs.metrics import OperationMetrics
+from handlefs.operations import Operations
+from handlefs.protocol.init import Negotiated
+from handlefs.source import Source
+from handlefs.transport.backing import BackingFiles
+from handlefs.transport.backingtable import BackingTable
+from handlefs.transport.direct import Dispatcher, _worker
+
+
+class Dying(BackingFiles):
+    """Ends the process at one step."""
+
+    dies_at = ""
+
+    def _dies_if(self, step: str) -> None:
+        if step == self.dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _register(self, fd: int) -> int:
+        self._dies_if("before register")
+        backing_id = super()._register(fd)
+        self._dies_if("registered")
+        return backing_id
+
+    def opened(self, nodeid: int, fh: int, fd: int) -> int:
+        backing_id = super().opened(nodeid, fh, fd)
+        self._dies_if("recorded")
+        return backing_id
+
+    def released(self, nodeid: int, fh: int) -> None:
+        super().released(nodeid, fh)
+        self._dies_if("closed")
+
+    def _close(self, backing_id: int) -> None:
+        self._dies_if("forgotten")
+        super()._close(backing_id)
+
+
+def main() -> None:
+    path, state, *numbers = sys.argv[1:8]
+    device, directory, minor, flags, max_write = map(int, numbers)
+    source = Source(path, cache_size=100)
+    source.attach_map(HandleMap(Path(state), source.identity))
+    backing = Dying(device, BackingTable(directory))
+    backing.dies_at = sys.argv[8] if len(sys.argv) > 8 else ""
+    # Names and attributes are asked for each time, so that every step of a test meets a live worker.
+    config = Config(path, "", entry_timeout=0, attr_timeout=0)
+    negotiated = Negotiated(minor, flags, max_write)
+    dispatcher = Dispatcher(Operations(source), negotiated, backing, config)
+    print("ready", flush=True)
+    _worker(device, dispatcher, OperationMetrics())
+    source.map.close()
+
+
+if __name__ == "__main__":
+    main()
