@@ -1,4 +1,5 @@
-"""The trees under test: every file system, served with every cache mode, and the directories themselves as the control."""
+"""The trees under test: every file system, served with both transports and every cache mode, and the directories themselves as
+the control."""
 
 from __future__ import annotations
 
@@ -19,21 +20,21 @@ from ..support.users import root_again
 T = TypeVar("T")
 
 STORM_INTERVAL = 0.004
-# The first file system gets every mode; the others the two ends of the scale.
+# The first file system gets every mode; the others the two ends of the scale, with data inside the kernel and through the
+# server, and the other transport.
 MODES: dict[str, tuple[str, ...]] = {
     "default": (),
+    "nopass": ("--passthrough=off",),
     "cache1": ("--cache-size=1",),
-    "cache0": ("--cache-size=0",),
+    "cache0": ("--cache-size=0", "--passthrough=off"),
     "storm": (),
-    "storm1": ("--cache-size=1",),
-    "direct": ("--transport=direct",),
-    "direct-storm": ("--transport=direct", "--passthrough=off", "--cache-size=1"),
+    "nopass-storm1": ("--passthrough=off", "--cache-size=1"),
+    "pyfuse3": ("--transport=pyfuse3",),
+    "pyfuse3-storm1": ("--transport=pyfuse3", "--cache-size=1"),
 }
-MODES_OF = {
-    "ext4": ("default", "cache1", "cache0", "storm", "direct"),
-    "btrfs": ("default", "storm1", "direct-storm"),
-}
-OTHER_MODES = ("default", "storm1")
+MODES_OF = {"ext4": tuple(MODES), "btrfs": ("default", "nopass-storm1", "pyfuse3", "pyfuse3-storm1")}
+OTHER_MODES = ("default", "nopass-storm1", "pyfuse3")
+TRANSPORTS = ("direct", "pyfuse3")
 
 _numbers = itertools.count()
 
@@ -57,7 +58,7 @@ class TestTree:
     @property
     def direct(self) -> bool:
         """Whether the direct transport serves it."""
-        return isinstance(self.server, Mounted) and "--transport=direct" in self.server.args
+        return isinstance(self.server, Mounted) and "--transport=pyfuse3" not in self.server.args
 
     def agree(self, scenario: Callable[[Path], T]) -> T:
         """Run the scenario in the served directory and in the control; both must come to the same result."""
@@ -119,8 +120,8 @@ def matrix(config: pytest.Config) -> list[str]:
 
 
 def restart_matrix(config: pytest.Config) -> list[str]:
-    """For tests that restart the server: each file system natively and served."""
-    return [name for name in matrix(config) if name.endswith(("-native", "-default"))]
+    """For tests that restart the server: each file system natively, and served with each transport."""
+    return [name for name in matrix(config) if name.endswith(("-native", "-default", "-pyfuse3"))]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -131,6 +132,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kind" in metafunc.fixturenames:
         kinds = [] if metafunc.config.getoption("--native") else metafunc.config.getoption("--fs").split(",")
         metafunc.parametrize("kind", kinds, scope="session")
+    if "transport" in metafunc.fixturenames:
+        metafunc.parametrize("transport", TRANSPORTS, scope="session")
 
 
 @contextmanager

@@ -278,8 +278,16 @@ def snapshot(base: Path) -> tuple[dict[str, bytes], set[str]]:
     return files, directories
 
 
+MODES: dict[str, tuple[str, ...]] = {
+    "native": (),
+    "cache1": (),
+    "nopass-cache1": ("--passthrough=off",),
+    "pyfuse3-cache1": ("--transport=pyfuse3",),
+}
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("mode", ["native", "cache1"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("where", KINDS)
 def test_checked_workload_under_pruning(
     where: str, mode: str, filesystems: FileSystems, pytestconfig: pytest.Config
@@ -292,7 +300,7 @@ def test_checked_workload_under_pruning(
     if mode == "native":
         work(Native(source), min(seconds, 2))
         return
-    with mounted(source, None, f"--cache-size={mode[-1]}") as server:
+    with mounted(source, None, "--cache-size=1", *MODES[mode]) as server:
         work(server, seconds)
 
 
