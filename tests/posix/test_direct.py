@@ -9,15 +9,13 @@ import os
 import stat
 import struct
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ..support.filesystems import KINDS, FileSystems
 from ..support.server import Mounted
 from ..support.users import ALICE, STAFF, STAFF_ALICE, as_user, root_again
-from .conftest import Ground, TestTree, open_ground
+from .conftest import TestTree
 
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
@@ -33,21 +31,6 @@ MIB = 1 << 20
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-@pytest.fixture(scope="module", params=[f"{kind}-{mode}" for kind in KINDS for mode in ("default", "nopass")])
-def direct_ground(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator[Ground]:
-    kind = request.param.split("-")[0]
-    if request.config.getoption("--native") or kind not in request.config.getoption("--fs").split(","):
-        pytest.skip("left out by --native or --fs")
-    with open_ground(filesystems, request.param) as ground:
-        yield ground
-
-
-@pytest.fixture
-def direct(direct_ground: Ground, request: pytest.FixtureRequest) -> Iterator[TestTree]:
-    yield direct_ground.tree(request.node.originalname)
-    direct_ground.server.check_log()
 
 
 def operations(tree: TestTree) -> dict[str, int]:

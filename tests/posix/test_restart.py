@@ -71,11 +71,10 @@ def test_the_next_server_has_the_other_transport(kind: str, order: tuple[str, st
             assert file.read() == b"1"
 
 
+@pytest.mark.served
 def test_kill_in_the_middle_of_new_entries(restartable: TestTree) -> None:
     """Node IDs that a client has seen before the server was killed are known to the next one."""
     tree = restartable
-    if tree.native:
-        pytest.skip("there is no server to kill")
     assert isinstance(tree.server, Mounted)
     for turn in range(3):
         handles = {}
