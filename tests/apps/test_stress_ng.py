@@ -115,7 +115,7 @@ def test_side_by_side(place: Place) -> None:
         assert sum(stress(place, STRESSORS, 5).values()) > 0
 
 
-def check_unsupported(place: Place, command: tuple[str, ...]) -> None:
+def check_refused(place: Place, command: tuple[str, ...]) -> None:
     (place.source / "file").write_bytes(bytes(10_000))
     done = subprocess.run([*command, place.path / "file"], capture_output=True, text=True, check=False)
     refused = re.search("not supported|unsupported|Inappropriate ioctl", done.stdout + done.stderr)
@@ -124,11 +124,11 @@ def check_unsupported(place: Place, command: tuple[str, ...]) -> None:
 
 @pytest.mark.variants([CONTROLS[0], PLAIN[0], PYFUSE3])
 @pytest.mark.parametrize("stressor", UNSUPPORTED)
-def test_still_unsupported(place: Place, stressor: str) -> None:
-    check_unsupported(place, UNSUPPORTED[stressor])
+def test_still_refused(place: Place, stressor: str) -> None:
+    check_refused(place, UNSUPPORTED[stressor])
 
 
 @pytest.mark.variants([CONTROLS[0], PYFUSE3])
 @pytest.mark.parametrize("stressor", UNSUPPORTED_BY_PYFUSE3)
-def test_still_unsupported_by_pyfuse3(place: Place, stressor: str) -> None:
-    check_unsupported(place, UNSUPPORTED_BY_PYFUSE3[stressor])
+def test_still_refused_by_pyfuse3(place: Place, stressor: str) -> None:
+    check_refused(place, UNSUPPORTED_BY_PYFUSE3[stressor])

@@ -67,6 +67,10 @@ class Export(ABC):
         """Restart the server, as its administrator does while clients are at work."""
 
     @abstractmethod
+    def switch(self) -> None:
+        """Restart the server with the other transport."""
+
+    @abstractmethod
     @contextmanager
     def outage(self) -> Iterator[None]:
         """Take the server away from its clients, without warning, for the time of the block."""
@@ -103,6 +107,9 @@ class NativeExport(Export):
         with self.outage():
             pass
 
+    def switch(self) -> None:
+        self.restart()
+
     @contextmanager
     def outage(self) -> Iterator[None]:
         run("rpc.nfsd", "0")
@@ -136,11 +143,20 @@ class HandlefsExport(Export):
     def pid(self) -> int:
         return int(control.request(str(self.path), {"op": "status"})["pid"])
 
+    @property
+    def transport(self) -> str:
+        return str(control.request(str(self.path), {"op": "status"})["transport"])
+
     def evict(self) -> None:
         control.request(str(self.path), {"op": "evict", "count": None})
 
     def restart(self) -> None:
         self.command("restart", str(self.path))
+
+    def switch(self) -> None:
+        other = "pyfuse3" if self.transport == "direct" else "direct"
+        self.command("restart", str(self.path), "--transport", other)
+        assert self.transport == other
 
     def kill(self) -> None:
         """End the server with SIGKILL. Its mount and its export stay, dead."""
