@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 from handlefs.mount import MountOptions, OptionError
 from handlefs.volumes import Submounts
 
-Transport = Literal["pyfuse3", "direct"]
+Transport = Literal["auto", "direct", "pyfuse3"]
 Passthrough = Literal["auto", "on", "off"]
 
 MAX_WORKERS = 64
@@ -28,7 +28,7 @@ class Config:
     entry_timeout: float = 1.0
     attr_timeout: float = 1.0
     submounts: Submounts = "cross"
-    transport: Transport = "pyfuse3"
+    transport: Transport = "auto"
     passthrough: Passthrough = "auto"
     workers: int = 4
     log_file: str | None = None

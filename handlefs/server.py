@@ -17,9 +17,9 @@ from handlefs.handlemap import HandleMap, how_to_replace
 from handlefs.metrics import OperationMetrics
 from handlefs.mount import mount_at, mounts
 from handlefs.operations import Operations
+from handlefs.protocol.init import ProtocolError
 from handlefs.source import Source
 from handlefs.transport import direct
-from handlefs.transport import pyfuse3 as pyfuse3_transport
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ class Server:
     def __init__(self, config: Config) -> None:
         """Open the source and its map. Raises StartupError with what is wrong and what to do."""
         self.config = config
-        if config.passthrough == "on" and config.transport != "direct":
+        if config.passthrough == "on" and config.transport == "pyfuse3":
             raise StartupError(
-                "passthrough=on needs the direct transport: add --transport=direct, or use passthrough=auto"
+                "passthrough=on needs the direct transport: use --transport=direct, or --passthrough=auto"
             )
         limit = _raise_descriptor_limit()
         cache_size = default_cache_size(limit) if config.cache_size is None else config.cache_size
@@ -46,6 +46,7 @@ class Server:
         self.source.attach_map(open_map(self.state_dir, self.source, key_file))
         self.operations = Operations(self.source, read_only=config.options.read_only)
         self.metrics = OperationMetrics()
+        self.transport = "pyfuse3" if config.transport == "pyfuse3" else "direct"
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises StartupError if it cannot,
@@ -53,7 +54,6 @@ class Server:
         # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
         drop_capability(CAP_SYS_RESOURCE)
         control = ControlServer(self.status, self.evict, self.config)
-        transport = direct if self.config.transport == "direct" else pyfuse3_transport
         device: tuple[int, int] | None = None
 
         def ready() -> None:
@@ -65,7 +65,7 @@ class Server:
         aborted = False
         try:
             control.start()
-            transport.serve(self.operations, self.config, self.metrics, ready)
+            self._serve(ready)
             aborted = device is not None and _stays(self.config.mountpoint, device)
         except OSError as error:
             raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
@@ -77,6 +77,23 @@ class Server:
             log.error("%s", message)
             raise ConnectionAborted(message)
         log.info("%s is unmounted", self.config.mountpoint)
+
+    def _serve(self, on_ready: Callable[[], None]) -> None:
+        """Serve with the transport that was asked for; with "auto" with pyfuse3 where the kernel is too old for direct."""
+        if self.transport == "direct":
+            try:
+                direct.serve(self.operations, self.config, self.metrics, on_ready)
+                return
+            except ProtocolError as error:
+                if self.config.passthrough == "on":
+                    raise StartupError(f"{error}, and so does passthrough=on: use --passthrough=auto") from error
+                if self.config.transport == "direct":
+                    raise StartupError(f"{error}: use --transport=auto or pyfuse3") from error
+                log.warning("%s: serving with pyfuse3 instead", error)
+        from handlefs.transport import pyfuse3  # noqa: PLC0415 - it brings libfuse and trio, which direct does without
+
+        self.transport = "pyfuse3"
+        pyfuse3.serve(self.operations, self.config, self.metrics, on_ready)
 
     def _close_map(self) -> None:
         try:
@@ -94,7 +111,7 @@ class Server:
             "version": __version__,
             "source": self.config.source,
             "mountpoint": self.config.mountpoint,
-            "transport": self.config.transport,
+            "transport": self.transport,
             "filesystem": filesystem._asdict(),
             "source_id": self.source.identity.source_id,
             "nodeids": "mapped" if self.source.inline is None else "inline (ino, generation)",

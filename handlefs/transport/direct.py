@@ -60,7 +60,7 @@ class Request(NamedTuple):
 def serve(operations: Operations, config: Config, metrics: OperationMetrics, on_ready: Callable[[], None]) -> None:
     """Mount and serve until the mount is gone. Calls `on_ready` in this thread once the mount has answered a request.
 
-    Raises OSError if the mount fails, StartupError if the kernel is too old.
+    Raises OSError if the mount fails, ProtocolError if the kernel is too old; StartupError if passthrough=on is not possible.
     """
     with _backing_table(config.passthrough) as table:
         device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
@@ -83,8 +83,10 @@ def serve(operations: Operations, config: Config, metrics: OperationMetrics, on_
             threads = _start_workers(device, dispatcher, metrics, config.workers)
             os.statvfs(config.mountpoint)
             on_ready()
-        except BaseException:
+        except BaseException as error:
             unmount(config.mountpoint, lazy=True)
+            if isinstance(error, ProtocolError):  # another transport follows; no thread reads this device yet
+                os.close(device)
             raise
         for thread in threads:
             while thread.is_alive():
@@ -134,10 +136,7 @@ def _answer_init(device: int, *, passthrough: bool) -> Negotiated:
     _, opcode, unique, *_ = abi.fuse_in_header.unpack_from(buffer)
     if opcode != abi.FUSE_INIT:
         raise OSError(errno.EPROTO, "the kernel's first request is not INIT")
-    try:
-        negotiated, payload = negotiate(memoryview(buffer)[abi.fuse_in_header.size :], passthrough=passthrough)
-    except ProtocolError as error:
-        raise StartupError(f"{error}; --transport=pyfuse3 may do") from error
+    negotiated, payload = negotiate(memoryview(buffer)[abi.fuse_in_header.size :], passthrough=passthrough)
     os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique) + payload)
     return negotiated
 

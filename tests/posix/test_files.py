@@ -494,7 +494,7 @@ def test_poll_says_ready(tree: TestTree) -> None:
         assert poll.poll(0) == [(file.fileno(), select.POLLIN | select.POLLOUT)]
 
 
-@pytest.mark.parametrize("served", ["native", "pyfuse3", "direct"])
+@pytest.mark.parametrize("served", ["native", "direct", "pyfuse3"])
 @pytest.mark.parametrize("small", ["ext4", "tmpfs"])
 def test_full_file_system(small: str, served: str, request: pytest.FixtureRequest) -> None:
     """ENOSPC reaches the writer, and after a removal there is room again."""

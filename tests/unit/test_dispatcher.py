@@ -14,12 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 from handlefs.config import Config
-from handlefs.errors import StartupError
 from handlefs.handlemap import HandleMap
 from handlefs.metrics import OperationMetrics
 from handlefs.operations import Operations
 from handlefs.protocol import abi
-from handlefs.protocol.init import negotiate
+from handlefs.protocol.init import ProtocolError, negotiate
 from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
 from handlefs.transport.direct import Dispatcher, _answer_init, _worker
@@ -319,5 +318,5 @@ def test_a_kernel_that_is_too_old_is_a_message(monkeypatch: pytest.MonkeyPatch) 
     payload = abi.fuse_init_in_v6.pack(7, 30, 0, 0xFFFFFFFF)
     header = abi.fuse_in_header.pack(56, abi.FUSE_INIT, 1, 0, 0, 0, 0, 0, 0)
     monkeypatch.setattr(os, "read", lambda *_: header + payload)
-    with pytest.raises(StartupError, match=r"7\.30.*7\.31 or newer.*--transport=pyfuse3"):
+    with pytest.raises(ProtocolError, match=r"7\.30.*direct transport needs 7\.31 or newer"):
         _answer_init(-1, passthrough=True)
