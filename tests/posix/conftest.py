@@ -49,6 +49,11 @@ class TestTree:
         """Whether the direct transport serves it."""
         return isinstance(self.server, Mounted) and "--transport=pyfuse3" not in self.server.args
 
+    @property
+    def passthrough(self) -> bool:
+        """Whether the kernel maps the source's own files, where it can."""
+        return isinstance(self.server, Mounted) and self.direct and "--passthrough=off" not in self.server.args
+
     def agree(self, scenario: Callable[[Path], T]) -> T:
         """Run the scenario in the served directory and in the control; both must come to the same result."""
         control, served = scenario(self.control), scenario(self.path)

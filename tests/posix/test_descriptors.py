@@ -15,7 +15,7 @@ from ..support.server import Mounted, mounted
 from ..support.syscalls import name_to_handle
 from .compare import outcome
 
-FILES = 20_000
+FILES = 10_000
 DIRECTORIES = 40
 FIXED = 48
 """Descriptors of the server that do not depend on the tree: devices, sockets, the map, the event loop, requests in flight."""
@@ -25,7 +25,7 @@ EXHAUSTED = ("ENOMEM",)
 
 @pytest.fixture(scope="module", params=["ext4", "btrfs"], ids=["ext4: inline", "btrfs: mapped"])
 def forest(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator[Path]:
-    """Twenty thousand files whose content is their name."""
+    """Ten thousand files whose content is their name."""
     if request.config.getoption("--native"):
         pytest.skip("only the control was asked for")
     base = filesystems[request.param] / "forest"
@@ -149,7 +149,7 @@ def test_descriptors_are_given_back(forest: Path, transport: str) -> None:
     with mounted(forest, None, f"--transport={transport}") as server:
         server.evict()
         idle = server.descriptors()
-        for number in range(300):
+        for number in range(200):
             (server.path / f"d1/f{number}").read_bytes()
             (server.path / "d1" / f"f{number}").open("ab").close()
         os.listdir(server.path / "d1")
