@@ -42,8 +42,9 @@ class Contestant:
 
 STANDARD = (
     Contestant(NATIVE, None),
-    Contestant("direct", f"{_HANDLEFS} --transport direct --passthrough on"),
-    Contestant("direct-nopass", f"{_HANDLEFS} --transport direct --passthrough off"),
+    Contestant("direct", f"{_HANDLEFS} --transport direct --passthrough on --workers 1"),
+    Contestant("direct-4", f"{_HANDLEFS} --transport direct --passthrough on --workers 4"),
+    Contestant("direct-nopass", f"{_HANDLEFS} --transport direct --passthrough off --workers 1"),
     Contestant(PYFUSE3, f"{_HANDLEFS} --transport pyfuse3"),
     Contestant(passthrough_ll.NAME, passthrough_ll.COMMAND),
 )

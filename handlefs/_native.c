@@ -9,9 +9,12 @@
 #include <structmember.h>
 
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <linux/fuse.h>
 #include <stdint.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 
 #define BILLION 1000000000LL
@@ -210,6 +213,68 @@ static PyObject *native_look(PyObject *module, PyObject *args)
                          stat);
 }
 
+/* The node ID in an inline handle of `size` bytes: u32 or u64 inode, u32 generation. 0 if it is none (nodeid.py). */
+static uint64_t inline_nodeid(const unsigned char *data, unsigned int size)
+{
+    uint64_t ino = 0;
+    uint32_t generation;
+    memcpy(&ino, data, size - sizeof generation);
+    memcpy(&generation, data + size - sizeof generation, sizeof generation);
+    return ino < 1ULL << 31 ? ino << 32 | generation : 0;
+}
+
+/* What an object must be like to have an inline node ID for certain. */
+struct inline_rule {
+    int mount_id, type;
+    unsigned int size;
+    unsigned long long device, root_ino;
+    long long before_seconds;
+    long before_nanoseconds;
+};
+
+static PyObject *find_inline(int directory, const char *name, const struct inline_rule *rule)
+{
+    struct handle_buffer handle = {.head.handle_bytes = MAX_HANDLE};
+    struct stat found;
+    int mount_id, result;
+    uint64_t nodeid;
+    SYSTEM_CALL(result, name_to_handle_at(directory, name, &handle.head, &mount_id, 0) ||
+                            fstatat(directory, name, &found, AT_SYMLINK_NOFOLLOW));
+    if (result || mount_id != rule->mount_id || handle.head.handle_type != rule->type ||
+        handle.head.handle_bytes != rule->size)
+        Py_RETURN_NONE;
+    nodeid = inline_nodeid(handle.data, rule->size);
+    if (nodeid >> 32 != found.st_ino || found.st_ino == rule->root_ino || found.st_dev != rule->device)
+        Py_RETURN_NONE;
+    if (found.st_ctim.tv_sec > rule->before_seconds ||
+        (found.st_ctim.tv_sec == rule->before_seconds && found.st_ctim.tv_nsec >= rule->before_nanoseconds))
+        Py_RETURN_NONE;
+    return Py_BuildValue("KN", (unsigned long long)nodeid, new_stat(&found));
+}
+
+static PyObject *native_find_inline(PyObject *module, PyObject *args)
+{
+    int directory;
+    struct inline_rule rule;
+    PyObject *names, *result;
+    if (!PyArg_ParseTuple(args, "iO!(iiIKK)(Ll)", &directory, &PyList_Type, &names, &rule.mount_id, &rule.type,
+                          &rule.size, &rule.device, &rule.root_ino, &rule.before_seconds, &rule.before_nanoseconds))
+        return NULL;
+    if (rule.size != 8 && rule.size != 12) {
+        PyErr_SetString(PyExc_ValueError, "not the size of an inline handle");
+        return NULL;
+    }
+    result = PyList_New(0);
+    for (Py_ssize_t index = 0; result != NULL && index < PyList_GET_SIZE(names); index++) {
+        const char *name = PyBytes_AsString(PyList_GET_ITEM(names, index));
+        PyObject *item = name == NULL ? NULL : find_inline(directory, name, &rule);
+        if (item == NULL || PyList_Append(result, item) < 0)
+            Py_CLEAR(result);
+        Py_XDECREF(item);
+    }
+    return result;
+}
+
 /* -- the wire format ------------------------------------------------------------------------------------------------- */
 
 static void fill_attr(struct fuse_attr *attr, uint64_t ino, const Stat *stat)
@@ -233,37 +298,244 @@ static void fill_attr(struct fuse_attr *attr, uint64_t ino, const Stat *stat)
     attr->blksize = stat->blksize;
 }
 
+struct timeout {
+    unsigned long long seconds;
+    unsigned int nanoseconds;
+};
+
+static void fill_entry(struct fuse_entry_out *out, uint64_t nodeid, uint64_t generation, struct timeout entry,
+                       struct timeout attr, uint64_t ino, const Stat *stat)
+{
+    memset(out, 0, sizeof *out);
+    out->nodeid = nodeid;
+    out->generation = generation;
+    out->entry_valid = entry.seconds;
+    out->entry_valid_nsec = entry.nanoseconds;
+    out->attr_valid = attr.seconds;
+    out->attr_valid_nsec = attr.nanoseconds;
+    fill_attr(&out->attr, ino, stat);
+}
+
 static PyObject *native_attr_out(PyObject *module, PyObject *args)
 {
     struct fuse_attr_out out = {0};
-    unsigned long long ino, seconds;
-    unsigned int nanoseconds;
+    struct timeout timeout;
+    unsigned long long ino;
     Stat *stat;
-    if (!PyArg_ParseTuple(args, "KIKO!", &seconds, &nanoseconds, &ino, &StatType, &stat))
+    if (!PyArg_ParseTuple(args, "(KI)KO!", &timeout.seconds, &timeout.nanoseconds, &ino, &StatType, &stat))
         return NULL;
-    out.attr_valid = seconds;
-    out.attr_valid_nsec = nanoseconds;
+    out.attr_valid = timeout.seconds;
+    out.attr_valid_nsec = timeout.nanoseconds;
     fill_attr(&out.attr, ino, stat);
     return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
 }
 
 static PyObject *native_entry_out(PyObject *module, PyObject *args)
 {
-    struct fuse_entry_out out = {0};
-    unsigned long long nodeid, generation, entry_seconds, attr_seconds, ino;
-    unsigned int entry_nanoseconds, attr_nanoseconds;
+    struct fuse_entry_out out;
+    struct timeout entry, attr;
+    unsigned long long nodeid, generation, ino;
     Stat *stat;
-    if (!PyArg_ParseTuple(args, "KKKKIIKO!", &nodeid, &generation, &entry_seconds, &attr_seconds, &entry_nanoseconds,
-                          &attr_nanoseconds, &ino, &StatType, &stat))
+    if (!PyArg_ParseTuple(args, "KK(KI)(KI)KO!", &nodeid, &generation, &entry.seconds, &entry.nanoseconds,
+                          &attr.seconds, &attr.nanoseconds, &ino, &StatType, &stat))
         return NULL;
-    out.nodeid = nodeid;
-    out.generation = generation;
-    out.entry_valid = entry_seconds;
-    out.attr_valid = attr_seconds;
-    out.entry_valid_nsec = entry_nanoseconds;
-    out.attr_valid_nsec = attr_nanoseconds;
-    fill_attr(&out.attr, ino, stat);
+    fill_entry(&out, nodeid, generation, entry, attr, ino, stat);
     return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
+}
+
+/* -- directories ----------------------------------------------------------------------------------------------------- */
+
+/* struct linux_dirent64 of getdents64(2). */
+struct kernel_dirent {
+    uint64_t ino;
+    int64_t offset;
+    unsigned short length;
+    unsigned char type;
+    char name[];
+};
+
+/* A new instance of the tuple class `type` with the items (name, ino, type, offset). */
+static PyObject *new_entry(PyTypeObject *type, const struct kernel_dirent *from)
+{
+    PyObject *items = Py_BuildValue("((yKiL))", from->name, (unsigned long long)from->ino, (int)from->type,
+                                    (long long)from->offset);
+    PyObject *entry = items == NULL ? NULL : PyTuple_Type.tp_new(type, items, NULL);
+    Py_XDECREF(items);
+    return entry;
+}
+
+static PyObject *native_getdents(PyObject *module, PyObject *args)
+{
+    int fd;
+    Py_ssize_t size, count, position = 0;
+    PyTypeObject *type;
+    PyObject *entries;
+    char *buffer;
+    if (!PyArg_ParseTuple(args, "inO!", &fd, &size, &PyType_Type, &type))
+        return NULL;
+    if (!PyType_IsSubtype(type, &PyTuple_Type)) {
+        PyErr_SetString(PyExc_TypeError, "not a class of tuples");
+        return NULL;
+    }
+    buffer = PyMem_Malloc(size);
+    if (buffer == NULL)
+        return PyErr_NoMemory();
+    SYSTEM_CALL(count, syscall(SYS_getdents64, fd, buffer, size));
+    entries = count < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyList_New(0);
+    while (entries != NULL && position < count) {
+        const struct kernel_dirent *from = (const struct kernel_dirent *)(buffer + position);
+        PyObject *entry = new_entry(type, from);
+        if (entry == NULL || PyList_Append(entries, entry) < 0)
+            Py_CLEAR(entries);
+        Py_XDECREF(entry);
+        position += from->length;
+    }
+    PyMem_Free(buffer);
+    return entries;
+}
+
+/* A reply that is being made. */
+struct reply {
+    char *end;       /* of what it holds already */
+    Py_ssize_t room; /* bytes left */
+    struct timeout entry, attr;
+};
+
+enum outcome { FAILED = -1, FULL, WRITTEN };
+
+/* Writes struct fuse_dirent for the tuple (name, ino, type, offset). */
+static enum outcome put_dirent(struct reply *reply, PyObject *entry)
+{
+    unsigned long long ino, offset;
+    int type;
+    const char *name;
+    Py_ssize_t length, size;
+    struct fuse_dirent head;
+    if (!PyArg_ParseTuple(entry, "y#KiK", &name, &length, &ino, &type, &offset))
+        return FAILED;
+    size = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET + length);
+    if (size > reply->room)
+        return FULL;
+    head.ino = ino;
+    head.off = offset;
+    head.namelen = length;
+    head.type = type;
+    memset(reply->end + size - 8, 0, 8); /* the padding */
+    memcpy(reply->end, &head, FUSE_NAME_OFFSET);
+    memcpy(reply->end + FUSE_NAME_OFFSET, name, length);
+    reply->end += size;
+    reply->room -= size;
+    return WRITTEN;
+}
+
+/* Writes struct fuse_direntplus for the tuple (entry, node): `entry` as above, node None or (nodeid, generation, (ino, Stat)). */
+static enum outcome put_direntplus(struct reply *reply, PyObject *item)
+{
+    struct fuse_entry_out out = {0};
+    struct reply rest;
+    PyObject *entry, *node;
+    unsigned long long nodeid, generation, ino;
+    Stat *stat;
+    enum outcome outcome;
+    if (!PyArg_ParseTuple(item, "OO", &entry, &node))
+        return FAILED;
+    if (node != Py_None) {
+        if (!PyArg_ParseTuple(node, "KK(KO!)", &nodeid, &generation, &ino, &StatType, &stat))
+            return FAILED;
+        fill_entry(&out, nodeid, generation, reply->entry, reply->attr, ino, stat);
+    }
+    if (reply->room < (Py_ssize_t)sizeof out)
+        return FULL;
+    rest = (struct reply){.end = reply->end + sizeof out, .room = reply->room - sizeof out};
+    outcome = put_dirent(&rest, entry);
+    if (outcome == WRITTEN) {
+        memcpy(reply->end, &out, sizeof out);
+        reply->end = rest.end;
+        reply->room = rest.room;
+    }
+    return outcome;
+}
+
+/* A reply with as many of the `entries`, a sequence, as fit, each written by `put`. */
+static PyObject *fill(struct reply *reply, PyObject *entries, enum outcome (*put)(struct reply *, PyObject *))
+{
+    enum outcome outcome = WRITTEN;
+    PyObject *items = PySequence_Fast(entries, "not a sequence"), *bytes;
+    if (items == NULL)
+        return NULL;
+    bytes = PyBytes_FromStringAndSize(NULL, reply->room);
+    if (bytes != NULL) {
+        reply->end = PyBytes_AS_STRING(bytes);
+        for (Py_ssize_t index = 0; outcome == WRITTEN && index < PySequence_Fast_GET_SIZE(items); index++)
+            outcome = put(reply, PySequence_Fast_GET_ITEM(items, index));
+        if (outcome == FAILED)
+            Py_CLEAR(bytes);
+        else
+            _PyBytes_Resize(&bytes, reply->end - PyBytes_AS_STRING(bytes));
+    }
+    Py_DECREF(items);
+    return bytes;
+}
+
+static PyObject *native_dirents(PyObject *module, PyObject *args)
+{
+    struct reply reply = {0};
+    PyObject *entries;
+    if (!PyArg_ParseTuple(args, "On", &entries, &reply.room))
+        return NULL;
+    return fill(&reply, entries, put_dirent);
+}
+
+static PyObject *native_direntplus(PyObject *module, PyObject *args)
+{
+    struct reply reply = {0};
+    PyObject *entries;
+    if (!PyArg_ParseTuple(args, "On(KI)(KI)", &entries, &reply.room, &reply.entry.seconds, &reply.entry.nanoseconds,
+                          &reply.attr.seconds, &reply.attr.nanoseconds))
+        return NULL;
+    return fill(&reply, entries, put_direntplus);
+}
+
+/* -- credentials ------------------------------------------------------------------------------------------------------ */
+
+/* ioctl(2) without `capability`; the thread has it again afterwards. */
+static int ioctl_without(unsigned int capability, int fd, unsigned long request, void *argument)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3];
+    uint32_t *effective = &data[capability / 32].effective, before;
+    int result, number;
+    if (syscall(SYS_capget, &header, data) < 0)
+        return -1;
+    before = *effective;
+    *effective &= ~(1u << capability % 32);
+    if (syscall(SYS_capset, &header, data) < 0)
+        return -1;
+    result = ioctl(fd, request, argument);
+    number = errno;
+    *effective = before;
+    if (syscall(SYS_capset, &header, data) < 0)
+        return -1;
+    errno = number;
+    return result;
+}
+
+static PyObject *native_ioctl_without(PyObject *module, PyObject *args)
+{
+    unsigned int capability;
+    unsigned long request;
+    int fd, result;
+    Py_buffer argument;
+    if (!PyArg_ParseTuple(args, "Iikw*", &capability, &fd, &request, &argument))
+        return NULL;
+    if (capability >= 32 * _LINUX_CAPABILITY_U32S_3) {
+        PyBuffer_Release(&argument);
+        PyErr_SetString(PyExc_ValueError, "no such capability");
+        return NULL;
+    }
+    SYSTEM_CALL(result, ioctl_without(capability, fd, request, argument.buf));
+    PyBuffer_Release(&argument);
+    return result < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(result);
 }
 
 /* -- the module ------------------------------------------------------------------------------------------------------ */
@@ -276,10 +548,18 @@ static PyMethodDef methods[] = {
      "open_by_handle_at(mount_fd, handle type, handle bytes, flags) -> descriptor, close-on-exec"},
     {"look", native_look, METH_VARARGS,
      "look(dir_fd, name) -> (handle type, handle bytes, mount ID, Stat), the Stat taken last"},
-    {"attr_out", native_attr_out, METH_VARARGS, "attr_out(attr_valid, attr_valid_nsec, ino, Stat) -> struct fuse_attr_out"},
+    {"find_inline", native_find_inline, METH_VARARGS,
+     "find_inline(dir_fd, names, rule, before) -> list of (nodeid, Stat), or None where that is not certain"},
+    {"attr_out", native_attr_out, METH_VARARGS, "attr_out(timeout, ino, Stat) -> struct fuse_attr_out"},
     {"entry_out", native_entry_out, METH_VARARGS,
-     "entry_out(nodeid, generation, entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec, ino, Stat) -> struct "
-     "fuse_entry_out"},
+     "entry_out(nodeid, generation, entry timeout, attr timeout, ino, Stat) -> struct fuse_entry_out"},
+    {"getdents", native_getdents, METH_VARARGS,
+     "getdents(fd, size, type) -> list of instances of the tuple class, each of (name, ino, type, offset)"},
+    {"dirents", native_dirents, METH_VARARGS, "dirents(entries, size) -> as many struct fuse_dirent as fit"},
+    {"direntplus", native_direntplus, METH_VARARGS,
+     "direntplus([(entry, node or None)], size, entry timeout, attr timeout) -> as many struct fuse_direntplus as fit"},
+    {"ioctl_without", native_ioctl_without, METH_VARARGS,
+     "ioctl_without(capability, fd, request, argument) -> what ioctl(2) returns without that capability"},
     {NULL},
 };
 

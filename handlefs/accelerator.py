@@ -5,7 +5,13 @@ HANDLEFS_ACCELERATOR=off in the environment leaves them out, as the tests do to 
 
 import importlib
 import os
-from typing import Protocol, cast
+from collections.abc import Sequence
+from typing import Protocol, TypeVar, cast
+
+Tuple = TypeVar("Tuple", bound=tuple[object, ...])
+
+Timeout = tuple[int, int]
+"""Seconds and nanoseconds for which the kernel may keep what a reply says."""
 
 
 class Stat(Protocol):
@@ -39,6 +45,12 @@ class Stat(Protocol):
     def st_ctime_ns(self) -> int: ...
 
 
+Dirent = tuple[bytes, int, int, int]
+"""A directory entry: name, inode number, DT_* of readdir(3), position after it."""
+Node = tuple[int, int, tuple[int, Stat]]
+"""What a reply says of a node: node ID, generation, the inode number to show and stat(2)."""
+
+
 class Native(Protocol):
     """The compiled module; what its functions do is said where they are used."""
 
@@ -46,17 +58,22 @@ class Native(Protocol):
     def look(self, dir_fd: int, name: bytes, /) -> tuple[int, bytes, int, Stat]: ...
     def name_to_handle_at(self, dir_fd: int, name: bytes, flags: int, /) -> tuple[int, bytes, int]: ...
     def open_by_handle_at(self, mount_fd: int, kind: int, data: bytes, flags: int, /) -> int: ...
-    def attr_out(self, attr_valid: int, attr_valid_nsec: int, ino: int, stat: Stat, /) -> bytes: ...
+    def find_inline(
+        self, dir_fd: int, names: list[bytes], rule: tuple[int, int, int, int, int], before: tuple[int, int], /
+    ) -> list[tuple[int, Stat] | None]: ...
+    def ioctl_without(self, capability: int, fd: int, request: int, argument: bytearray, /) -> int: ...
+    def getdents(self, fd: int, size: int, type: type[Tuple], /) -> list[Tuple]: ...
+    def attr_out(self, timeout: Timeout, ino: int, stat: Stat, /) -> bytes: ...
     def entry_out(
+        self, nodeid: int, generation: int, entry_timeout: Timeout, attr_timeout: Timeout, ino: int, stat: Stat, /
+    ) -> bytes: ...
+    def dirents(self, entries: Sequence[Dirent], size: int, /) -> bytes: ...
+    def direntplus(
         self,
-        nodeid: int,
-        generation: int,
-        entry_valid: int,
-        attr_valid: int,
-        entry_valid_nsec: int,
-        attr_valid_nsec: int,
-        ino: int,
-        stat: Stat,
+        entries: Sequence[tuple[Dirent, Node | None]],
+        size: int,
+        entry_timeout: Timeout,
+        attr_timeout: Timeout,
         /,
     ) -> bytes: ...
 

@@ -9,8 +9,10 @@ from typing import Any, Literal, cast, get_args
 from handlefs.mount import MountOptions, OptionError
 from handlefs.volumes import Submounts
 
-Transport = Literal["pyfuse3", "direct"]
+Transport = Literal["auto", "direct", "pyfuse3"]
 Passthrough = Literal["auto", "on", "off"]
+
+MAX_WORKERS = 64
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,9 @@ class Config:
     entry_timeout: float = 1.0
     attr_timeout: float = 1.0
     submounts: Submounts = "cross"
-    transport: Transport = "pyfuse3"
+    transport: Transport = "auto"
     passthrough: Passthrough = "auto"
-    workers: int | None = None
+    workers: int = 4
     log_file: str | None = None
 
     def with_options(self, own: Mapping[str, str]) -> "Config":
@@ -66,13 +68,6 @@ def _whole(name: str, text: str) -> int:
     return int(text)
 
 
-def _number(name: str, text: str) -> int:
-    value = _whole(name, text)
-    if not value:
-        raise OptionError(f"bad {name} '{text}': expected 1 or more")
-    return value
-
-
 def _seconds(name: str, text: str) -> float:
     try:
         value = float(text)
@@ -95,6 +90,13 @@ def _passthrough(name: str, text: str) -> Passthrough:
     return cast(Passthrough, _choice(name, text, get_args(Passthrough)))
 
 
+def _workers(name: str, text: str) -> int:
+    number = _whole(name, text)
+    if not 1 <= number <= MAX_WORKERS:
+        raise OptionError(f"bad {name} '{text}': expected a number from 1 to {MAX_WORKERS}")
+    return number
+
+
 def _choice(name: str, text: str, choices: tuple[str, ...]) -> str:
     if text not in choices:
         raise OptionError(f"bad {name} '{text}': expected {' or '.join(choices)}")
@@ -114,6 +116,6 @@ _OPTIONS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = {
     "submounts": ("submounts", _submounts),
     "transport": ("transport", _transport),
     "passthrough": ("passthrough", _passthrough),
-    "workers": ("workers", _number),
+    "workers": ("workers", _workers),
     "log-file": ("log_file", _path),
 }

@@ -202,6 +202,7 @@ class ControlServer:
         stay, as those of a killed server do, for `handlefs restart`."""
         if self._server is None:
             return
+        self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which else looks for an end twice a second
         self._server.shutdown()
         self._server.server_close()
         self._server = None

@@ -12,11 +12,14 @@ All of this is per thread: the raw system calls change the calling thread only, 
 
 import ctypes
 import errno
+import fcntl
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
+
+from handlefs.accelerator import native
 
 CAP_DAC_OVERRIDE = 1
 CAP_DAC_READ_SEARCH = 2
@@ -108,6 +111,14 @@ def without_capability(capability: int) -> Iterator[None]:
     finally:
         data[word].effective = before
         _check(_capset(header, data))
+
+
+def ioctl_without(capability: int, fd: int, request: int, argument: bytearray) -> int:
+    """What ioctl(2) returns without `capability`; it may change the `argument`. Raises OSError."""
+    if native is not None:
+        return native.ioctl_without(capability, fd, request, argument)
+    with without_capability(capability):
+        return int(fcntl.ioctl(fd, request, argument))
 
 
 @contextmanager

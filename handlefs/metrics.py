@@ -13,11 +13,8 @@ RATE_WINDOW = 10
 class Counting(Protocol):
     """What counts operations."""
 
-    def count(self, operation: str) -> None:
-        """One more `operation` was asked for."""
-
-    def error(self, operation: str) -> None:
-        """One of them was answered with an error."""
+    def count(self, operation: str, *, failed: bool = False) -> None:
+        """One more `operation` has been answered, with an error if it `failed`."""
 
 
 class OperationMetrics:
@@ -30,20 +27,17 @@ class OperationMetrics:
         self._seconds: deque[tuple[int, int]] = deque(maxlen=RATE_WINDOW + 1)  # (second, operations in it)
         self._started = time.monotonic()
 
-    def count(self, operation: str) -> None:
-        """One more `operation` was asked for."""
+    def count(self, operation: str, *, failed: bool = False) -> None:
+        """One more `operation` has been answered, with an error if it `failed`."""
         second = int(time.monotonic())
         with self._lock:
             self._operations[operation] += 1
+            if failed:
+                self._errors[operation] += 1
             if self._seconds and self._seconds[-1][0] == second:
                 self._seconds[-1] = (second, self._seconds[-1][1] + 1)
             else:
                 self._seconds.append((second, 1))
-
-    def error(self, operation: str) -> None:
-        """One of them was answered with an error."""
-        with self._lock:
-            self._errors[operation] += 1
 
     def snapshot(self) -> dict[str, object]:
         """The counts by operation, the total, and operations per second over the last `RATE_WINDOW` full seconds."""
@@ -68,13 +62,12 @@ class SharedCounters:
         self._numbers = numbers
         self._errors = len(memory) // 2
 
-    def count(self, operation: str) -> None:
-        """One more `operation` was asked for."""
-        self._memory[self._numbers[operation]] += 1
-
-    def error(self, operation: str) -> None:
-        """One of them was answered with an error."""
-        self._memory[self._errors + self._numbers[operation]] += 1
+    def count(self, operation: str, *, failed: bool = False) -> None:
+        """One more `operation` has been answered, with an error if it `failed`."""
+        number = self._numbers[operation]
+        self._memory[number] += 1
+        if failed:
+            self._memory[self._errors + number] += 1
 
     def operations(self) -> Counter[str]:
         """Counts by operation, without those that never were."""

@@ -71,7 +71,7 @@ _IGNORED_WITH_VALUE = frozenset({"comment", "user", "helper", "uhelper"})
 
 HANDLEFS_OPTIONS = frozenset(
     {"cache-size", "entry-timeout", "attr-timeout", "state-dir", "key-file", "submounts", "transport", "passthrough"}
-    | {"workers", "log-file"}
+    | {"log-file"}
 )
 
 

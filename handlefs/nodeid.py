@@ -10,6 +10,7 @@ See docs/node-ids.md for the reasons. In short:
 
 import hashlib
 import struct
+from functools import lru_cache
 from typing import NamedTuple
 
 from handlefs.handle import FileHandle
@@ -19,6 +20,7 @@ MAPPED_BIT = 1 << 63
 INLINE_INO_LIMIT = 1 << 31
 KEY_SIZE = 32
 """Bytes of secret key behind mapped node IDs and generations."""
+_RECENT_GENERATIONS = 1 << 13  # some 130 bytes each
 
 FILEID_INO32_GEN = 1
 """Handle type of ext4 and others: u32 inode, u32 generation (include/linux/exportfs.h)."""
@@ -98,11 +100,12 @@ class NodeIds:
         if len(key) != KEY_SIZE:
             raise ValueError(f"a node-ID key has {KEY_SIZE} bytes, not {len(key)}")
         self._generation = hashlib.blake2b(key=key, digest_size=4, person=b"handlefs.gen")
+        self.generation = lru_cache(_RECENT_GENERATIONS)(self._sign)
+        """node ID → its 32-bit generation: 0 for the root, else signed, so that no client can make up a node."""
         self._mapped = hashlib.blake2b(key=key, digest_size=8, person=b"handlefs.map")
         self._mask = (1 << hash_bits) - 1
 
-    def generation(self, nodeid: int) -> int:
-        """The 32-bit generation of `nodeid`: 0 for the root, else signed, so that no client can make up a node."""
+    def _sign(self, nodeid: int) -> int:
         if nodeid == ROOT_NODEID:
             return 0
         digest = self._generation.copy()

@@ -513,14 +513,17 @@ class Operations:
         """The `entries` of the directory `inode` with the inode numbers that the mount shows and with their nodes, which
         are given out in one transaction."""
         itself = (b".", b"..") if inode.nodeid == ROOT_NODEID else (b".",)
-        names = [entry.name for entry in entries if entry.name not in itself]
-        nodes = dict(zip(names, self.source.entries(file.fd, names), strict=True))
-        result = []
+        nodes = iter(self.source.entries(file.fd, [entry.name for entry in entries if entry.name not in itself]))
+        result: list[tuple[DirectoryEntry, Entry | None]] = []
         for entry in entries:
-            node = nodes.get(entry.name)
-            ino = inode_number(inode) if entry.name in itself else node.attributes.ino if node else entry.ino
-            shown = entry if ino == entry.ino else entry._replace(ino=ino)
-            result.append((shown, None if entry.name == b".." else node))
+            if entry.name in itself:
+                result.append((entry._replace(ino=inode_number(inode)), None))
+                continue
+            node = next(nodes)
+            ino = entry.ino if node is None else node.attributes.ino
+            result.append(
+                (entry if ino == entry.ino else entry._replace(ino=ino), None if entry.name == b".." else node)
+            )
         return result
 
     # -- extended attributes -------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from handlefs.metrics import OperationMetrics
 from handlefs.mount import mount_at
 from handlefs.opening import default_cache_size, open_map, open_source, state_dir_of
 from handlefs.operations import Operations
+from handlefs.protocol.init import ProtocolError
 from handlefs.source import Source
 from handlefs.supervisor import Supervisor
-from handlefs.transport import pyfuse3
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class SingleProcess:
         self._metrics = OperationMetrics()
 
     def serve(self, on_ready: Callable[[], None]) -> None:
+        from handlefs.transport import pyfuse3  # noqa: PLC0415 - it brings libfuse and trio, which direct does without
+
         pyfuse3.serve(self._operations, self._config, self._metrics, on_ready)
 
     def status(self) -> dict[str, object]:
@@ -71,9 +73,9 @@ class Server:
     def __init__(self, config: Config, *, foreground: bool = False) -> None:
         """Open the source and its map. Raises StartupError with what is wrong and what to do."""
         self.config = config
-        if config.passthrough == "on" and config.transport != "direct":
+        if config.passthrough == "on" and config.transport == "pyfuse3":
             raise StartupError(
-                "passthrough=on needs the direct transport: add --transport=direct, or use passthrough=auto"
+                "passthrough=on needs the direct transport: use --transport=direct, or --passthrough=auto"
             )
         limit = _raise_descriptor_limit()
         cache_size = default_cache_size(limit) if config.cache_size is None else config.cache_size
@@ -82,17 +84,17 @@ class Server:
         key_file = Path(config.key_file) if config.key_file else None
         self.source.attach_map(open_map(self.state_dir, self.source, key_file))
         self.serving: Serving
-        if config.transport == "direct":
-            self.serving = Supervisor(config, cache_size, foreground=foreground)
+        if config.transport == "pyfuse3":
+            self.transport, self.serving = "pyfuse3", SingleProcess(config, self.source)
         else:
-            self.serving = SingleProcess(config, self.source)
+            self.transport, self.serving = "direct", Supervisor(config, cache_size, foreground=foreground)
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises StartupError if it cannot,
         ConnectionAborted when the connection was aborted (fusectl, umount -f of a mount in use)."""
         # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
         drop_capability(CAP_SYS_RESOURCE)
-        control = ControlServer(self.status, self.serving.evict, self.config)
+        control = ControlServer(self.status, self.evict, self.config)
         device: tuple[int, int] | None = None
 
         def ready() -> None:
@@ -104,7 +106,7 @@ class Server:
         aborted = False
         try:
             control.start()
-            self.serving.serve(ready)
+            self._serve(ready)
             aborted = device is not None and _stays(self.config.mountpoint, device)
         except OSError as error:
             raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
@@ -116,6 +118,19 @@ class Server:
             log.error("%s", message)
             raise ConnectionAborted(message)
         log.info("%s is unmounted", self.config.mountpoint)
+
+    def _serve(self, on_ready: Callable[[], None]) -> None:
+        """Serve with the transport that was asked for; with "auto" with pyfuse3 where the kernel is too old for direct."""
+        try:
+            self.serving.serve(on_ready)
+        except ProtocolError as error:
+            if self.config.passthrough == "on":
+                raise StartupError(f"{error}, and so does passthrough=on: use --passthrough=auto") from error
+            if self.config.transport == "direct":
+                raise StartupError(f"{error}: use --transport=auto or pyfuse3") from error
+            log.warning("%s: serving with pyfuse3 instead", error)
+            self.transport, self.serving = "pyfuse3", SingleProcess(self.config, self.source)
+            self.serving.serve(on_ready)
 
     def _close_map(self) -> None:
         try:
@@ -131,7 +146,7 @@ class Server:
             "version": __version__,
             "source": self.config.source,
             "mountpoint": self.config.mountpoint,
-            "transport": self.config.transport,
+            "transport": self.transport,
             "filesystem": filesystem._asdict(),
             "source_id": self.source.identity.source_id,
             "nodeids": "mapped" if self.source.inline is None else "inline (ino, generation)",
@@ -140,6 +155,10 @@ class Server:
             "read_only": self.config.options.read_only,
             **self.serving.status(),
         }
+
+    def evict(self, count: int | None) -> int:
+        """Drop up to `count` of the least recently used cached inodes, or everything (None); returns how many."""
+        return self.serving.evict(count)
 
 
 def _stays(mountpoint: str, device: tuple[int, int]) -> bool:

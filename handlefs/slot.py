@@ -39,17 +39,16 @@ class Slot:
     def __init__(self, memory: memoryview) -> None:
         self._bytes = memory
         self._words = memory[:64].cast("Q")
-        self._request = memory[_REQUEST:]
-        self._header = self._request[:16].cast("Q")
-        self._buffers = (self._request,)
+        self.request = memory[_REQUEST:]
+        """What requests are read into."""
+        self._header = self.request[:16].cast("Q")
         self.counters = memory[_COUNTERS].cast("Q")
         """Room for the counters of this slot's workers."""
 
-    def read(self, device: int) -> memoryview:
-        """Wait for a request of the FUSE `device` and return it: this memory, until the next one is read. Raises OSError."""
+    def reading(self) -> None:
+        """A request comes next, into `request`."""
         self._header[_UNIQUE] = 0
         self._bytes[_STATE] = READING
-        return self._request[: os.readv(device, self._buffers)]
 
     def executing(self, intent: bytes) -> None:
         """The request's system calls come next; `intent` is for `intent` of the successor."""
@@ -75,8 +74,8 @@ class Slot:
         """The request in the slot that has not been answered, if there is one."""
         if self.state == ANSWERED or not self.unique:
             return None
-        size: int = fuse_in_header.unpack_from(self._request)[0]
-        return self._request[:size]
+        size: int = fuse_in_header.unpack_from(self.request)[0]
+        return self.request[:size]
 
     @property
     def unique(self) -> int:

@@ -4,16 +4,15 @@ Everything is opened by file handle, whether it was found by name or by node ID,
 and no window in which a name may come to mean something else.
 """
 
-import contextlib
 import errno
 import logging
 import os
 import stat as st
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from handlefs.accelerator import Stat, fstat
+from handlefs.accelerator import Stat, fstat, native
 from handlefs.filesystem import SourceIdentity
 from handlefs.handle import FileHandle, handle_of, look_at, name_to_handle_at, open_by_handle_at
 from handlefs.handlemap import HandleMap, MappedHandle
@@ -35,6 +34,7 @@ T = TypeVar("T")
 _JUST_NOW = 100_000_000
 """Nanoseconds; the kernel's file times are up to a tick behind (current_time in fs/inode.c)."""
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+_NO_NAMES = (b"", b".", b"..")
 _GONE = (errno.ENOENT, errno.EINVAL)  # what some file systems say of a handle that is not valid any more
 
 
@@ -51,6 +51,15 @@ class Entry(NamedTuple):
     nodeid: int
     generation: int
     attributes: Attributes
+
+
+class _Found(NamedTuple):
+    """An object of the source that has a name, and its node ID if that needs no map."""
+
+    volume: Volume
+    handle: FileHandle
+    stat: Stat
+    nodeid: int | None
 
 
 def with_descriptors(cache: InodeCache, work: Callable[[], T]) -> T:
@@ -78,10 +87,15 @@ class Source:
         self.identity = SourceIdentity(self.volumes.root.filesystem.identity, self.handle)
         root_fd = open_by_handle_at(self.volumes.root.fd, self.handle, os.O_PATH)
         self.root = Inode(root_fd, ROOT_NODEID, self.volumes.root.id, 0)
+        root_ino = os.fstat(root_fd).st_ino
         self.inline: InlineFormat | None = None
         if self.volumes.root.filesystem.type in INLINE_FILESYSTEMS:
-            self.inline = inline_format(self.handle, os.fstat(root_fd).st_ino)
+            self.inline = inline_format(self.handle, root_ino)
         """How handles of the source's own file system go into node IDs; None if all have to be mapped."""
+        self._inline_rule: tuple[int, int, int, int, int] | None = None
+        if self.inline is not None:
+            volume, form = self.volumes.root, self.inline
+            self._inline_rule = (volume.mount_id, form.type, form.layout.size, volume.device, root_ino)
         self._map: HandleMap | None = None
 
     def attach_map(self, handle_map: HandleMap) -> None:
@@ -187,12 +201,14 @@ class Source:
         What has an inline node ID and is no directory is not opened: few of the files that are looked up are used.
         """
         check_name(name)
-        found = self._look(parent.fd, name)
-        if found is not None and not st.S_ISDIR(found[2].st_mode):
-            volume, handle, stat = found
-            nodeid = self._unmapped(volume, handle)
-            if nodeid is not None and nodeid != ROOT_NODEID:
-                return Entry(nodeid, self.map.nodeids.generation(nodeid), Attributes(stat.st_ino, stat))
+        asked = time.time_ns()
+        (found,) = self._find_inline(parent.fd, [name], asked)
+        if found is None:
+            looked = self._look(parent.fd, name, asked)
+            if looked is not None and looked.nodeid is not None:
+                found = looked.nodeid, looked.stat
+        if found is not None and not st.S_ISDIR(found[1].st_mode):
+            return self._inline_entry(*found)
         return self.entry(self.lookup(parent, name))
 
     def inode(self, volume: Volume, handle: FileHandle) -> Inode:
@@ -258,17 +274,6 @@ class Source:
         nodeid = self._unmapped(volume, handle)
         return self.map.assign([MappedHandle(volume.id, handle)])[0] if nodeid is None else nodeid
 
-    def nodeids(self, items: Sequence[tuple[Volume, FileHandle]]) -> list[int]:
-        """`nodeid` of many, with one transaction for all that have to be mapped."""
-        unmapped = [self._unmapped(volume, handle) for volume, handle in items]
-        if None not in unmapped:
-            return [nodeid for nodeid in unmapped if nodeid is not None]
-        new = [
-            MappedHandle(item[0].id, item[1]) for item, nodeid in zip(items, unmapped, strict=True) if nodeid is None
-        ]
-        assigned = iter(self.map.assign(new))
-        return [next(assigned) if nodeid is None else nodeid for nodeid in unmapped]
-
     def _unmapped(self, volume: Volume, handle: FileHandle) -> int | None:
         """The node ID of `handle` if it needs no map."""
         if volume is not self.volumes.root:
@@ -298,56 +303,63 @@ class Source:
         stat = fstat(inode.fd)
         return Attributes(stat.st_ino ^ inode.ino_mask, stat)
 
-    def entries(self, directory_fd: int, names: Sequence[bytes]) -> list[Entry | None]:
+    def entries(self, directory_fd: int, names: list[bytes]) -> list[Entry | None]:
         """Look up many `names` of one directory without opening any of them; None for a name that is gone.
 
         Nothing enters the cache: a listing would push out what is in use.
         """
-        found = [self._peek(directory_fd, name) for name in names]
-        nodeids = iter(self.nodeids([(item[0], item[1]) for item in found if item is not None]))
-        generation = self.map.nodeids.generation
-        result: list[Entry | None] = []
-        for item in found:
-            if item is None:
-                result.append(None)
-                continue
-            volume, handle, stat = item
-            nodeid = next(nodeids)
-            ino = stat.st_ino ^ volume.ino_mask(stat.st_dev, handle)
-            result.append(Entry(nodeid, generation(nodeid), Attributes(ino, stat)))
-        return result
+        asked = time.time_ns()
+        inline = self._find_inline(directory_fd, names, asked)
+        others = [
+            self._peek(directory_fd, name, asked) for name, found in zip(names, inline, strict=True) if found is None
+        ]
+        unmapped = [item for item in others if item is not None and item.nodeid is None]
+        assigned = iter(self.map.assign([MappedHandle(item.volume.id, item.handle) for item in unmapped]))
+        rest = (
+            None if item is None else self._entry(item, next(assigned) if item.nodeid is None else item.nodeid)
+            for item in others
+        )
+        return [next(rest) if found is None else self._inline_entry(*found) for found in inline]
 
-    def _peek(self, directory_fd: int, name: bytes) -> tuple[Volume, FileHandle, Stat] | None:
-        """Handle and attributes of one and the same object: taken again if the name was given to another in between.
+    def _entry(self, found: "_Found", nodeid: int) -> Entry:
+        ino = found.stat.st_ino ^ found.volume.ino_mask(found.stat.st_dev, found.handle)
+        return Entry(nodeid, self.map.nodeids.generation(nodeid), Attributes(ino, found.stat))
 
-        None for one that has gone, and on any error: one entry that cannot be looked up (the root of a file system
-        without handles, or of one whose server is dead) must not fail the listing. Its own look-up will tell.
-        """
-        with contextlib.suppress(OSError):
-            return self._look(directory_fd, name)
-        return None
+    def _inline_entry(self, nodeid: int, stat: Stat) -> Entry:
+        return Entry(nodeid, self.map.nodeids.generation(nodeid), Attributes(stat.st_ino, stat))
 
-    def _look(self, directory_fd: int, name: bytes) -> tuple[Volume, FileHandle, Stat] | None:
-        """Handle and attributes of `name`, of one and the same object; None if it is given to another all the time."""
+    def _find_inline(self, directory_fd: int, names: list[bytes], asked: int) -> list[tuple[int, Stat] | None]:
+        """What the accelerator finds out about `names`, asked at the time `asked` (nanoseconds since the epoch): node ID and
+        attributes of what clearly has an inline node ID; None for all others, which `_look` has to look at."""
+        if native is None or self._inline_rule is None:
+            return [None] * len(names)
+        return native.find_inline(directory_fd, names, self._inline_rule, divmod(asked - _JUST_NOW, 10**9))
+
+    def _peek(self, directory_fd: int, name: bytes, asked: int) -> "_Found | None":
+        """As `_look`. None also for what has gone, and on any error: one entry that cannot be looked up (the root of a file
+        system without handles, or of one whose server is dead) must not fail the listing. Its own look-up will tell."""
+        try:
+            return self._look(directory_fd, name, asked)
+        except OSError:
+            return None
+
+    def _look(self, directory_fd: int, name: bytes, asked: int) -> "_Found | None":
+        """Handle and attributes of `name`, of one and the same object: taken again if the name was given to another in
+        between, None if it is given to another all the time. `asked`: the time, in nanoseconds since the epoch."""
         for _ in range(3):
-            asked = time.time_ns()
             handle, mount_id, stat = look_at(directory_fd, name)
             volume = self.volumes.of_mount(mount_id)
-            if self._is_same(volume, handle, stat, asked) or name_to_handle_at(directory_fd, name) == (
-                handle,
-                mount_id,
-            ):
-                return volume, handle, stat
+            nodeid = self._unmapped(volume, handle)
+            if (
+                nodeid is not None
+                # The inode number says that it is the same object, unless the inode was removed and used again in
+                # between; but then it has changed just now.
+                and nodeid >> 32 == stat.st_ino
+                and stat.st_dev == volume.device
+                and stat.st_ctime_ns < asked - _JUST_NOW
+            ) or name_to_handle_at(directory_fd, name) == (handle, mount_id):
+                return _Found(volume, handle, stat, nodeid)
         return None
-
-    def _is_same(self, volume: Volume, handle: FileHandle, stat: Stat, asked: int) -> bool:
-        """Whether `stat`, taken after `handle` and the time `asked` (nanoseconds since the epoch), can only be of the same
-        object: the inode number says so, unless the inode was removed and used again in between; but then it has
-        changed just now."""
-        if volume is not self.volumes.root or self.inline is None or stat.st_dev != volume.device:
-            return False
-        fields = self.inline.unpack(handle)
-        return fields is not None and fields[0] == stat.st_ino and stat.st_ctime_ns < asked - _JUST_NOW
 
     def evict_all(self) -> int:
         """Forget every cached inode, and let go of other file systems below the source; returns the number of inodes."""
@@ -386,5 +398,5 @@ def _open_handle(volume: Volume, handle: FileHandle) -> int:
 def check_name(name: bytes) -> None:
     """Refuse what is not the name of one directory entry (EINVAL): nothing but the kernel's good manners says that a
     request cannot hold ``../..``."""
-    if not name or b"/" in name or b"\0" in name or name in (b".", b".."):
+    if b"/" in name or b"\0" in name or name in _NO_NAMES:
         raise OSError(errno.EINVAL, "not a file name", name)

@@ -29,7 +29,7 @@ from handlefs.metrics import Rate, SharedCounters
 from handlefs.mount import unmount
 from handlefs.protocol import abi
 from handlefs.removed import RemovedFiles
-from handlefs.slot import SlotMemory
+from handlefs.slot import Slot, SlotMemory
 from handlefs.statedir import SHARED_MEMORY
 from handlefs.transport import direct
 from handlefs.transport.backingtable import BackingTable, table_directory
@@ -50,11 +50,6 @@ _PR_SET_CHILD_SUBREAPER = 36
 _TICK = 1.0
 _LONGEST_REPLY = 64 * 1024
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def default_workers() -> int:
-    """One for each CPU, but two at least, since a request may wait for a disk, and four at most."""
-    return min(max(os.cpu_count() or 1, 2), 4)
 
 
 class _Worker:
@@ -154,12 +149,14 @@ class Supervisor:
         """`cache_size` is for all workers together; in the `foreground` they log to stderr."""
         self._config = config
         self._foreground = foreground
-        self._count = config.workers or default_workers()
+        self._count = config.workers
         self._cache_size = cache_size
         self._selector = selectors.DefaultSelector()
         self._template: _Template | None = None
         self._lock = threading.Lock()  # of _workers, which other threads read
         self._workers: list[_Worker] = []
+        self._slots: list[Slot] = []
+        self._counters: list[SharedCounters] = []
         self._vacant = list(range(self._count))
         self._deaths: dict[int, tuple[int, int]] = {}  # slot → (request, workers that it killed)
         self._restarts = 0
@@ -172,7 +169,7 @@ class Supervisor:
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until the mount is gone; calls `on_ready` once all workers serve.
 
-        Raises OSError if the mount fails, StartupError if the kernel is too old or no worker can start.
+        Raises OSError if the mount fails, ProtocolError if the kernel is too old, StartupError if no worker can start.
         """
         _adopt_orphans()
         with contextlib.ExitStack() as stack:
@@ -194,9 +191,10 @@ class Supervisor:
         table = stack.enter_context(_backing_directory(self._config.passthrough))
         self._device, negotiated = direct.mount(self._config, passthrough=table is not None)
         stack.callback(os.close, self._device)
-        self._slots = SlotMemory.create(self._count, negotiated.buffer_size)
-        stack.callback(os.close, self._slots.fd)
-        self._counters = [SharedCounters(self._slots[index].counters, COUNTED) for index in range(self._count)]
+        memory = SlotMemory.create(self._count, negotiated.buffer_size)
+        stack.callback(os.close, memory.fd)
+        self._slots = [memory[index] for index in range(self._count)]
+        self._counters = [SharedCounters(slot.counters, COUNTED) for slot in self._slots]
         self._drops = DropLog.create()
         stack.callback(os.close, self._drops.fd)
         self._removed = RemovedFiles(self._device, self._is_executing)
@@ -215,7 +213,7 @@ class Supervisor:
             max_write=negotiated.max_write,
             slot_count=self._count,
             device=self._device,
-            slots=self._slots.fd,
+            slots=memory.fd,
             drops=self._drops.fd,
             removed=outbox.fileno(),
             backing=table if negotiated.has(abi.FUSE_PASSTHROUGH) else None,
@@ -354,8 +352,7 @@ class Supervisor:
             self._drops.forgotten(nodeids)
 
     def _is_executing(self, unique: int) -> bool:
-        slots = (self._slots[index] for index in range(self._count))
-        return any(slot.unique == unique and slot.unfinished is not None for slot in slots)
+        return any(slot.unique == unique and slot.unfinished is not None for slot in self._slots)
 
     # -- for the control socket -------------------------------------------------------------------------------------------
 
@@ -379,7 +376,7 @@ class Supervisor:
             "operations_per_second": self._rate.per_second(),
             "workers": [{"pid": worker.pid} for worker in serving],
             "restarts": self._restarts,
-            "finished_in_flight": sum(self._slots[index].finished_in_flight for index in range(self._count)),
+            "finished_in_flight": sum(slot.finished_in_flight for slot in self._slots),
         }
 
     def evict(self, count: int | None) -> int:

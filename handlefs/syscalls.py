@@ -6,6 +6,8 @@ import struct
 from enum import Enum
 from typing import NamedTuple
 
+from handlefs.accelerator import native
+
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 
@@ -103,6 +105,8 @@ def birth_time(fd: int) -> int:
 
 def getdents(fd: int, size: int) -> list[DirectoryEntry]:
     """The next entries of the directory `fd`, as many as fit `size` bytes; empty at its end (getdents64(2))."""
+    if native is not None:
+        return native.getdents(fd, size, DirectoryEntry)
     buffer = ctypes.create_string_buffer(size)
     count = _syscall(_SYS_GETDENTS64, fd, buffer, size)
     if count < 0:

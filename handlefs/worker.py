@@ -7,6 +7,7 @@ until it is killed or the mount is gone. Meanwhile a thread answers other comman
 
 import contextlib
 import errno
+import gc
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from handlefs.daemon import set_up_logging
 from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
 from handlefs.inodecache import InodeCache
-from handlefs.metrics import SharedCounters
+from handlefs.metrics import Counting, SharedCounters
 from handlefs.openfiles import OpenFiles
 from handlefs.opening import open_map, open_source, state_dir_of
 from handlefs.operations import Operations
@@ -37,6 +38,7 @@ from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
 from handlefs.transport.backingtable import BackingTable
 from handlefs.transport.direct import Dispatcher
+from handlefs.transport.receiver import Receiver
 from handlefs.transport.replay import CHANGING, Replay
 
 log = logging.getLogger(__name__)
@@ -96,9 +98,14 @@ class Assignment:
 class Worker:
     """One worker, from its first request to its last."""
 
-    def __init__(self, device: int, slot: Slot, dispatcher: Dispatcher, replay: Replay) -> None:
+    def __init__(
+        self, device: int, slot: Slot, dispatcher: Dispatcher, replay: Replay, metrics: Counting, *, busy: bool = False
+    ) -> None:
+        """`busy` as for a `Receiver`."""
         self._device = device
         self._slot = slot
+        self._receiver = Receiver(device, slot.request, busy=busy)
+        self._metrics = metrics
         self._dispatcher = dispatcher
         self._replay = replay
         self._handle = faults.injected(self._serve)
@@ -106,16 +113,10 @@ class Worker:
     def run(self) -> None:
         """Finish what the slot holds, then serve until the mount is gone."""
         self._finish()
-        while True:
-            try:
-                message = self._slot.read(self._device)
-            except OSError as error:
-                if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
-                    continue  # ENOENT: the request was interrupted before it was read
-                if error.errno in (errno.ENODEV, errno.ECONNABORTED):
-                    return  # unmounted, ahead of or in the middle of the read
-                raise
-            self._handle(message)
+        self._slot.reading()
+        while size := self._receiver.receive():
+            self._handle(self._slot.request[:size])
+            self._slot.reading()
 
     def _serve(self, message: memoryview) -> None:
         """Execute a request that was just read, and reply."""
@@ -156,6 +157,9 @@ class Worker:
                     log.exception("a reply could not be written")
                     answer_eio(self._device, message)
         self._slot.answered()
+        # From here on nobody waits.
+        failed = reply is not None and abi.fuse_out_header.unpack_from(reply[0])[1] != 0
+        self._metrics.count(abi.OPCODE_NAMES.get(_opcode(message), "unknown"), failed=failed)
 
 
 def _opcode(message: memoryview) -> int:
@@ -240,12 +244,14 @@ def _serve_slot(
     read_only = assignment.config.options.read_only
     operations = Operations(source, read_only=read_only, open_files=open_files, peers=peers)
     backing = BackingFiles(assignment.device, table)
-    counters = SharedCounters(slot.counters, COUNTED)
-    dispatcher = Dispatcher(operations, negotiated, backing, assignment.config, counters)
+    dispatcher = Dispatcher(operations, negotiated, backing, assignment.config)
     attendant = Attendant(commands, operations, drops)
     source.cache.more_room = attendant.make_room
     threading.Thread(target=attendant.run, name="attendant", daemon=True).start()
-    Worker(assignment.device, slot, dispatcher, Replay(operations, negotiated, dispatcher.answer)).run()
+    replay = Replay(operations, negotiated, dispatcher.answer)
+    counters = SharedCounters(slot.counters, COUNTED)
+    gc.freeze()  # what is here by now stays; the collector need not look at it again and again
+    Worker(assignment.device, slot, dispatcher, replay, counters, busy=assignment.slot_count == 1).run()
 
 
 def share(total: int, index: int, count: int) -> int:

@@ -24,8 +24,8 @@ from handlefs import control, nfs
 from handlefs.cli.check import _direct, _passthrough
 from handlefs.cli.fuseprobe import FuseProtocol, ask_kernel
 from handlefs.cli.main import cli
-from handlefs.handle import AT_EMPTY_PATH, name_to_handle_at
-from handlefs.mount import mount_at, unmount
+from handlefs.handle import AT_FDCWD, name_to_handle_at, open_by_handle_at
+from handlefs.mount import mount_at, mounts, unmount
 
 from .support.filesystems import FileSystems
 
@@ -34,7 +34,7 @@ MAN_PAGE = Path(__file__).parents[1] / "docs/handlefs.8"
 TIMEOUT = 120
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-both_transports = pytest.mark.parametrize("place", ["pyfuse3", "direct"], indirect=True)
+both_transports = pytest.mark.parametrize("place", ["default", "pyfuse3"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -70,9 +70,10 @@ def fails(*words: object, status: int = 1) -> str:
 class Place:
     """A source, a mount point and the rest of what a server needs."""
 
-    def __init__(self, base: Path, source: Path, transport: str = "pyfuse3") -> None:
+    def __init__(self, base: Path, source: Path, mode: str = "default") -> None:
         self.source = source
-        self.transport = transport
+        self.transport = "pyfuse3" if mode == "pyfuse3" else "direct"
+        self.choice = ["--transport", "pyfuse3"] if mode == "pyfuse3" else []
         self.path = base / "mnt"
         self.state_dir = base / "state"
         self.log = base / "log"
@@ -81,7 +82,7 @@ class Place:
         (source / "dir").mkdir()
 
     def options(self) -> list[object]:
-        return ["--state-dir", self.state_dir, "--log-file", self.log, "--transport", self.transport]
+        return ["--state-dir", self.state_dir, "--log-file", self.log, *self.choice]
 
     def mount(self, *words: object) -> str:
         return ok(self.source, self.path, *self.options(), *words)
@@ -113,7 +114,7 @@ def wait_for_end(server: int) -> None:
 def place(request: pytest.FixtureRequest, tmp_path: Path, filesystems: FileSystems) -> Iterator[Place]:
     source = filesystems["ext4"] / "cli"
     source.mkdir()
-    place = Place(tmp_path, source, getattr(request, "param", "pyfuse3"))
+    place = Place(tmp_path, source, getattr(request, "param", "default"))
     yield place
     while place.is_mounted():
         unmount(str(place.path), lazy=True)
@@ -212,8 +213,18 @@ def test_the_server_leaves_its_callers_world(place: Place) -> None:
     assert os.readlink(process / "cwd") == "/"
     assert {os.readlink(process / f"fd/{number}") for number in (0, 1, 2)} == {"/dev/null"}
     assert os.getsid(place.pid) == place.pid
-    assert str(place.source / "file") not in [os.readlink(link) for link in (process / "fd").iterdir()]
+    assert str(place.source / "file") not in open_files(process)
     ok("umount", place.path)
+
+
+def open_files(process: Path) -> list[str]:
+    """What the descriptors of a process lead to; some may be closed meanwhile."""
+    found = []
+    for link in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(link))
+    assert found
+    return found
 
 
 @needs_root
@@ -229,6 +240,7 @@ def test_read_only_is_enforced(place: Place, words: list[str]) -> None:
 
 
 @needs_root
+@both_transports
 @pytest.mark.parametrize(
     ("options", "fstype", "source"),
     [
@@ -246,6 +258,7 @@ def test_fsname_and_subtype_reach_the_mount(place: Place, options: str, fstype: 
 
 
 @needs_root
+@both_transports
 def test_mount_flags_reach_the_mount(place: Place) -> None:
     place.mount("-o", "nosuid,nodev,noexec,noatime")
     assert {"nosuid", "nodev", "noexec", "noatime"} <= set(mount_at(str(place.path)).options.split(","))  # type: ignore[union-attr]
@@ -263,7 +276,7 @@ def test_options_of_the_command_line_win_over_those_in_o(place: Place) -> None:
 @needs_root
 @both_transports
 def test_foreground_stays_until_interrupted(place: Place) -> None:
-    argv = [*HANDLEFS, "--foreground", place.source, place.path, "--state-dir", place.state_dir]
+    argv = [*HANDLEFS, "--foreground", place.source, place.path, "--state-dir", place.state_dir, *place.choice]
     with subprocess.Popen([str(word) for word in argv], stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         assert "serving" in server.stderr.readline()
@@ -465,11 +478,29 @@ def test_a_source_that_was_removed(place: Place) -> None:
     assert not re.search("ERROR|Traceback", place.log.read_text())
 
 
+def transport_in_use(place: Place) -> str:
+    return str(json.loads(ok("status", place.path, "--json"))["transport"])
+
+
 @needs_root
 def test_passthrough_is_not_promised_without_the_direct_transport(place: Place) -> None:
-    message = fails(place.source, place.path, *place.options(), "--passthrough=on")
+    message = fails(place.source, place.path, *place.options(), "--transport=pyfuse3", "--passthrough=on")
     assert "--transport=direct" in message
     assert not place.is_mounted()
+
+
+# Old enough to be refused: the real negotiation with the real kernel, with another number for what it asks.
+ON_AN_OLD_KERNEL = """
+from handlefs.cli.main import main
+from handlefs.protocol import abi
+abi.OLDEST_MINOR_VERSION = 1000
+main()
+"""
+
+
+def mount_on_an_old_kernel(place: Place, *words: object) -> "subprocess.CompletedProcess[str]":
+    argv = [sys.executable, "-c", ON_AN_OLD_KERNEL, place.source, place.path, *place.options(), *words]
+    return subprocess.run([str(word) for word in argv], capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
 @needs_root
@@ -502,16 +533,56 @@ def test_no_room_for_passthrough(place: Place) -> None:
 
 
 @needs_root
-def test_a_mount_may_be_restarted_with_the_other_transport(place: Place) -> None:
-    """Node IDs, generations and inode numbers are the same, so NFS handles stay valid."""
-    seen = []
-    for transport in ("pyfuse3", "direct", "pyfuse3"):
-        place.mount("--transport", transport)
-        fd = os.open(place.path / "dir", os.O_RDONLY)
-        seen.append((name_to_handle_at(fd, b"", AT_EMPTY_PATH)[0], os.fstat(fd).st_ino))
-        os.close(fd)
-        ok("umount", place.path)
-    assert len(set(seen)) == 1
+def test_pyfuse3_serves_where_the_kernel_is_too_old_for_direct(place: Place) -> None:
+    done = mount_on_an_old_kernel(place)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (place.path / "file").read_text() == "content"
+    assert transport_in_use(place) == "pyfuse3"
+    (line,) = re.findall(r"WARNING .*", place.log.read_text())
+    assert re.search(r"FUSE 7\.\d+; the direct transport needs 7\.1000 or newer: serving with pyfuse3 instead", line)
+    assert [mount.mountpoint for mount in mounts()].count(str(place.path)) == 1
+    ok("restart", place.path)  # the configuration says auto: on this kernel that is direct
+    assert transport_in_use(place) == "direct"
+    ok("umount", place.path)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [(["--transport=direct"], "--transport=auto or pyfuse3"), (["--passthrough=on"], "use --passthrough=auto")],
+    ids=["direct", "passthrough"],
+)
+def test_what_was_asked_for_is_not_replaced(place: Place, words: list[str], advice: str) -> None:
+    done = mount_on_an_old_kernel(place, *words)
+    assert done.returncode == 1
+    assert re.match(
+        r"handlefs: the kernel speaks FUSE 7\.\d+; the direct transport needs 7\.1000 or newer", done.stderr
+    )
+    assert advice in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not place.is_mounted()
+    assert control.servers() == []
+
+
+@needs_root
+def test_restart_with_the_other_transport(place: Place) -> None:
+    """Node IDs, generations and inode numbers are the same, so handles that a client holds stay valid."""
+    place.mount()
+    assert transport_in_use(place) == "direct"
+    held, _ = name_to_handle_at(AT_FDCWD, os.fsencode(place.path / "file"))
+    ino = (place.path / "file").stat().st_ino
+    for transport in ("pyfuse3", "direct"):
+        ok("restart", place.path, "--transport", transport)
+        assert transport_in_use(place) == transport
+        mount = os.open(place.path, os.O_RDONLY)
+        with open(open_by_handle_at(mount, held, os.O_RDONLY)) as file:
+            os.close(mount)
+            assert (file.read(), os.fstat(file.fileno()).st_ino) == ("content", ino)
+    place.kill()
+    ok("restart", place.path)
+    assert transport_in_use(place) == "direct", "the choice is kept"
+    assert "bad transport 'pigeon'" in fails("restart", place.path, "--transport", "pigeon", status=2)
+    ok("umount", place.path)
 
 
 @pytest.mark.parametrize("words", [["statsu"], ["statsu", "/mnt"], ["evcit", "/mnt", "--all"]])
@@ -679,8 +750,19 @@ def test_status(place: Place) -> None:
     assert details["nodeids"].startswith("inline")
     assert details["open_files"] == 1
     assert details["operations_total"] > 0
+    assert details["transport"] == place.transport
     assert details["exported"] is False
-    for label in ("pid", "source", "file system", "node IDs", "inode cache", "handle map", "open files", "operations"):
+    for label in (
+        "pid",
+        "source",
+        "transport",
+        "file system",
+        "node IDs",
+        "inode cache",
+        "handle map",
+        "open files",
+        "operations",
+    ):
         assert re.search(rf"^{label}  +\S", text, re.MULTILINE), label
     ok("umount", place.path)
 
@@ -691,11 +773,12 @@ def test_evict(place: Place) -> None:
     place.mount("--cache-size", "100")
     with contextlib.ExitStack() as held:  # else the kernel may forget them, and then so does the server
         for number in range(20):
-            held.enter_context((place.path / f"new{number}").open("w")).write("x")
+            (place.path / f"new{number}").mkdir()
+            held.callback(os.close, os.open(place.path / f"new{number}", os.O_PATH))
         assert json.loads(ok("status", place.path, "--json"))["cache"]["size"] >= 20
         assert ok("evict", place.path, "--count", "3") == "3 evicted\n"
         assert int(ok("evict", place.path, "--all").split()[0]) >= 17
-    assert (place.path / "new0").read_text() == "x"
+    assert (place.path / "new0").is_dir()
     assert "exclude each other" in fails("evict", place.path, "--all", "--count", "1", status=2)
     assert "--count" in fails("evict", place.path, "--count", "-1", status=2)
     ok("umount", place.path)
@@ -766,7 +849,7 @@ def test_check_says_what_keeps_from_direct_and_passthrough(minor: int, tmp_path:
     protocol = FuseProtocol(7, minor, frozenset())
     direct, passthrough = _direct(protocol), _passthrough(protocol, str(tmp_path))
     assert (direct.verdict == "ok") is (minor >= 31)
-    assert direct.verdict == "ok" or ("7.30" in direct.detail and "--transport=pyfuse3" in direct.advice)
+    assert direct.verdict == "ok" or ("7.30" in direct.detail and "pyfuse3 serves" in direct.advice)
     assert passthrough.verdict == "limited"
     assert "6.9" in passthrough.advice
 
@@ -853,6 +936,7 @@ def test_check_sees_submounts(place: Place) -> None:
 
 
 @needs_root
+@both_transports
 def test_handle_forth_and_back(place: Place) -> None:
     place.mount()
     facts: dict[str, Any] = json.loads(ok("handle", place.path / "file", "--json"))
@@ -891,12 +975,11 @@ def test_handle_forth_and_back(place: Place) -> None:
 
 
 def name_to_handle(path: Path) -> str:
-    from handlefs.handle import AT_FDCWD, name_to_handle_at  # noqa: PLC0415
-
     return str(name_to_handle_at(AT_FDCWD, os.fsencode(path))[0])
 
 
 @needs_root
+@both_transports
 def test_handle_searches_for_a_path(place: Place) -> None:
     place.mount()
     facts = json.loads(ok("handle", place.path / "file", "--json"))
@@ -981,6 +1064,8 @@ def test_completion_of_commands_directories_and_mount_points(place: Place) -> No
     assert "plain,restart" in complete("handlefs", "re")
     assert "dir,/sr" in complete("handlefs", "/sr")
     assert complete("handlefs", "/srv", "/m") == ["dir,/m"]
+    assert complete("handlefs", "/srv", "/mnt", "--transport", "p") == ["plain,pyfuse3"]
+    assert complete("handlefs", "restart", "/mnt", "--transport", "") == ["plain,auto", "plain,direct", "plain,pyfuse3"]
     place.mount()
     assert complete("handlefs", "umount", "/") == [f"plain,{place.path}"]
     ok("umount", place.path)
@@ -998,11 +1083,12 @@ def helper(*words: object) -> "subprocess.CompletedProcess[str]":
 
 @needs_root
 def test_the_mount_helper_takes_what_mount_passes(place: Place) -> None:
-    own = f"state-dir={place.state_dir},log-file={place.log}"
+    own = f"state-dir={place.state_dir},log-file={place.log},transport=pyfuse3"
     done = helper(place.source, place.path, "-n", "-v", "-o", f"rw,noatime,{own},cache-size=3,dev,suid")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"handlefs: {place.source} mounted on {place.path}\n"
     assert control.request(str(place.path), {"op": "config"})["config"]["cache_size"] == 3
+    assert transport_in_use(place) == "pyfuse3"
     ok("umount", place.path)
     assert helper(place.source, place.path, "-o", f"bogus,{own}").returncode == 1
     assert helper(place.source, place.path, "-f", "-o", own).returncode == 0

@@ -63,7 +63,7 @@ def examine(source: str) -> Iterator[Finding]:
     yield from _source(source)
     yield from _capabilities()
     yield from _fuse(source)
-    yield from _transport()
+    yield _locks()
     yield from _nfs_server()
     yield _mount_helper()
 
@@ -198,6 +198,7 @@ def _fuse(source: str) -> Iterator[Finding]:
     yield _protocol(protocol)
     yield _direct(protocol)
     yield _passthrough(protocol, source)
+    yield _pyfuse3()
 
 
 def _protocol(protocol: FuseProtocol) -> Finding:
@@ -217,16 +218,16 @@ def _direct(protocol: FuseProtocol) -> Finding:
         return Finding(
             "direct", "limited",
             f"the kernel speaks FUSE {protocol.major}.{protocol.minor}, and this transport needs 7.{abi.OLDEST_MINOR_VERSION}",
-            "use --transport=pyfuse3, or Linux 5.4 or newer",
+            "use Linux 5.4 or newer; meanwhile pyfuse3 serves",
         )  # fmt: skip
-    return Finding("direct", "ok", "can be used: --transport=direct")
+    return Finding("direct", "ok", "the transport that serves, unless --transport says otherwise")
 
 
 def _passthrough(protocol: FuseProtocol, source: str) -> Finding:
     if "PASSTHROUGH" not in protocol.features:
         return Finding(
             "passthrough", "limited", "this kernel's FUSE has none: data goes through the server",
-            "use Linux 6.9 or newer with CONFIG_FUSE_PASSTHROUGH, and --transport=direct",
+            "use Linux 6.9 or newer with CONFIG_FUSE_PASSTHROUGH",
         )  # fmt: skip
     try:
         file = _some_file(source)
@@ -249,7 +250,7 @@ def _passthrough(protocol: FuseProtocol, source: str) -> Finding:
         return Finding(
             "passthrough", "limited", f"not for this source ({error.strerror}): data goes through the server"
         )
-    return Finding("passthrough", "ok", "data of open files can stay in the kernel, with --transport=direct")
+    return Finding("passthrough", "ok", "data of open files stays in the kernel, with the direct transport")
 
 
 def _some_file(source: str) -> int | None:
@@ -264,13 +265,16 @@ def _some_file(source: str) -> int | None:
         return None
 
 
-def _transport() -> Iterator[Finding]:
-    yield Finding(
+def _pyfuse3() -> Finding:
+    return Finding(
         "pyfuse3", "limited",
-        "no fallocate, O_TMPFILE, ioctl, holes (SEEK_HOLE), fast copy_file_range, passthrough",
-        "programs fall back by themselves; large copies are faster on the source",
+        "the other transport: no fallocate, O_TMPFILE, ioctl, holes (SEEK_HOLE), fast copy_file_range, passthrough",
+        "only with --transport=pyfuse3, or where direct is not possible; programs fall back by themselves",
     )  # fmt: skip
-    yield Finding(
+
+
+def _locks() -> Finding:
+    return Finding(
         "file locks", "limited", "kept by the kernel: they hold among all users of the mount, NFS clients included",
         "programs that work on the source itself do not see them: let them use the mount",
     )  # fmt: skip

@@ -38,7 +38,7 @@ def launch(config: Config, *, foreground: bool = False) -> None:
     def serve(on_ready: Callable[[], None]) -> None:
         os.chdir("/")
         set_up_logging(config.log_file, foreground=foreground)
-        from handlefs.server import Server  # noqa: PLC0415 - not before the fork: it brings LMDB and trio
+        from handlefs.server import Server  # noqa: PLC0415 - not before the fork: it brings LMDB
 
         def ready() -> None:
             unmount_on_signals(config.mountpoint)

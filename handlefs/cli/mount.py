@@ -2,14 +2,15 @@
 
 import getopt
 import os
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from handlefs.cli.launch import launch
-from handlefs.cli.params import DIRECTORY
-from handlefs.config import Config
+from handlefs.cli.params import DIRECTORY, word_option
+from handlefs.config import Config, Passthrough, Transport
 from handlefs.mount import canonical, parse_options
+from handlefs.volumes import Submounts
 
 
 @click.command("mount", short_help="Mount (also without this word).")
@@ -23,12 +24,10 @@ from handlefs.mount import canonical, parse_options
 @click.option("--attr-timeout", metavar="SECONDS", help="How long it may trust attributes. Default: 1.")
 @click.option("--state-dir", metavar="DIR", help="The handle map. Default: by source, below /var/lib/handlefs.")
 @click.option("--key-file", metavar="FILE", help="Share the key of node IDs with other hosts.")
-@click.option("--submounts", metavar="cross|hide", help="File systems below the source. Default: cross.")
-@click.option("--transport", metavar="pyfuse3|direct", help="What talks to the kernel. Default: pyfuse3.")
-@click.option(
-    "--passthrough", metavar="auto|on|off", help="Data of open files within the kernel (direct). Default: auto."
-)
-@click.option("--workers", metavar="N", help="Processes that serve (direct). Default: one for each CPU, 2 to 4.")
+@word_option("--submounts", get_args(Submounts), "File systems below the source. Default: cross.")
+@word_option("--transport", get_args(Transport), "What talks to the kernel. Default: direct, if the kernel allows it.")
+@word_option("--passthrough", get_args(Passthrough), "Data of open files within the kernel (direct). Default: auto.")
+@click.option("--workers", metavar="N", help="Processes that serve (direct). Default: 4.")
 @click.option("--log-file", "--log", metavar="FILE", help="Log there and not to syslog.")
 def command(
     source: str, mountpoint: str, options: tuple[str, ...], ro: bool, foreground: bool, **own: str | None

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -29,6 +30,23 @@ class MountPoint(Directory):
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         points = [record.mountpoint for record in control.servers()]
         return [CompletionItem(point, type="plain") for point in points if point.startswith(incomplete)]
+
+
+class Word(StringParamType):
+    """One of a few words. Config checks it: the same words may stand in -o."""
+
+    name = "word"
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = words
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(word) for word in self.words if word.startswith(incomplete)]
+
+
+def word_option(name: str, words: Sequence[str], text: str) -> Callable[[Any], Any]:
+    """The option `name`, with `words` for its value and `text` for its help."""
+    return click.option(name, metavar="|".join(words), type=Word(words), help=text)
 
 
 DIRECTORY = Directory()

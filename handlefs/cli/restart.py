@@ -6,20 +6,22 @@ import shlex
 import signal
 from collections.abc import Iterator
 from types import FrameType
+from typing import get_args
 
 import click
 
 from handlefs import control, nfs
 from handlefs.cli.launch import check_privileges, check_source, launch
-from handlefs.cli.params import MOUNTPOINT
+from handlefs.cli.params import MOUNTPOINT, word_option
 from handlefs.cli.umount import stop
-from handlefs.config import Config
+from handlefs.config import Config, Transport
 from handlefs.mount import canonical, mount_at
 
 
 @click.command("restart", short_help="Start the server anew; NFS clients only wait.")
 @click.argument("mountpoint", type=MOUNTPOINT)
-def command(mountpoint: str) -> None:
+@word_option("--transport", get_args(Transport), "With this transport from now on. Default: as it was started.")
+def command(mountpoint: str, transport: str | None) -> None:
     """Start the server of MOUNTPOINT anew, as it was started; also one that was killed.
 
     When the kernel's NFS server exports the mount, its clients wait meanwhile and go on with the files they have open.
@@ -30,12 +32,13 @@ def command(mountpoint: str) -> None:
         raise click.ClickException(
             f"no handlefs server is known for {mountpoint}: mount it with handlefs SOURCE {shlex.quote(mountpoint)}"
         )
+    config = known.config.with_options({"transport": transport} if transport else {})
     check_privileges()
-    check_source(known.config)
+    check_source(config)
     importlib.import_module("handlefs.server")  # now: clients are going to wait for the rest
     exported = nfs.threads() > 0 and nfs.exported(mountpoint)
     with _interruptible(), nfs.paused(mountpoint) if exported else contextlib.nullcontext():
-        _replace(known.config)
+        _replace(config)
 
 
 def _replace(config: Config) -> None:

@@ -1,31 +1,19 @@
-"""Attributes of an inode on the wire: struct fuse_attr, and the two replies that carry it."""
+"""Attributes of an inode on the wire: struct fuse_attr, and the replies that carry it."""
 
 import os
 
-from handlefs.accelerator import Stat, native
+from handlefs.accelerator import Stat, Timeout, native
 from handlefs.protocol import abi
 
-Timeout = tuple[int, int]
-"""Seconds and nanoseconds for which the kernel may keep what a reply says."""
 
-
-def attr_out(timeout: Timeout, ino: int, stat: Stat) -> bytes:
-    """struct fuse_attr_out; `ino` is the inode number to show."""
-    if native is not None:
-        return native.attr_out(*timeout, ino, stat)
+def _attr_out(timeout: Timeout, ino: int, stat: Stat, /) -> bytes:
     return abi.fuse_attr_out.pack(*timeout, 0, *_attr(ino, stat))
 
 
-def entry_out(
-    nodeid: int, generation: int, entry_timeout: Timeout, attr_timeout: Timeout, ino: int, stat: Stat
+def _entry_out(
+    nodeid: int, generation: int, entry_timeout: Timeout, attr_timeout: Timeout, ino: int, stat: Stat, /
 ) -> bytes:
-    """struct fuse_entry_out; `ino` is the inode number to show."""
-    entry_seconds, entry_nanoseconds = entry_timeout
-    attr_seconds, attr_nanoseconds = attr_timeout
-    if native is not None:
-        return native.entry_out(
-            nodeid, generation, entry_seconds, attr_seconds, entry_nanoseconds, attr_nanoseconds, ino, stat
-        )
+    (entry_seconds, entry_nanoseconds), (attr_seconds, attr_nanoseconds) = entry_timeout, attr_timeout
     return abi.fuse_entry_out.pack(
         nodeid,
         generation,
@@ -35,6 +23,12 @@ def entry_out(
         attr_nanoseconds,
         *_attr(ino, stat),
     )
+
+
+attr_out = _attr_out if native is None else native.attr_out
+"""struct fuse_attr_out: timeout, the inode number to show, attributes."""
+entry_out = _entry_out if native is None else native.entry_out
+"""struct fuse_entry_out: node ID, generation, timeouts of the entry and of the attributes, inode number, attributes."""
 
 
 def _attr(ino: int, stat: Stat) -> tuple[int, ...]:

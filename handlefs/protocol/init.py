@@ -66,7 +66,7 @@ def negotiate(payload: bytes | memoryview, *, passthrough: bool = False) -> tupl
     major, minor, max_readahead, low = abi.fuse_init_in_v6.unpack_from(payload)
     if major != abi.FUSE_KERNEL_VERSION or minor < abi.OLDEST_MINOR_VERSION:
         raise ProtocolError(
-            f"the kernel speaks FUSE {major}.{minor}; handlefs needs 7.{abi.OLDEST_MINOR_VERSION} or newer"
+            f"the kernel speaks FUSE {major}.{minor}; the direct transport needs 7.{abi.OLDEST_MINOR_VERSION} or newer"
         )
     offered = low
     if low & abi.FUSE_INIT_EXT and len(payload) >= abi.fuse_init_in.size:

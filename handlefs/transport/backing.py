@@ -20,11 +20,11 @@ when it is opened goes through the server.
 import errno
 import fcntl
 import logging
-import os
 import stat as st
 import struct
 
-from handlefs.credentials import CAP_FSETID, without_capability
+from handlefs.accelerator import fstat
+from handlefs.credentials import CAP_FSETID, ioctl_without
 from handlefs.protocol import abi
 from handlefs.transport.backingtable import NO_BACKING, BackingTable
 
@@ -59,13 +59,11 @@ class BackingFiles:
         fcntl.ioctl(self._device, abi.FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))
 
     def _register(self, fd: int) -> int:
-        if os.fstat(fd).st_mode & (st.S_ISUID | st.S_ISGID):
+        if fstat(fd).st_mode & (st.S_ISUID | st.S_ISGID):
             return NO_BACKING
-        # Mutable: ioctl() then returns the system call's result.
         request = bytearray(abi.fuse_backing_map.pack(fd, 0, 0))
         try:
-            with without_capability(CAP_FSETID):
-                return int(fcntl.ioctl(self._device, abi.FUSE_DEV_IOC_BACKING_OPEN, request))
+            return ioctl_without(CAP_FSETID, self._device, abi.FUSE_DEV_IOC_BACKING_OPEN, request)
         except OSError as error:
             if error.errno not in _NOT_POSSIBLE:
                 raise

@@ -14,15 +14,15 @@ from typing import NamedTuple
 from handlefs.config import Config
 from handlefs.credentials import Caller
 from handlefs.errors import StartupError
-from handlefs.metrics import Counting
 from handlefs.mount import mount_fuse, unmount
 from handlefs.operations import Changes, Operations, is_group_member
 from handlefs.protocol import abi
 from handlefs.protocol.attributes import attr_out, entry_out
 from handlefs.protocol.extensions import supplementary_groups
-from handlefs.protocol.init import MAX_WRITE, Negotiated, ProtocolError, negotiate
+from handlefs.protocol.init import MAX_WRITE, Negotiated, negotiate
+from handlefs.protocol.listing import direntplus, dirents
 from handlefs.source import Attributes, Entry
-from handlefs.syscalls import DirectoryEntry, Moment
+from handlefs.syscalls import Moment
 from handlefs.transport.backing import BackingFiles
 from handlefs.transport.backingtable import NO_BACKING
 from handlefs.transport.failures import Failures
@@ -31,13 +31,11 @@ log = logging.getLogger(__name__)
 
 LARGEST_REQUEST = MAX_WRITE + 4096
 """Bytes that any request fits into, whatever is negotiated."""
-_MOST_PIECES = os.sysconf("SC_IOV_MAX")
-"""What writev(2) takes; the kernel refuses a reply in more pieces, and whoever asked waits for ever."""
 _MALFORMED = (struct.error, ValueError, OverflowError)  # OverflowError: a number that no system call takes
-NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT, abi.FUSE_NOTIFY_REPLY)
+_NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT, abi.FUSE_NOTIFY_REPLY)
 
-Reply = bytes | Sequence[bytes] | None
-"""The payload of a reply, in one or more pieces; None for requests that have none."""
+Reply = bytes | None
+"""The payload of a reply; None for requests that have none."""
 
 
 class Request(NamedTuple):
@@ -46,7 +44,6 @@ class Request(NamedTuple):
     `groups`: the caller's supplementary groups as an extension tells them; None if this kernel never does.
     """
 
-    unique: int
     nodeid: int
     uid: int
     gid: int
@@ -58,7 +55,7 @@ class Request(NamedTuple):
 def mount(config: Config, *, passthrough: bool) -> tuple[int, Negotiated]:
     """Mount, and answer the kernel's INIT, with `passthrough` if it can: the /dev/fuse descriptor, and what was agreed on.
 
-    Raises OSError if the mount fails, StartupError if the kernel is too old.
+    Raises OSError if the mount fails, ProtocolError if the kernel is too old; StartupError if passthrough=on is not possible.
     """
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options = config.options
@@ -83,10 +80,7 @@ def _answer_init(device: int, *, passthrough: bool) -> Negotiated:
     _, opcode, unique, *_ = abi.fuse_in_header.unpack_from(buffer)
     if opcode != abi.FUSE_INIT:
         raise OSError(errno.EPROTO, "the kernel's first request is not INIT")
-    try:
-        negotiated, payload = negotiate(memoryview(buffer)[abi.fuse_in_header.size :], passthrough=passthrough)
-    except ProtocolError as error:
-        raise StartupError(f"{error}; --transport=pyfuse3 may do") from error
+    negotiated, payload = negotiate(memoryview(buffer)[abi.fuse_in_header.size :], passthrough=passthrough)
     os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique) + payload)
     return negotiated
 
@@ -100,13 +94,11 @@ class Dispatcher:
         negotiated: Negotiated,
         backing: BackingFiles,
         config: Config,
-        metrics: Counting,
     ) -> None:
         self.negotiated = negotiated
         self._backing = backing
         self._failures = Failures()
         self._operations = operations
-        self._metrics = metrics
         self._entry_timeout = divmod(round(config.entry_timeout * 10**9), 10**9)
         self._attr_timeout = divmod(round(config.attr_timeout * 10**9), 10**9)
         self._no_groups = () if negotiated.has(abi.FUSE_CREATE_SUPP_GROUP) else None
@@ -171,39 +163,26 @@ class Dispatcher:
             log.error("dropped a request of %d bytes, shorter than its header", len(message))
             return None
         size, opcode, unique, nodeid, uid, gid, pid, extensions, _ = abi.fuse_in_header.unpack_from(message)
-        name = abi.OPCODE_NAMES.get(opcode, "unknown")
-        self._metrics.count(name)
         handler = self._handlers.get(opcode)
         end = size - 8 * extensions
         if handler is None:
-            return self._error(unique, errno.ENOSYS, name, opcode)
+            return _error(unique, errno.ENOSYS, opcode)
         if size != len(message) or end < abi.fuse_in_header.size:
-            return self._error(unique, errno.EINVAL, name, opcode)
+            return _error(unique, errno.EINVAL, opcode)
         try:
             groups = supplementary_groups(message[end:]) if extensions else self._no_groups
-            payload = handler(Request(unique, nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end], groups))
+            payload = handler(Request(nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end], groups))
         except OSError as error:
-            return self._error(unique, self._failures.errno_for_reply(name, error), name, opcode)
+            return _error(unique, self._failures.errno_for_reply(_name_of(opcode), error), opcode)
         except _MALFORMED:
-            log.error("malformed %s request of %d bytes", name, size)
-            return self._error(unique, errno.EINVAL, name, opcode)
+            log.error("malformed %s request of %d bytes", _name_of(opcode), size)
+            return _error(unique, errno.EINVAL, opcode)
         except Exception:
-            log.exception("%s failed", name)
-            return self._error(unique, errno.EIO, name, opcode)
+            log.exception("%s failed", _name_of(opcode))
+            return _error(unique, errno.EIO, opcode)
         if payload is None:
             return None
-        if not isinstance(payload, bytes) and len(payload) >= _MOST_PIECES:
-            payload = b"".join(payload)
-        if isinstance(payload, bytes):
-            return (abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique), payload)
-        size = abi.fuse_out_header.size + sum(map(len, payload))
-        return (abi.fuse_out_header.pack(size, 0, unique), *payload)
-
-    def _error(self, unique: int, number: int, name: str, opcode: int) -> Sequence[bytes] | None:
-        self._metrics.error(name)
-        if opcode in NEVER_ANSWERED:
-            return None
-        return (abi.fuse_out_header.pack(abi.fuse_out_header.size, -number, unique),)
+        return abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique), payload
 
     # -- pieces of replies -----------------------------------------------------------------------------------------------
 
@@ -257,7 +236,7 @@ class Dispatcher:
         seconds, nanoseconds = self._attr_timeout
         # struct fuse_statx is struct statx up to the device numbers; only the inode number is ours.
         head = abi.fuse_statx_head.pack(seconds, nanoseconds, 0)
-        return head, statx[:32], abi.fuse_statx_ino.pack(ino), statx[40:144], bytes(112)
+        return b"".join((head, statx[:32], abi.fuse_statx_ino.pack(ino), statx[40:144], bytes(112)))
 
     def _readlink(self, request: Request) -> Reply:
         return self._operations.readlink(request.nodeid)
@@ -419,26 +398,15 @@ class Dispatcher:
     def _readdir(self, request: Request) -> Reply:
         fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
         # A fuse_dirent is 5 bytes longer than a linux_dirent64, and at least 32 bytes long.
-        pieces: list[bytes] = []
-        for entry in self._operations.readdir(request.nodeid, fh, offset, max(size * 5 // 6, 512)):
-            piece = _dirent(entry)
-            size -= len(piece)
-            if size < 0:
-                break
-            pieces.append(piece)
-        return pieces
+        size = min(size, self.negotiated.buffer_size)
+        return dirents(self._operations.readdir(request.nodeid, fh, offset, max(size * 5 // 6, 512)), size)
 
     def _readdirplus(self, request: Request) -> Reply:
         fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
         # An entry takes 128 bytes more than its fuse_dirent: ask for about as many as fit.
-        pieces: list[bytes] = []
-        for entry, node in self._operations.readdirplus(request.nodeid, fh, offset, max(size // 5, 512)):
-            piece = (_NO_ENTRY if node is None else self._entry(node)) + _dirent(entry)
-            size -= len(piece)
-            if size < 0:
-                break
-            pieces.append(piece)
-        return pieces
+        size = min(size, self.negotiated.buffer_size)
+        entries = self._operations.readdirplus(request.nodeid, fh, offset, max(size // 5, 512))
+        return direntplus(entries, size, self._entry_timeout, self._attr_timeout)
 
     def _syncfs(self, request: Request) -> Reply:
         self._operations.syncfs(request.nodeid)
@@ -483,13 +451,15 @@ class Dispatcher:
         return b""
 
 
-_NO_ENTRY = bytes(abi.fuse_entry_out.size)
+def _name_of(opcode: int) -> str:
+    return abi.OPCODE_NAMES.get(opcode, "unknown")
 
 
-def _dirent(entry: DirectoryEntry) -> bytes:
-    size = abi.fuse_dirent.size + len(entry.name)
-    head = abi.fuse_dirent.pack(entry.ino, entry.offset, len(entry.name), entry.type)
-    return (head + entry.name).ljust(abi.padded(size), b"\0")
+def _error(unique: int, number: int, opcode: int) -> Sequence[bytes] | None:
+    """The reply that says errno `number`, to a request that may have one."""
+    if opcode in _NEVER_ANSWERED:
+        return None
+    return (abi.fuse_out_header.pack(abi.fuse_out_header.size, -number, unique),)
 
 
 def _name(body: memoryview) -> bytes:

@@ -158,16 +158,17 @@ class Handlers(pyfuse3.Operations):
     # -- running an operation --------------------------------------------------------------------------------------------
 
     def _call(self, name: str, work: Callable[[], T]) -> T:
-        self._metrics.count(name)
         try:
-            return work()
+            result = work()
         except OSError as error:
-            self._metrics.error(name)
+            self._metrics.count(name, failed=True)
             raise pyfuse3.FUSEError(self._failures.errno_for_reply(name, error)) from None
         except Exception:
-            self._metrics.error(name)
+            self._metrics.count(name, failed=True)
             log.exception("%s failed", name)
             raise pyfuse3.FUSEError(errno.EIO) from None
+        self._metrics.count(name)
+        return result
 
     async def _in_thread(self, name: str, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(self._call, name, work, limiter=self._limiter)

@@ -12,27 +12,34 @@ from pathlib import Path
 import pytest
 
 from ..support.filesystems import KINDS, FileSystems
+from ..support.modes import MODES, NATIVE
 from ..support.server import Native, Tree, mounted
 from .place import Place
 
 
 @dataclass(frozen=True)
 class Variant:
+    """A file system, and how it is served."""
+
     kind: str
-    args: tuple[str, ...] = ()
-    storm: bool = False
-    native: bool = False
+    mode: str
+
+    @property
+    def native(self) -> bool:
+        return self.mode == NATIVE
+
+    @property
+    def storm(self) -> bool:
+        return "storm" in self.mode
 
     def __str__(self) -> str:
-        return "-".join(
-            [*(["native"] if self.native else []), self.kind, *(a.lstrip("-") for a in self.args)]
-            + (["storm"] if self.storm else [])
-        )
+        return f"{self.kind}-{self.mode}"
 
 
-CONTROLS = [Variant(kind, native=True) for kind in KINDS]
-PLAIN = [Variant(kind) for kind in KINDS]
-PRUNED = [Variant("ext4", ("--cache-size=1",)), Variant("btrfs", storm=True)]
+CONTROLS = [Variant(kind, NATIVE) for kind in KINDS]
+PLAIN = [Variant(kind, "default") for kind in KINDS]
+PYFUSE3 = Variant("ext4", "pyfuse3")
+PRUNED = [Variant("ext4", "cache0"), Variant("btrfs", "nopass-storm"), Variant("xfs", "pyfuse3-storm")]
 
 
 class Trees:
@@ -48,8 +55,10 @@ class Trees:
             source = self.scratch(variant) / f"source-{variant}"
             source.mkdir()
             self._stack.callback(shutil.rmtree, source)
-            tree = Native(source) if variant.native else self._stack.enter_context(mounted(source, None, *variant.args))
-            self._trees[variant] = tree
+            if variant.native:
+                self._trees[variant] = Native(source)
+            else:
+                self._trees[variant] = self._stack.enter_context(mounted(source, None, *MODES[variant.mode]))
         return self._trees[variant]
 
     def scratch(self, variant: Variant) -> Path:
@@ -78,7 +87,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "variant" not in metafunc.fixturenames:
         return
     mark = metafunc.definition.get_closest_marker("variants")
-    chosen = mark.args[0] if mark else [CONTROLS[0], *PLAIN, *PRUNED]
+    chosen = mark.args[0] if mark else [CONTROLS[0], *PLAIN, PYFUSE3, *PRUNED]
     if metafunc.config.getoption("native"):
         chosen = CONTROLS
     kinds = metafunc.config.getoption("fs").split(",")

@@ -67,6 +67,10 @@ class Export(ABC):
         """Restart the server, as its administrator does while clients are at work."""
 
     @abstractmethod
+    def switch(self) -> None:
+        """Restart the server with the other transport."""
+
+    @abstractmethod
     @contextmanager
     def outage(self) -> Iterator[None]:
         """Take the server away from its clients, without warning, for the time of the block."""
@@ -100,8 +104,12 @@ class NativeExport(Export):
         pass
 
     def restart(self) -> None:
-        with self.outage():
-            pass
+        # One process for both: a child that is forked in between would close what this one has open on the client, and wait
+        # for nfsd to take its data, which it is to start itself.
+        run("sh", "-c", f"rpc.nfsd 0 && rpc.nfsd {THREADS}")
+
+    def switch(self) -> None:
+        self.restart()
 
     @contextmanager
     def outage(self) -> Iterator[None]:
@@ -136,11 +144,20 @@ class HandlefsExport(Export):
     def pid(self) -> int:
         return int(control.request(str(self.path), {"op": "status"})["pid"])
 
+    @property
+    def transport(self) -> str:
+        return str(control.request(str(self.path), {"op": "status"})["transport"])
+
     def evict(self) -> None:
         control.request(str(self.path), {"op": "evict", "count": None})
 
     def restart(self) -> None:
         self.command("restart", str(self.path))
+
+    def switch(self) -> None:
+        other = "pyfuse3" if self.transport == "direct" else "direct"
+        self.command("restart", str(self.path), "--transport", other)
+        assert self.transport == other
 
     def kill(self) -> None:
         """End the server with SIGKILL. Its mount and its export stay, dead."""

@@ -23,7 +23,7 @@ from .nfs3 import handle_of
 P = ParamSpec("P")
 T = TypeVar("T")
 
-EVICTION, RESTART, OUTAGE = "eviction", "restart", "outage"
+EVICTION, RESTART, SWITCH, OUTAGE = "eviction", "restart", "switch", "outage"
 OLD, NEW = b"old content", b"new content"
 LOST = {errno.ESTALE, errno.EIO, errno.EBADF}  # the latter two for an open file that an NFSv4 client could not reclaim
 BLOCK = 1 << 16

@@ -1,4 +1,5 @@
-"""What a client holds stays valid when everything is evicted, when the server is restarted, and when it is killed.
+"""What a client holds stays valid when everything is evicted, when the server is restarted, also with the other transport, and
+when it is killed.
 
 All stories of both NFS versions live through one event together, and are then checked one by one.
 """
@@ -12,7 +13,7 @@ from contextlib import ExitStack
 import pytest
 
 from .knfsd import Client, Export
-from .stories import ENTRIES, EVICTION, OUTAGE, RESTART, STORIES, Setting, Story
+from .stories import ENTRIES, EVICTION, OUTAGE, RESTART, STORIES, SWITCH, Setting, Story
 
 Told = dict[tuple[type[Story], str], Story]
 
@@ -28,7 +29,7 @@ def many(export: Export) -> dict[bytes, int]:
         return {os.fsencode(entry.name): entry.inode() for entry in entries}
 
 
-@pytest.fixture(scope="module", params=[EVICTION, RESTART, OUTAGE])
+@pytest.fixture(scope="module", params=[EVICTION, RESTART, SWITCH, OUTAGE])
 def told(
     request: pytest.FixtureRequest, export: Export, clients: dict[str, Client], many: dict[bytes, int]
 ) -> Iterator[Told]:
@@ -44,6 +45,8 @@ def told(
                 told[story, version] = stack.enter_context(story(Setting(export, event, client, other, place, many)))
         happen(event, export, list(told.values()))
         yield told
+    if event == SWITCH:
+        export.switch()  # back
 
 
 def happen(event: str, export: Export, stories: list[Story]) -> None:
@@ -54,7 +57,7 @@ def happen(event: str, export: Export, stories: list[Story]) -> None:
         return
     for story in stories:
         story.meanwhile()
-    export.forget() if event == EVICTION else export.restart()
+    {EVICTION: export.forget, RESTART: export.restart, SWITCH: export.switch}[event]()
 
 
 @pytest.mark.parametrize("story", STORIES, ids=lambda story: story.name)

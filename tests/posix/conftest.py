@@ -1,4 +1,5 @@
-"""The trees under test: every file system, served with every cache mode, and the directories themselves as the control."""
+"""The trees under test: every file system, served with both transports and every cache mode, and the directories themselves as
+the control."""
 
 from __future__ import annotations
 
@@ -13,27 +14,16 @@ from typing import TypeVar
 import pytest
 
 from ..support.filesystems import KINDS, FileSystems
+from ..support.modes import MODES, NATIVE, TRANSPORTS
 from ..support.server import Mounted, Native, mounted
 from ..support.users import root_again
 
 T = TypeVar("T")
 
 STORM_INTERVAL = 0.004
-# The first file system gets every mode; the others the two ends of the scale.
-MODES: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "cache1": ("--cache-size=1",),
-    "cache0": ("--cache-size=0",),
-    "storm": (),
-    "storm1": ("--cache-size=1",),
-    "direct": ("--transport=direct",),
-    "direct-storm": ("--transport=direct", "--passthrough=off", "--cache-size=1"),
-}
-MODES_OF = {
-    "ext4": ("default", "cache1", "cache0", "storm", "direct"),
-    "btrfs": ("default", "storm1", "direct-storm"),
-}
-OTHER_MODES = ("default", "storm1")
+# The first file system gets every mode; the others the two ends of the scale, and the other transport.
+MODES_OF = {"ext4": tuple(MODES), "btrfs": ("default", "nopass-storm", "pyfuse3", "pyfuse3-storm")}
+OTHER_MODES = ("default", "nopass-storm", "pyfuse3")
 
 _numbers = itertools.count()
 
@@ -57,7 +47,12 @@ class TestTree:
     @property
     def direct(self) -> bool:
         """Whether the direct transport serves it."""
-        return isinstance(self.server, Mounted) and "--transport=direct" in self.server.args
+        return isinstance(self.server, Mounted) and "--transport=pyfuse3" not in self.server.args
+
+    @property
+    def passthrough(self) -> bool:
+        """Whether the kernel maps the source's own files, where it can."""
+        return isinstance(self.server, Mounted) and self.direct and "--passthrough=off" not in self.server.args
 
     def agree(self, scenario: Callable[[Path], T]) -> T:
         """Run the scenario in the served directory and in the control; both must come to the same result."""
@@ -115,22 +110,45 @@ def matrix(config: pytest.Config) -> list[str]:
     """The trees to test: "ext4-native", "ext4-default", …"""
     kinds = [kind for kind in config.getoption("--fs").split(",") if kind in KINDS]
     modes = {kind: () if config.getoption("--native") else MODES_OF.get(kind, OTHER_MODES) for kind in kinds}
-    return [f"{kind}-{mode}" for kind in kinds for mode in ("native", *modes[kind])]
+    return [f"{kind}-{mode}" for kind in kinds for mode in (NATIVE, *modes[kind])]
 
 
 def restart_matrix(config: pytest.Config) -> list[str]:
-    """For tests that restart the server: each file system natively and served."""
-    return [name for name in matrix(config) if name.endswith(("-native", "-default"))]
+    """For tests that restart the server: each file system natively, and served with each transport."""
+    return [name for name in matrix(config) if name.endswith(("-native", "-default", "-pyfuse3"))]
+
+
+def direct_matrix(config: pytest.Config) -> list[str]:
+    """For what only the direct transport carries: each file system, with passthrough and without."""
+    return [f"{kind}-{mode}" for kind in served_kinds(config) for mode in ("default", "nopass")]
+
+
+def served_kinds(config: pytest.Config) -> list[str]:
+    return [] if config.getoption("--native") else config.getoption("--fs").split(",")
+
+
+GROUNDS = {"ground": matrix, "restart_ground": restart_matrix, "direct_ground": direct_matrix}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "served: about the server alone, with nothing to compare on the control")
+    config.addinivalue_line("markers", "kinds(names): only on these file systems")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "ground" in metafunc.fixturenames:
-        metafunc.parametrize("ground", matrix(metafunc.config), indirect=True, scope="package")
-    if "restart_ground" in metafunc.fixturenames:
-        metafunc.parametrize("restart_ground", restart_matrix(metafunc.config), indirect=True, scope="package")
+    for fixture in GROUNDS.keys() & set(metafunc.fixturenames):
+        names = [name for name in GROUNDS[fixture](metafunc.config) if _is_meant(name, metafunc.definition)]
+        metafunc.parametrize(fixture, names, indirect=True, scope="package")
     if "kind" in metafunc.fixturenames:
-        kinds = [] if metafunc.config.getoption("--native") else metafunc.config.getoption("--fs").split(",")
-        metafunc.parametrize("kind", kinds, scope="session")
+        metafunc.parametrize("kind", served_kinds(metafunc.config), scope="session")
+    if "transport" in metafunc.fixturenames:
+        metafunc.parametrize("transport", TRANSPORTS, scope="session")
+
+
+def _is_meant(name: str, test: pytest.Item) -> bool:
+    kind, mode = name.split("-", 1)
+    kinds = test.get_closest_marker("kinds")
+    return (mode != NATIVE or test.get_closest_marker("served") is None) and (kinds is None or kind in kinds.args)
 
 
 @contextmanager
@@ -141,7 +159,7 @@ def open_ground(filesystems: FileSystems, name: str) -> Iterator[Ground]:
     source.mkdir(parents=True)
     with ExitStack() as stack:
         server: Mounted | Native = Native(source)
-        if mode != "native":
+        if mode != NATIVE:
             server = stack.enter_context(mounted(source, None, *MODES[mode]))
             if "storm" in mode:
                 stack.enter_context(evict_storm(server))
@@ -151,6 +169,12 @@ def open_ground(filesystems: FileSystems, name: str) -> Iterator[Ground]:
 # Not for the session: tests of the command line set another runtime directory, where a storm would not find its server.
 @pytest.fixture(scope="package")
 def ground(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator[Ground]:
+    with open_ground(filesystems, request.param) as ground:
+        yield ground
+
+
+@pytest.fixture(scope="package")
+def direct_ground(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator[Ground]:
     with open_ground(filesystems, request.param) as ground:
         yield ground
 
@@ -176,3 +200,9 @@ def tree(ground: Ground, request: pytest.FixtureRequest) -> Iterator[TestTree]:
 def restartable(restart_ground: Ground, request: pytest.FixtureRequest) -> Iterator[TestTree]:
     """A directory of the test's own below a server that the test may restart and kill."""
     yield from _tree(restart_ground, request)
+
+
+@pytest.fixture
+def direct(direct_ground: Ground, request: pytest.FixtureRequest) -> Iterator[TestTree]:
+    """A directory of the test's own that the direct transport serves."""
+    yield from _tree(direct_ground, request)

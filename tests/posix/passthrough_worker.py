@@ -65,10 +65,10 @@ def main() -> None:
     config = Config(path, "", entry_timeout=0, attr_timeout=0)
     negotiated = Negotiated(minor, flags, max_write)
     operations = Operations(source)
-    dispatcher = Dispatcher(operations, negotiated, backing, config, OperationMetrics())
+    dispatcher = Dispatcher(operations, negotiated, backing, config)
     slot = SlotMemory.create(1, negotiated.buffer_size)[0]
     print("ready", flush=True)
-    Worker(device, slot, dispatcher, Replay(operations, negotiated, dispatcher.answer)).run()
+    Worker(device, slot, dispatcher, Replay(operations, negotiated, dispatcher.answer), OperationMetrics()).run()
     source.map.close()
 
 

@@ -18,7 +18,7 @@ SECRET = b"nobody may read this"
 
 
 @pytest.fixture(scope="module")
-def server(kind: str, filesystems: FileSystems) -> Iterator[Mounted]:
+def server(kind: str, transport: str, filesystems: FileSystems) -> Iterator[Mounted]:
     """A source with an outside: on the same file system lie `outside/secret` and, beside the source, `secret`. Time-outs of
     0 make the server answer for every step itself."""
     root = filesystems[kind] / "containment"
@@ -26,7 +26,7 @@ def server(kind: str, filesystems: FileSystems) -> Iterator[Mounted]:
     (root / "outside").mkdir()
     (root / "outside" / "secret").write_bytes(SECRET)
     (root / "secret").write_bytes(SECRET)
-    with mounted(root / "source", None, "--entry-timeout=0", "--attr-timeout=0") as server:
+    with mounted(root / "source", None, f"--transport={transport}", "--entry-timeout=0", "--attr-timeout=0") as server:
         yield server
     shutil.rmtree(root)
 
@@ -208,14 +208,16 @@ def test_device_numbers_cross_no_border(server: Mounted, base: str) -> None:
     assert outcome(os.link, outside / "secret", server.path / base / "stolen") == "EXDEV"
 
 
-def test_the_mount_point_below_the_source_is_refused_or_harmless(filesystems: FileSystems, kind: str) -> None:
+def test_the_mount_point_below_the_source_is_refused_or_harmless(
+    filesystems: FileSystems, kind: str, transport: str
+) -> None:
     """A mount below its own source must not lead into an endless tree or a deadlock."""
     with scratch_directory() as scratch:
         source = filesystems[kind] / "own-mount"
         (source / "mnt").mkdir(parents=True)
         (source / "file").write_bytes(b"x")
         try:
-            with mounted(source, source / "mnt", state_dir=scratch / "state") as server:
+            with mounted(source, source / "mnt", f"--transport={transport}", state_dir=scratch / "state") as server:
                 assert (server.path / "file").read_bytes() == b"x"
                 assert outcome(os.listdir, server.path / "mnt") in (
                     [],

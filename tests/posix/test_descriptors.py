@@ -15,7 +15,7 @@ from ..support.server import Mounted, mounted
 from ..support.syscalls import name_to_handle
 from .compare import outcome
 
-FILES = 20_000
+FILES = 10_000
 DIRECTORIES = 40
 FIXED = 48
 """Descriptors of the server that do not depend on the tree: devices, sockets, the map, the event loop, requests in flight."""
@@ -25,7 +25,7 @@ EXHAUSTED = ("ENOMEM",)
 
 @pytest.fixture(scope="module", params=["ext4", "btrfs"], ids=["ext4: inline", "btrfs: mapped"])
 def forest(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator[Path]:
-    """Twenty thousand files whose content is their name."""
+    """Ten thousand files whose content is their name."""
     if request.config.getoption("--native"):
         pytest.skip("only the control was asked for")
     base = filesystems[request.param] / "forest"
@@ -36,11 +36,6 @@ def forest(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator
             (directory / f"f{file}").write_bytes(f"d{number}/f{file}".encode())
     yield base
     shutil.rmtree(base)
-
-
-@pytest.fixture(params=["pyfuse3", "direct"])
-def transport(request: pytest.FixtureRequest) -> str:
-    return f"--transport={request.param}"
 
 
 class Watch:
@@ -79,7 +74,7 @@ def walk(base: Path) -> int:
 
 @pytest.mark.parametrize("size", [0, 1, 100])
 def test_walking_needs_no_more_than_the_cache(forest: Path, transport: str, size: int) -> None:
-    with mounted(forest, None, transport, f"--cache-size={size}") as server:
+    with mounted(forest, None, f"--transport={transport}", f"--cache-size={size}") as server:
         with Watch(server) as watch:
             assert walk(server.path) == FILES
         assert 0 < watch.peak <= size + FIXED
@@ -88,7 +83,7 @@ def test_walking_needs_no_more_than_the_cache(forest: Path, transport: str, size
 
 def test_walking_with_a_low_limit(forest: Path, transport: str) -> None:
     """The default cache size follows from RLIMIT_NOFILE."""
-    with mounted(forest, None, transport, nofile=128) as server:
+    with mounted(forest, None, f"--transport={transport}", nofile=128) as server:
         with Watch(server) as watch:
             assert walk(server.path) == FILES
         assert watch.peak < 128
@@ -98,7 +93,7 @@ def test_walking_with_a_low_limit(forest: Path, transport: str) -> None:
 def test_a_cache_larger_than_the_limit(forest: Path, transport: str) -> None:
     """Whoever asks for more than the process may have gets evictions or a refusal, not failing look-ups."""
     try:
-        with mounted(forest, None, transport, "--cache-size=5000", nofile=128) as server:
+        with mounted(forest, None, f"--transport={transport}", "--cache-size=5000", nofile=128) as server:
             assert walk(server.path) == FILES
     except RuntimeError as refusal:
         assert "Traceback" not in str(refusal)
@@ -107,7 +102,7 @@ def test_a_cache_larger_than_the_limit(forest: Path, transport: str) -> None:
 
 def test_many_open_files(forest: Path, transport: str) -> None:
     """When the server has no descriptors left an open fails, and with a closed file there is one again."""
-    with mounted(forest, None, transport, nofile=128) as server:
+    with mounted(forest, None, f"--transport={transport}", nofile=128) as server:
         files = [path for number in range(2) for path in sorted((server.path / f"d{number}").iterdir())]
         held: list[int] = []
         error: object = None
@@ -134,7 +129,7 @@ def test_many_open_files(forest: Path, transport: str) -> None:
 
 
 def test_many_open_directories(forest: Path, transport: str) -> None:
-    with mounted(forest, None, transport, nofile=96) as server:
+    with mounted(forest, None, f"--transport={transport}", nofile=96) as server:
         held = []
         for _ in range(3):
             for number in range(DIRECTORIES):
@@ -151,10 +146,10 @@ def test_many_open_directories(forest: Path, transport: str) -> None:
 
 
 def test_descriptors_are_given_back(forest: Path, transport: str) -> None:
-    with mounted(forest, None, transport) as server:
+    with mounted(forest, None, f"--transport={transport}") as server:
         server.evict()
         idle = server.descriptors()
-        for number in range(300):
+        for number in range(200):
             (server.path / f"d1/f{number}").read_bytes()
             (server.path / "d1" / f"f{number}").open("ab").close()
         os.listdir(server.path / "d1")

@@ -1,4 +1,4 @@
-"""What only the direct transport carries: each scenario gives the same result as in the source's own file system."""
+"""What only the direct transport carries, with passthrough and without: each scenario ends as on the source."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import os
 import stat
 import struct
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ..support.filesystems import FileSystems
 from ..support.server import Mounted
 from ..support.users import ALICE, STAFF, STAFF_ALICE, as_user, root_again
-from .conftest import Ground, TestTree, open_ground
+from .conftest import TestTree
 
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
@@ -33,20 +31,6 @@ MIB = 1 << 20
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-@pytest.fixture(scope="module", params=["ext4", "xfs", "btrfs", "tmpfs"])
-def direct_ground(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator[Ground]:
-    if request.config.getoption("--native") or request.param not in request.config.getoption("--fs").split(","):
-        pytest.skip("left out by --native or --fs")
-    with open_ground(filesystems, f"{request.param}-direct") as ground:
-        yield ground
-
-
-@pytest.fixture
-def direct(direct_ground: Ground, request: pytest.FixtureRequest) -> Iterator[TestTree]:
-    yield direct_ground.tree(request.node.originalname)
-    direct_ground.server.check_log()
 
 
 def operations(tree: TestTree) -> dict[str, int]:
@@ -204,7 +188,7 @@ def test_touch_takes_the_kernels_tick(direct: TestTree) -> None:
 
 
 def test_passthrough_data_and_times(direct: TestTree) -> None:
-    """With passthrough on (auto, where the kernel has it) data goes past the server; sizes and times stay right."""
+    """With passthrough (auto, where the kernel has it) data goes past the server; sizes and times stay right either way."""
     path, source = direct.path / "file", direct.source / "file"
     before = operations(direct).get("write", 0)
     with path.open("w+b", buffering=0) as file:
@@ -218,7 +202,8 @@ def test_passthrough_data_and_times(direct: TestTree) -> None:
         direct.evict()
         file.write(b"c")
         assert source.read_bytes()[-2:] == b"bc"
-    assert operations(direct).get("write", 0) == before
+    past_the_server = operations(direct).get("write", 0) == before
+    assert past_the_server == direct.passthrough
 
 
 def set_gid_program(path: Path) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ..support.filesystems import KINDS, FileSystems
+from ..support.modes import MODES, NATIVE
 from ..support.server import Mounted, Native, mounted
 from ..support.syscalls import Handle, drop_caches, name_to_handle, open_handle
 from ..support.users import Child
@@ -279,20 +280,20 @@ def snapshot(base: Path) -> tuple[dict[str, bytes], set[str]]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("mode", ["native", "cache1"])
+@pytest.mark.parametrize("mode", [NATIVE, "cache1", "nopass-storm", "pyfuse3-storm"])
 @pytest.mark.parametrize("where", KINDS)
 def test_checked_workload_under_pruning(
     where: str, mode: str, filesystems: FileSystems, pytestconfig: pytest.Config
 ) -> None:
     seconds = pytestconfig.getoption("--stress-seconds")
-    if mode != "native" and pytestconfig.getoption("--native"):
+    if mode != NATIVE and pytestconfig.getoption("--native"):
         pytest.skip("only the control was asked for")
     source = filesystems[where] / f"stress-{mode}"
     source.mkdir()
-    if mode == "native":
+    if mode == NATIVE:
         work(Native(source), min(seconds, 2))
         return
-    with mounted(source, None, f"--cache-size={mode[-1]}") as server:
+    with mounted(source, None, *MODES[mode]) as server:
         work(server, seconds)
 
 

@@ -26,6 +26,7 @@ class Border:
 
     source: Path
     other: str
+    transport: str
     stack: ExitStack
 
     @property
@@ -33,12 +34,12 @@ class Border:
         return self.source / "sub"
 
     def serve(self, *args: str, state_dir: Path | None = None) -> Mounted:
-        args = ("--entry-timeout=0", "--attr-timeout=0", *args)
+        args = (f"--transport={self.transport}", "--entry-timeout=0", "--attr-timeout=0", *args)
         return self.stack.enter_context(mounted(self.source, None, *args, state_dir=state_dir))
 
 
 @pytest.fixture(params=OTHERS)
-def border(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator[Border]:
+def border(request: pytest.FixtureRequest, transport: str, filesystems: FileSystems) -> Iterator[Border]:
     if request.config.getoption("--native"):
         pytest.skip("only the control was asked for")
     source = filesystems["ext4"] / f"submounts-{request.node.name}"
@@ -48,7 +49,7 @@ def border(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator
     with ExitStack() as stack:
         stack.enter_context(filesystem(request.param, "512M", at=source / "sub"))
         fill(source / "sub")
-        yield Border(source, request.param, stack)
+        yield Border(source, request.param, transport, stack)
 
 
 def fill(base: Path) -> None:
@@ -218,14 +219,14 @@ def bind(what: Path, where: Path) -> Iterator[None]:
         unmount(where)
 
 
-def test_bind_mount(kind: str, filesystems: FileSystems) -> None:
+def test_bind_mount(kind: str, transport: str, filesystems: FileSystems) -> None:
     """A directory from elsewhere on the same file system, bound below the source on purpose, is part of it."""
     root = filesystems[kind] / "bind"
     (root / "source" / "bound").mkdir(parents=True)
     (root / "source" / "bound" / "covered").write_bytes(b"covered")
     (root / "elsewhere" / "d").mkdir(parents=True)
     (root / "elsewhere" / "d" / "file").write_bytes(b"content")
-    options = ("--entry-timeout=0", "--attr-timeout=0")
+    options = (f"--transport={transport}", "--entry-timeout=0", "--attr-timeout=0")
     with bind(root / "elsewhere", root / "source" / "bound"):
         with mounted(root / "source", None, *options) as server:
             file = server.path / "bound" / "d" / "file"
@@ -247,13 +248,13 @@ def test_bind_mount(kind: str, filesystems: FileSystems) -> None:
     shutil.rmtree(root)
 
 
-def test_the_source_bound_below_itself(kind: str, filesystems: FileSystems) -> None:
+def test_the_source_bound_below_itself(kind: str, transport: str, filesystems: FileSystems) -> None:
     """One directory in two places: each place keeps its own parent, so that ".." and handles stay consistent."""
     source = filesystems[kind] / "self-bind"
     (source / "a" / "b").mkdir(parents=True)
     (source / "again").mkdir()
     (source / "a" / "b" / "file").write_bytes(b"content")
-    with bind(source / "a", source / "again"), mounted(source) as server:
+    with bind(source / "a", source / "again"), mounted(source, None, f"--transport={transport}") as server:
         assert (server.path / "again" / "b" / "file").read_bytes() == b"content"
         for place in ("a", "again"):
             handle = name_to_handle(server.path / place / "b")
@@ -265,18 +266,18 @@ def test_the_source_bound_below_itself(kind: str, filesystems: FileSystems) -> N
     shutil.rmtree(source)
 
 
-def test_subvolumes(btrfs: Path, request: pytest.FixtureRequest) -> None:
+def test_subvolumes(btrfs: Path, transport: str, request: pytest.FixtureRequest) -> None:
     """btrfs repeats inode numbers in every subvolume; on the mount every object has its own."""
     if request.config.getoption("--native"):
         pytest.skip("only the control was asked for")
-    source = btrfs / "subvolumes"
+    source = btrfs / f"subvolumes-{transport}"
     source.mkdir()
     subvolumes = [source / "one", source / "one" / "inner", source / "two"]
     for path in subvolumes:
         run("btrfs", "subvolume", "create", path)
         fill(path)
     run("btrfs", "subvolume", "snapshot", source / "two", source / "snapshot")
-    with mounted(source, None, "--entry-timeout=0", "--attr-timeout=0") as server:
+    with mounted(source, None, f"--transport={transport}", "--entry-timeout=0", "--attr-timeout=0") as server:
         names = [str(path.relative_to(source)) for path in sorted(source.rglob("*")) if path.name != "link"]
         check_inode_numbers(server.path)
         handles = {name: name_to_handle(server.path / name) for name in names}
@@ -298,18 +299,18 @@ def test_subvolumes(btrfs: Path, request: pytest.FixtureRequest) -> None:
         assert content(server.path, handles["one/top"]) == b"top"
 
 
-def test_snapshot_of_nested_subvolumes(btrfs: Path, request: pytest.FixtureRequest) -> None:
+def test_snapshot_of_nested_subvolumes(btrfs: Path, transport: str, request: pytest.FixtureRequest) -> None:
     """A snapshot holds an empty directory in place of each subvolume, which has no handle: it alone is out of reach."""
     if request.config.getoption("--native"):
         pytest.skip("only the control was asked for")
-    source = btrfs / "snapshots"
+    source = btrfs / f"snapshots-{transport}"
     source.mkdir()
     for path in (source / "one", source / "one" / "inner"):
         run("btrfs", "subvolume", "create", path)
         fill(path)
     run("btrfs", "subvolume", "snapshot", source / "one", source / "snapshot")
     assert os.listdir(source / "snapshot" / "inner") == []
-    with mounted(source, None, "--entry-timeout=0", "--attr-timeout=0") as server:
+    with mounted(source, None, f"--transport={transport}", "--entry-timeout=0", "--attr-timeout=0") as server:
         assert (server.path / "one" / "inner" / "top").read_bytes() == b"top"
         assert sorted(os.listdir(server.path / "snapshot")) == sorted(os.listdir(source / "snapshot"))
         assert (server.path / "snapshot" / "d" / "middle").read_bytes() == b"d/middle"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import select
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar, TypeVarTuple, cast
+
+_PR_SET_SECUREBITS = 28
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -74,6 +77,8 @@ def _run_child(function: Callable[[], object], user: User, umask: int, writer: i
     """Never returns: whatever happens, the child must not go on as a second test run."""
     status = 1
     try:
+        # A server's code that ran in this process may have left it; then the user would keep root's capabilities.
+        ctypes.CDLL(None).prctl(_PR_SET_SECUREBITS, 0, 0, 0, 0)
         os.setgroups(user.groups)
         os.setresgid(user.gid, user.gid, user.gid)
         os.setresuid(user.uid, user.uid, 0)  # the saved ID is for root_again

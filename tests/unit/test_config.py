@@ -26,6 +26,9 @@ CONFIGS = st.builds(
     entry_timeout=SECONDS,
     attr_timeout=SECONDS,
     submounts=st.sampled_from(["cross", "hide"]),
+    workers=st.integers(1, 64),
+    transport=st.sampled_from(["auto", "direct", "pyfuse3"]),
+    passthrough=st.sampled_from(["auto", "on", "off"]),
     log_file=PATHS,
 )
 
@@ -57,7 +60,9 @@ def test_keys_of_another_version_are_left_out() -> None:
         ("state-dir", "/var/x/../y", replace(BASE, state_dir="/var/y")),
         ("key-file", "/etc/key", replace(BASE, key_file="/etc/key")),
         ("submounts", "hide", replace(BASE, submounts="hide")),
-        ("transport", "pyfuse3", BASE),
+        ("transport", "auto", BASE),
+        ("transport", "pyfuse3", replace(BASE, transport="pyfuse3")),
+        ("passthrough", "off", replace(BASE, passthrough="off")),
         ("log-file", "/tmp/log", replace(BASE, log_file="/tmp/log")),
     ],
 )
@@ -78,6 +83,10 @@ def test_options_are_applied(name: str, text: str, expected: Config) -> None:
         ("attr-timeout", "soon"),
         ("submounts", "maybe"),
         ("transport", "pigeon"),
+        ("workers", "0"),
+        ("workers", "65"),
+        ("workers", "many"),
+        ("passthrough", "maybe"),
     ],
 )
 def test_bad_values_are_named(name: str, text: str) -> None:

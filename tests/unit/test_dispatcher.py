@@ -14,12 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 from handlefs.config import Config
-from handlefs.errors import StartupError
 from handlefs.handlemap import HandleMap
 from handlefs.metrics import OperationMetrics
 from handlefs.operations import Operations
 from handlefs.protocol import abi
-from handlefs.protocol.init import negotiate
+from handlefs.protocol.init import ProtocolError, negotiate
 from handlefs.slot import SlotMemory
 from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
@@ -60,7 +59,7 @@ class Served:
         negotiated, _ = negotiate(OFFER)
         config = Config(os.fspath(self.tree), "/nowhere")
         backing = BackingFiles(-1, None)
-        self.dispatcher = Dispatcher(self.operations, negotiated, backing, config, OperationMetrics())
+        self.dispatcher = Dispatcher(self.operations, negotiated, backing, config)
         self.file = self.operations.lookup(1, b"file").nodeid
         self.directory = self.operations.lookup(1, b"directory").nodeid
         self.groups = os.getgroups()
@@ -86,7 +85,7 @@ class Served:
         memory = SlotMemory.create(1, self.dispatcher.negotiated.buffer_size)
         try:
             replay = Replay(self.operations, self.dispatcher.negotiated, self.dispatcher.answer)
-            Worker(-1, memory[0], self.dispatcher, replay).run()
+            Worker(-1, memory[0], self.dispatcher, replay, OperationMetrics()).run()
         finally:
             os.close(memory.fd)
 
@@ -302,7 +301,7 @@ def old_kernel(served: Served) -> Dispatcher:
     """As Linux 5.10 negotiates: no HANDLE_KILLPRIV_V2, no SETXATTR_EXT, no extensions."""
     negotiated, _ = negotiate(abi.fuse_init_in.pack(7, 32, 1 << 17, (1 << 28) - 1, 0)[:16], passthrough=True)
     config = Config(os.fspath(served.tree), "/nowhere")
-    return Dispatcher(served.operations, negotiated, BackingFiles(-1, None), config, OperationMetrics())
+    return Dispatcher(served.operations, negotiated, BackingFiles(-1, None), config)
 
 
 def test_old_kernels_leave_set_id_bits_to_the_server(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,5 +330,5 @@ def test_a_kernel_that_is_too_old_is_a_message(monkeypatch: pytest.MonkeyPatch) 
     payload = abi.fuse_init_in_v6.pack(7, 30, 0, 0xFFFFFFFF)
     header = abi.fuse_in_header.pack(56, abi.FUSE_INIT, 1, 0, 0, 0, 0, 0, 0)
     monkeypatch.setattr(os, "read", lambda *_: header + payload)
-    with pytest.raises(StartupError, match=r"7\.30.*7\.31 or newer.*--transport=pyfuse3"):
+    with pytest.raises(ProtocolError, match=r"7\.30.*direct transport needs 7\.31 or newer"):
         _answer_init(-1, passthrough=True)

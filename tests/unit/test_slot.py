@@ -26,6 +26,11 @@ def request(unique: int, body: bytes = b"body") -> bytes:
     return abi.fuse_in_header.pack(abi.fuse_in_header.size + len(body), abi.FUSE_MKDIR, unique, 1, 0, 0, 0, 0, 0) + body
 
 
+def read(slot: Slot, device: int) -> memoryview:
+    slot.reading()
+    return slot.request[: os.readv(device, (slot.request,))]
+
+
 def left_by(memory: SlotMemory, index: int, steps: Callable[[Slot, int], object]) -> Slot:
     """The slot, after a process that did the steps in it, with a device to read from, was killed."""
     kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -51,7 +56,7 @@ def test_a_new_slot_is_empty(memory: SlotMemory) -> None:
 
 
 def test_a_request_that_was_read_is_there(memory: SlotMemory) -> None:
-    slot = left_by(memory, 1, lambda slot, device: slot.read(device))
+    slot = left_by(memory, 1, read)
     assert slot.state == READING
     assert slot.unique == 77
     assert bytes(slot.unfinished or b"") == request(77)
@@ -61,7 +66,7 @@ def test_a_request_that_was_read_is_there(memory: SlotMemory) -> None:
 
 def test_what_was_recorded_is_there(memory: SlotMemory) -> None:
     def execute(slot: Slot, device: int) -> None:
-        slot.read(device)
+        read(slot, device)
         slot.executing(b"intent")
 
     slot = left_by(memory, 0, execute)
@@ -77,7 +82,7 @@ def test_what_was_recorded_is_there(memory: SlotMemory) -> None:
 
 def test_an_answered_request_is_not_found_again(memory: SlotMemory) -> None:
     def answer(slot: Slot, device: int) -> None:
-        slot.read(device)
+        read(slot, device)
         slot.answered()
 
     assert left_by(memory, 0, answer).unfinished is None
@@ -87,10 +92,10 @@ def test_a_request_before_is_not_found_again(memory: SlotMemory) -> None:
     """Killed while it waited for the next one, whose header is not there."""
 
     def wait(slot: Slot, device: int) -> None:
-        slot.read(device)
+        read(slot, device)
         slot.answered()
         os.set_blocking(device, False)
-        slot.read(device)
+        read(slot, device)
 
     slot = left_by(memory, 0, wait)
     assert slot.state == READING
@@ -102,7 +107,7 @@ def test_the_largest_request_fits(memory: SlotMemory) -> None:
     kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with kernel, device:
         kernel.send(request(5, body))
-        assert bytes(memory[1].read(device.fileno())) == request(5, body)
+        assert bytes(read(memory[1], device.fileno())) == request(5, body)
     assert memory[0].unfinished is None
     assert memory[2].unfinished is None
 
@@ -116,7 +121,7 @@ def test_too_long_a_record_is_refused(memory: SlotMemory) -> None:
 
 
 def test_locking_leaves_the_contents_alone(memory: SlotMemory) -> None:
-    slot = left_by(memory, 1, lambda slot, device: slot.read(device))
+    slot = left_by(memory, 1, read)
     memory.lock(1)
     assert bytes(slot.unfinished or b"") == request(77)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,41 @@ def test_nodes_stay_what_they_are(root: Path, kind: str, tmp_path: Path, cache_s
             if path != root:
                 entry = operations.lookup(found[path.parent], os.fsencode(path.name))
                 assert (entry.nodeid, entry.attributes.ino) == (nodeid, path.lstat().st_ino)
+
+
+@pytest.mark.parametrize("age", [0, 1])
+def test_a_listing_says_what_look_ups_say(
+    root: Path, tmp_path: Path, age: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the accelerator, which finds most nodes in one go once they are some time old, and without."""
+    make_tree(root)
+    (root / "a/b/c/sub").mkdir()
+    time.sleep(age)
+    with serving(root, tmp_path / "state") as operations:
+        source = operations.source
+        for directory, *_ in os.walk(root):
+            fd = os.open(directory, os.O_RDONLY)
+            names = [os.fsencode(name) for name in [*os.listdir(directory), "nothing"]]
+            inode = source.root
+            for part in Path(directory).relative_to(root).parts:
+                inode = source.resolve(operations.lookup(inode.nodeid, os.fsencode(part)).nodeid)
+            listed = source.entries(fd, names)
+            with monkeypatch.context() as patch:
+                patch.setattr("handlefs.source.native", None)
+                patch.setattr("handlefs.handle.native", None)
+                plain = source.entries(fd, names)
+            looked_up = [source.entry(source.lookup(inode, name)) for name in names[:-1]]
+            assert listed.pop() is None
+            assert plain.pop() is None
+            for left, middle, right in zip(listed, plain, looked_up, strict=True):
+                assert left is not None
+                assert middle is not None
+                assert (left.nodeid, left.generation, left.attributes.ino) == (
+                    (middle.nodeid, middle.generation, middle.attributes.ino)
+                )
+                assert left == right
+                assert left.attributes.stat.st_ctime_ns == middle.attributes.stat.st_ctime_ns
+            os.close(fd)
 
 
 def test_dot_and_dot_dot(root: Path, tmp_path: Path) -> None:

@@ -1,0 +1,23 @@
+"""The ways in which the suites run a server: transport, cache, and where data goes.
+
+The default is the direct transport, with data inside the kernel where it can. With "storm" in its name a mode also empties the
+server's inode cache all the time.
+"""
+
+from collections.abc import Mapping
+
+NATIVE = "native"
+"""No server: the control, on the directory itself."""
+
+MODES: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "nopass": ("--passthrough=off",),
+    "one-worker": ("--workers=1",),
+    "cache1": ("--cache-size=1",),
+    "cache0": ("--cache-size=0", "--passthrough=off"),
+    "storm": (),
+    "nopass-storm": ("--cache-size=1", "--passthrough=off"),
+    "pyfuse3": ("--transport=pyfuse3",),
+    "pyfuse3-storm": ("--cache-size=1", "--transport=pyfuse3"),
+}
+TRANSPORTS = ("direct", "pyfuse3")

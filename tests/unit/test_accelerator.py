@@ -1,0 +1,183 @@
+"""The compiled accelerator and its counterparts in Python say the same."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handlefs import accelerator, handle, syscalls
+from handlefs.accelerator import Dirent, Native, Node
+from handlefs.protocol import attributes, listing
+
+U32 = st.integers(0, 2**32 - 1)
+U64 = st.integers(0, 2**64 - 1)
+TIMEOUTS = st.tuples(U64, st.integers(0, 10**9 - 1))
+NAMES = st.binary(min_size=1, max_size=255).filter(lambda name: b"\0" not in name)
+DIRENTS = st.tuples(NAMES, U64, st.integers(0, 15), st.integers(0, 2**63 - 1))
+OBJECTS = ("file", "directory", "link", "fifo", "device", "old", "far")
+
+
+@pytest.fixture(scope="module")
+def native() -> Native:
+    """The compiled module: there is a C compiler wherever the tests are installed."""
+    if os.environ.get("HANDLEFS_ACCELERATOR") == "off":
+        pytest.skip("the accelerator is switched off for this run")
+    assert accelerator.native is not None
+    return accelerator.native
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = tmp_path_factory.mktemp("tree")
+    (tree / "file").write_bytes(b"content" * 1000)
+    (tree / "directory").mkdir()
+    (tree / "link").symlink_to("file")
+    os.mkfifo(tree / "fifo")
+    os.mknod(tree / "device", 0o020600, os.makedev(1234, 567890))
+    for name, seconds in (("old", -(2**31)), ("far", 2**34 - 1)):
+        (tree / name).touch()
+        os.utime(tree / name, ns=(seconds * 10**9 + 999_999_999, seconds * 10**9 + 1))
+    return tree
+
+
+FIELDS = [name for name in dir(accelerator.Stat) if name.startswith("st_")]
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_stat(native: Native, tree: Path, name: str) -> None:
+    fd = os.open(tree / name, os.O_PATH | os.O_NOFOLLOW)
+    expected = os.fstat(fd)
+    for stat in (native.fstat(fd), native.look(os.open(tree, os.O_PATH), os.fsencode(name))[3]):
+        assert {field: getattr(stat, field) for field in FIELDS} == {
+            field: getattr(expected, field) for field in FIELDS
+        }
+        assert stat == native.fstat(fd)
+    assert native.fstat(fd) != native.fstat(0)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+@given(timeout=TIMEOUTS, other=TIMEOUTS, nodeid=U64, generation=U32, ino=U64)
+def test_attributes(
+    native: Native,
+    tree: Path,
+    name: str,
+    timeout: tuple[int, int],
+    other: tuple[int, int],
+    nodeid: int,
+    generation: int,
+    ino: int,
+) -> None:
+    stat = os.lstat(tree / name)
+    compiled = native.look(_directory(tree), os.fsencode(name))[3]
+    assert native.attr_out(timeout, ino, compiled) == attributes._attr_out(timeout, ino, stat)
+    assert native.entry_out(nodeid, generation, timeout, other, ino, compiled) == attributes._entry_out(
+        nodeid, generation, timeout, other, ino, stat
+    )
+
+
+@given(entries=st.lists(DIRENTS, max_size=20), size=st.integers(0, 4000))
+def test_dirents(native: Native, entries: list[Dirent], size: int) -> None:
+    assert native.dirents(entries, size) == listing._dirents(entries, size)
+    assert native.dirents(tuple(entries), size) == listing._dirents(entries, size)
+
+
+@given(
+    entries=st.lists(st.tuples(DIRENTS, st.none() | st.tuples(U64, U32, U64)), max_size=20),
+    size=st.integers(0, 8000),
+    timeouts=st.tuples(TIMEOUTS, TIMEOUTS),
+)
+def test_direntplus(
+    native: Native,
+    entries: list[tuple[Dirent, tuple[int, int, int] | None]],
+    size: int,
+    timeouts: tuple[tuple[int, int], tuple[int, int]],
+) -> None:
+    stat = native.fstat(0)
+    items: list[tuple[Dirent, Node | None]] = [
+        (entry, None if node is None else (node[0], node[1], (node[2], stat))) for entry, node in entries
+    ]
+    compiled = native.direntplus(items, size, *timeouts)
+    assert compiled == listing._direntplus(items, size, *timeouts)
+    assert len(compiled) <= size
+
+
+def test_getdents(native: Native, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fd = os.open(tree, os.O_RDONLY)
+    compiled = syscalls.getdents(fd, 4096)
+    os.lseek(fd, 0, os.SEEK_SET)
+    monkeypatch.setattr(syscalls, "native", None)
+    assert compiled == syscalls.getdents(fd, 4096)
+    assert {entry.name for entry in compiled} == {b".", b"..", *map(os.fsencode, OBJECTS)}
+    assert all(type(entry) is syscalls.DirectoryEntry for entry in compiled)
+    assert syscalls.getdents(fd, 4096) == native.getdents(fd, 4096, syscalls.DirectoryEntry) == []
+    os.close(fd)
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_handles(native: Native, tree: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = _directory(tree)
+    found = handle.name_to_handle_at(directory, os.fsencode(name))
+    looked = handle.look_at(directory, os.fsencode(name))
+    mount = os.open(tree, os.O_RDONLY)
+    opened = handle.open_by_handle_at(mount, found[0], os.O_PATH)
+    assert not os.get_inheritable(opened)
+    monkeypatch.setattr(handle, "native", None)
+    assert handle.name_to_handle_at(directory, os.fsencode(name)) == found == looked[:2]
+    again = handle.open_by_handle_at(mount, found[0], os.O_PATH)
+    assert os.path.samestat(os.fstat(again), os.fstat(opened))
+    assert native.fstat(again) == looked[2]
+    for fd in (mount, opened, again):
+        os.close(fd)
+
+
+CALLS = {
+    "fstat": lambda native: native.fstat(-1),
+    "name_to_handle_at": lambda native: native.name_to_handle_at(-1, b"name", 0),
+    "open_by_handle_at": lambda native: native.open_by_handle_at(0, 1, bytes(handle.MAX_HANDLE_SZ + 1), 0),
+    "look": lambda native: native.look(-1, b"name"),
+    "getdents": lambda native: native.getdents(-1, 4096, tuple),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_errors(native: Native, name: str) -> None:
+    with pytest.raises(OSError, match=r"Bad file descriptor|Invalid argument"):
+        CALLS[name](native)
+
+
+def test_wrong_arguments_are_refused(native: Native) -> None:
+    """Not a crash of the server: nothing reads memory by what a caller claims it to be."""
+    stat = os.fstat(0)
+    with pytest.raises(TypeError):
+        native.attr_out((1, 0), 1, stat)
+    with pytest.raises(TypeError):
+        native.direntplus([((b"a", 1, 1, 1), (1, 1, (1, stat)))], 4096, (1, 0), (1, 0))
+    with pytest.raises(TypeError):
+        native.getdents(0, 4096, dict)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="null byte"):
+        native.look(0, b"a\0b")
+
+
+def test_it_can_be_switched_off() -> None:
+    code = "from handlefs.accelerator import native; print(native)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HANDLEFS_ACCELERATOR": "off"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == "None\n"
+
+
+@cache
+def _directory(tree: Path) -> int:
+    """A descriptor of `tree`, one for all tests."""
+    return os.open(tree, os.O_PATH)
