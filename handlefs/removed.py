@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from handlefs.protocol import abi
@@ -35,12 +35,15 @@ class _Kept(NamedTuple):
 class RemovedFiles:
     """What the supervisor keeps of one connection."""
 
-    def __init__(self, device: int, is_executing: Callable[[int], bool]) -> None:
-        """`is_executing` tells whether a worker is still at the request of that number."""
+    def __init__(self, device: int, is_executing: Callable[[int], bool], capacity: int) -> None:
+        """`is_executing` tells whether a worker is still at the request of that number; of descriptors there may be at most
+        `capacity`."""
         self._device = device
         self._is_executing = is_executing
+        self._capacity = capacity
         self._kept: dict[int, _Kept] = {}
-        self._look_at = _TOGETHER
+        self._look_at = min(_TOGETHER, capacity)
+        self._is_full = False
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -48,13 +51,22 @@ class RemovedFiles:
     def receive(self, inbox: socket.socket) -> list[int]:
         """Take in what `hand_over` has sent; returns the nodes that turned out not to be needed any more, as `check`."""
         message, descriptors, _, _ = socket.recv_fds(inbox, _MESSAGE.size, 1)
-        if not descriptors:
-            log.error("no descriptor left for a removed file: if it is open and its worker dies, it is lost")
-            return []
+        gone = self.check() if len(self._kept) >= self._look_at else []
+        if len(self._kept) >= self._capacity or not descriptors:
+            self._refuse(descriptors)
+            return gone
+        self._is_full = False
         nodeid, unique = _MESSAGE.unpack(message)
         self._let_go(nodeid)
         self._kept[nodeid] = _Kept(descriptors[0], unique)
-        return self.check() if len(self._kept) > self._look_at else []
+        return gone
+
+    def _refuse(self, descriptors: Sequence[int]) -> None:
+        for fd in descriptors:
+            os.close(fd)
+        if not self._is_full:  # once, until there is room again
+            log.warning("too many removed files are open to keep all: those that their worker alone holds die with it")
+        self._is_full = True
 
     def check(self) -> list[int]:
         """Let go of what still has a name or is not known to the kernel any more. Returns the latter's nodes: of them nobody
@@ -69,7 +81,7 @@ class RemovedFiles:
                 gone.append(nodeid)
         for nodeid in (*done, *gone):
             self._let_go(nodeid)
-        self._look_at = 2 * len(self._kept) + _TOGETHER
+        self._look_at = min(2 * len(self._kept) + _TOGETHER, self._capacity)
         return gone
 
     def close(self) -> None:

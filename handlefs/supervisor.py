@@ -7,9 +7,11 @@ It opens nothing on its own mount and serves no file operation. Its loop runs in
 import contextlib
 import ctypes
 import functools
+import itertools
 import json
 import logging
 import os
+import resource
 import select
 import selectors
 import signal
@@ -62,6 +64,7 @@ class _Worker:
         """Both known when it is ready."""
         self.slot: int | None = None
         self._lock = threading.Lock()
+        self._numbers = itertools.count()
 
     @property
     def is_spare(self) -> bool:
@@ -86,12 +89,20 @@ class _Worker:
     def ask(self, command: Mapping[str, object]) -> dict[str, Any] | None:
         """Have a serving worker execute `command`; None if it does not answer: it dies just now, or hangs."""
         with self._lock:
+            number = next(self._numbers)
             try:
-                self.tell(command)
-                reply = self.commands.recv(_LONGEST_REPLY)
+                self.tell({**command, "number": number})
+                while message := self.commands.recv(_LONGEST_REPLY):
+                    reply: dict[str, Any] = json.loads(message)
+                    if reply["number"] == number:  # else that of a command that was not waited for any longer
+                        return reply
             except OSError:
-                return None
-        return json.loads(reply) if reply else None
+                pass
+            return None
+
+    def has_ended(self, timeout: float) -> bool:
+        """Whether it ends within so many seconds."""
+        return bool(select.select([self.pidfd], [], [], timeout)[0])
 
     def close(self) -> None:
         """Let go of its descriptors."""
@@ -197,7 +208,8 @@ class Supervisor:
         self._counters = [SharedCounters(slot.counters, COUNTED) for slot in self._slots]
         self._drops = DropLog.create()
         stack.callback(os.close, self._drops.fd)
-        self._removed = RemovedFiles(self._device, self._is_executing)
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._removed = RemovedFiles(self._device, self._is_executing, limit // 2)
         stack.callback(self._removed.close)
         inbox, outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stack.enter_context(inbox)
@@ -224,10 +236,12 @@ class Supervisor:
     def _step(self) -> None:
         """Start what is missing, wait for something to happen, a second at most, and see to it."""
         if time.monotonic() >= self._next_start:
-            self._start_missing()
+            try:
+                self._start_missing()
+            except OSError as error:
+                self._start_failed(f"cannot start a worker: {error.strerror}")
         for key, _ in self._selector.select(_TICK):
-            if key.fd in self._selector.get_map():  # else another has closed it meanwhile
-                key.data()
+            key.data()
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + _TICK
             self._rate.sample(self._operations().total())
@@ -338,11 +352,9 @@ class Supervisor:
                 worker.listen()
             worker.commands.close()  # what a spare waits on
         for worker in self._workers:
-            if worker.pid:
-                if not select.select([worker.pidfd], [], [], max(deadline - time.monotonic(), 0))[0]:
-                    log.error("worker %d does not end and is killed", worker.pid)
-                    os.kill(worker.pid, signal.SIGKILL)
-                os.waitpid(worker.pid, 0)
+            if worker.pid and not worker.has_ended(max(deadline - time.monotonic(), 0)):
+                log.error("worker %d does not end and is killed", worker.pid)
+                os.kill(worker.pid, signal.SIGKILL)
 
     # -- removed files ---------------------------------------------------------------------------------------------------
 

@@ -275,7 +275,8 @@ class Attendant:
                 line = _receive(self._commands)
                 if not line:
                     return
-                _send(self._commands, self._perform(json.loads(line)))
+                command = json.loads(line)
+                _send(self._commands, {**self._perform(command), "number": command["number"]})
             if time.monotonic() - dropped >= DROP_INTERVAL:
                 self._drop()
                 dropped = time.monotonic()

@@ -264,6 +264,24 @@ def test_open_files_go_on(server: Mounted) -> None:
     server.check_log()
 
 
+def test_more_removed_files_than_descriptors(kind: str, filesystems: FileSystems) -> None:
+    """The supervisor keeps as many as it can and goes on; the workers still have theirs."""
+    source = filesystems[kind] / "many-removed"
+    source.mkdir()
+    with mounted(source, None, "--transport=direct", "--passthrough=off", nofile=128) as server:
+        files = [os.open(server.path / f"{number}", os.O_CREAT | os.O_RDWR) for number in range(100)]
+        for number, fd in enumerate(files):
+            os.write(fd, b"%d" % number)
+            (server.path / f"{number}").unlink()
+        assert "too many removed files" in server.read_log()
+        assert [os.pread(fd, 10, 0) for fd in files] == [b"%d" % number for number in range(100)]
+        kill(workers(server)[0])
+        assert Child(outcome, os.mkdir, server.path / "after").result(TIMEOUT) is None
+        assert [os.pread(fd, 10, 0) for fd in files[:40]] == [b"%d" % number for number in range(40)]
+        for fd in files:
+            assert outcome(os.close, fd) in (None, "ESTALE")  # those that only the dead one held
+
+
 def test_a_removed_file_is_let_go_of(server: Mounted) -> None:
     """When the last client has closed it, its blocks are free again, though several processes had it open."""
     before = os.statvfs(server.source).f_bavail

@@ -1,0 +1,67 @@
+"""The drop log: every process sees what the others have written, in order and once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from handlefs.droplog import FORGOTTEN, DropLog
+
+
+@pytest.fixture
+def log() -> Iterator[DropLog]:
+    log = DropLog.create()
+    yield log
+    os.close(log.fd)
+
+
+def test_events_come_once_and_in_order(log: DropLog) -> None:
+    log.released(5, 0x70)
+    log.forgotten([8, 2**64 - 1])
+    assert log.news() == [(5, 0x70), (8, FORGOTTEN), (2**64 - 1, FORGOTTEN)]
+    assert log.news() == []
+    log.forgotten([])
+    assert log.news() == []
+
+
+def test_who_opens_it_later_reads_from_then_on(log: DropLog) -> None:
+    log.released(1, 0x10)
+    later = DropLog(log.fd)
+    log.released(2, 0x20)
+    assert later.news() == [(2, 0x20)]
+    assert log.news() == [(1, 0x10), (2, 0x20)]
+
+
+def test_processes_write_at_once_and_are_killed(log: DropLog) -> None:
+    """Each event is whole, and those of one writer are in their order without a gap."""
+    children = []
+    for number in range(4):
+        child = os.fork()
+        if child == 0:
+            for count in range(1, 10**9):
+                log.released(number, count)
+        children.append(child)
+    seen: list[tuple[int, int]] = []
+    while len(seen) < 20_000:
+        seen += log.news()
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    seen += log.news()
+    for number in range(4):
+        counts = [count for nodeid, count in seen if nodeid == number]
+        assert counts == list(range(1, len(counts) + 1))
+    assert len(seen) == sum(1 for nodeid, _ in seen if nodeid < 4)
+
+
+def test_old_events_need_no_memory(log: DropLog) -> None:
+    batch = list(range(1, 1 << 16))
+    for _ in range(64):
+        log.forgotten(batch)
+        log.trim()
+    assert os.fstat(log.fd).st_size > 60 << 20
+    assert os.fstat(log.fd).st_blocks * 512 < 40 << 20
+    assert log.news()[-1] == (batch[-1], FORGOTTEN)
