@@ -134,6 +134,9 @@ class Operations:
         if name == b"." and not entry.attributes.stat.st_nlink and nodeid != ROOT_NODEID:
             # Removed, but perhaps held by nobody but our own cache: ask the file system again without that.
             self.source.cache.forget(nodeid)
+            if self._peers is not None and self.open_files.any_of(nodeid) is None:
+                # Or by our peers, for clients that have it open. But then the kernel has an inode, and does not ask.
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             del inode
             entry = self.source.entry(self.inode(nodeid))
         return entry

@@ -145,6 +145,12 @@ class HandlefsExport(Export):
         return int(control.request(str(self.path), {"op": "status"})["pid"])
 
     @property
+    def serving(self) -> list[int]:
+        """The processes that serve requests."""
+        status = control.request(str(self.path), {"op": "status"})
+        return [worker["pid"] for worker in status.get("workers", [status])]
+
+    @property
     def transport(self) -> str:
         return str(control.request(str(self.path), {"op": "status"})["transport"])
 

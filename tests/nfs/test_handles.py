@@ -124,7 +124,7 @@ def test_no_descriptors_left(server: HandlefsExport, clients: dict[str, Client],
         files = [stack.enter_context(path.open("rb", buffering=0)) for path in paths]
         pool = stack.enter_context(ThreadPoolExecutor())
         server.forget()
-        with no_descriptors(server.pid):
+        with no_descriptors(server.serving):
             by_handle = [pool.submit(file.read) for file in files]
             by_name = [pool.submit(path.with_name("none").exists) for path in paths]
             assert not wait(by_name, 2).done
@@ -132,11 +132,13 @@ def test_no_descriptors_left(server: HandlefsExport, clients: dict[str, Client],
 
 
 @contextmanager
-def no_descriptors(pid: int) -> Iterator[None]:
-    """The process cannot open anything during the block. (Its standard streams are open; with 0, poll(2) would fail too.)"""
-    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+def no_descriptors(pids: list[int]) -> Iterator[None]:
+    """They cannot open anything during the block. (Their standard streams are open; with 0, poll(2) would fail too.)"""
+    limits = {pid: resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in pids}
+    for pid, (_, hard) in limits.items():
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))
     try:
         yield
     finally:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        for pid, limit in limits.items():
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
