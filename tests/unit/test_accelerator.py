@@ -160,6 +160,10 @@ def test_wrong_arguments_are_refused(native: Native) -> None:
         native.attr_out((1, 0), 1, stat)
     with pytest.raises(TypeError):
         native.direntplus([((b"a", 1, 1, 1), (1, 1, (1, stat)))], 4096, (1, 0), (1, 0))
+    with pytest.raises(TypeError):  # a sequence whose items live no longer than they are asked for
+        native.direntplus([((b"a", 1, 1, 1), (1, 1, b"ab"))], 4096, (1, 0), (1, 0))  # type: ignore[list-item]
+    with pytest.raises(OverflowError):
+        native.fstat(2**32)
     with pytest.raises(TypeError):
         native.getdents(0, 4096, dict)  # type: ignore[type-var]
     with pytest.raises(ValueError, match="null byte"):
