@@ -1,21 +1,26 @@
 /* Compiled versions of the measured hot spots: the system calls on file handles, stat(2), and the encoding of attributes.
  *
- * Each has a counterpart in pure Python that does the same (see accelerator.py); nothing here keeps state. Kernel structs
- * are those of name_to_handle_at(2) and include/uapi/linux/fuse.h.
+ * Each has a counterpart in pure Python that does the same: in handle.py, inlinenodes.py, syscalls.py, credentials.py and
+ * protocol/. Nothing here keeps state. Numbers that are too large for a field of a struct wrap. Kernel structs are those of
+ * name_to_handle_at(2) and include/uapi/linux/fuse.h.
  */
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <structmember.h>
 
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/capability.h>
 #include <linux/fuse.h>
+#include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
+#include <unistd.h>
 
 #define BILLION 1000000000LL
 #define MAX_HANDLE 128 /* include/linux/exportfs.h, MAX_HANDLE_SZ */
@@ -138,8 +143,8 @@ static PyObject *new_stat(const struct stat *from)
 static PyObject *native_fstat(PyObject *module, PyObject *argument)
 {
     struct stat found;
-    int fd = PyLong_AsLong(argument), result;
-    if (fd == -1 && PyErr_Occurred())
+    int fd, result;
+    if (!PyArg_Parse(argument, "i", &fd))
         return NULL;
     SYSTEM_CALL(result, fstat(fd, &found));
     return result < 0 ? PyErr_SetFromErrno(PyExc_OSError) : new_stat(&found);
@@ -213,7 +218,8 @@ static PyObject *native_look(PyObject *module, PyObject *args)
                          stat);
 }
 
-/* The node ID in an inline handle of `size` bytes: u32 or u64 inode, u32 generation. 0 if it is none (nodeid.py). */
+/* The node ID in an inline handle of `size` bytes: u32 or u64 inode, u32 generation. 0 if it is none (nodeid.py), and on
+ * big-endian machines for the smaller one, whose nodes are then found the other way. */
 static uint64_t inline_nodeid(const unsigned char *data, unsigned int size)
 {
     uint64_t ino = 0;
@@ -223,7 +229,7 @@ static uint64_t inline_nodeid(const unsigned char *data, unsigned int size)
     return ino < 1ULL << 31 ? ino << 32 | generation : 0;
 }
 
-/* What an object must be like to have an inline node ID for certain. */
+/* What an object must be like to have an inline node ID for certain; the rule and its reasons are in inlinenodes.py. */
 struct inline_rule {
     int mount_id, type;
     unsigned int size;
@@ -246,7 +252,7 @@ static PyObject *find_inline(int directory, const char *name, const struct inlin
     nodeid = inline_nodeid(handle.data, rule->size);
     if (nodeid >> 32 != found.st_ino || found.st_ino == rule->root_ino || found.st_dev != rule->device)
         Py_RETURN_NONE;
-    if (found.st_ctim.tv_sec > rule->before_seconds ||
+    if (found.st_ctim.tv_nsec == 0 || found.st_ctim.tv_sec > rule->before_seconds ||
         (found.st_ctim.tv_sec == rule->before_seconds && found.st_ctim.tv_nsec >= rule->before_nanoseconds))
         Py_RETURN_NONE;
     return Py_BuildValue("KN", (unsigned long long)nodeid, new_stat(&found));
@@ -433,14 +439,15 @@ static enum outcome put_direntplus(struct reply *reply, PyObject *item)
 {
     struct fuse_entry_out out = {0};
     struct reply rest;
-    PyObject *entry, *node;
+    PyObject *entry, *node, *attributes;
     unsigned long long nodeid, generation, ino;
     Stat *stat;
     enum outcome outcome;
     if (!PyArg_ParseTuple(item, "OO", &entry, &node))
         return FAILED;
     if (node != Py_None) {
-        if (!PyArg_ParseTuple(node, "KK(KO!)", &nodeid, &generation, &ino, &StatType, &stat))
+        if (!PyArg_ParseTuple(node, "KKO!", &nodeid, &generation, &PyTuple_Type, &attributes) ||
+            !PyArg_ParseTuple(attributes, "KO!", &ino, &StatType, &stat))
             return FAILED;
         fill_entry(&out, nodeid, generation, reply->entry, reply->attr, ino, stat);
     }
@@ -573,11 +580,7 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__native(void)
 {
-    PyObject *module;
     if (PyType_Ready(&StatType) < 0)
         return NULL;
-    module = PyModule_Create(&definition);
-    if (module != NULL && PyModule_AddObjectRef(module, "Stat", (PyObject *)&StatType) < 0)
-        Py_CLEAR(module);
-    return module;
+    return PyModule_Create(&definition);
 }

@@ -1,11 +1,12 @@
 """Compiled versions of measured hot spots (`_native.c`), where they could be built; everything works without them, slower.
 
-HANDLEFS_ACCELERATOR=off in the environment leaves them out, as the tests do to cover both.
+HANDLEFS_ACCELERATOR=off in the environment leaves them out, as the tests do to cover both. Where a compiled function has the
+same arguments as its counterpart, one of the two is chosen at import; elsewhere the counterpart calls it.
 """
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, cast
 
 Tuple = TypeVar("Tuple", bound=tuple[object, ...])
@@ -91,6 +92,5 @@ native = _load()
 """The compiled module, or None."""
 
 
-def fstat(fd: int) -> Stat:
-    """fstat(2)."""
-    return os.fstat(fd) if native is None else native.fstat(fd)
+fstat: Callable[[int], Stat] = os.fstat if native is None else native.fstat
+"""fstat(2)."""

@@ -166,7 +166,7 @@ def supplementary_groups(pid: int) -> frozenset[int]:
     """The supplementary groups of the thread `pid`; empty for kernel threads (knfsd), other PID namespaces and threads
     that have gone: the kernel does not tell them."""
     try:
-        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as status:
             for line in status:
                 if line.startswith("Groups:"):
                     return frozenset(int(group) for group in line.split()[1:])

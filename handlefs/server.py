@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from handlefs import __version__
+from handlefs.accelerator import native
 from handlefs.config import Config
 from handlefs.control import ControlServer
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
@@ -147,6 +148,7 @@ class Server:
             "source": self.config.source,
             "mountpoint": self.config.mountpoint,
             "transport": self.transport,
+            "accelerator": native is not None,
             "filesystem": filesystem._asdict(),
             "source_id": self.source.identity.source_id,
             "nodeids": "mapped" if self.source.inline is None else "inline (ino, generation)",

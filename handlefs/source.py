@@ -9,13 +9,14 @@ import logging
 import os
 import stat as st
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-from handlefs.accelerator import Stat, fstat, native
+from handlefs.accelerator import Stat, fstat
 from handlefs.filesystem import SourceIdentity
 from handlefs.handle import FileHandle, handle_of, look_at, name_to_handle_at, open_by_handle_at
 from handlefs.handlemap import HandleMap, MappedHandle
+from handlefs.inlinenodes import InlineNodes
 from handlefs.inodecache import Inode, InodeCache
 from handlefs.nodeid import (
     INLINE_FILESYSTEMS,
@@ -31,8 +32,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_JUST_NOW = 100_000_000
-"""Nanoseconds; the kernel's file times are up to a tick behind (current_time in fs/inode.c)."""
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _NO_NAMES = (b"", b".", b"..")
 _GONE = (errno.ENOENT, errno.EINVAL)  # what some file systems say of a handle that is not valid any more
@@ -54,12 +53,11 @@ class Entry(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """An object of the source that has a name, and its node ID if that needs no map."""
+    """An object of the source that has a name."""
 
     volume: Volume
     handle: FileHandle
     stat: Stat
-    nodeid: int | None
 
 
 def with_descriptors(cache: InodeCache, work: Callable[[], T]) -> T:
@@ -92,10 +90,10 @@ class Source:
         if self.volumes.root.filesystem.type in INLINE_FILESYSTEMS:
             self.inline = inline_format(self.handle, root_ino)
         """How handles of the source's own file system go into node IDs; None if all have to be mapped."""
-        self._inline_rule: tuple[int, int, int, int, int] | None = None
+        self._inline_nodes: InlineNodes | None = None
         if self.inline is not None:
-            volume, form = self.volumes.root, self.inline
-            self._inline_rule = (volume.mount_id, form.type, form.layout.size, volume.device, root_ino)
+            root = self.volumes.root
+            self._inline_nodes = InlineNodes(self.inline, mount_id=root.mount_id, device=root.device, root_ino=root_ino)
         self._map: HandleMap | None = None
 
     def attach_map(self, handle_map: HandleMap) -> None:
@@ -198,17 +196,13 @@ class Source:
     def find(self, parent: Inode, name: bytes) -> Entry:
         """The reply to a look-up of `name` (not "." or "..") in `parent`; errors as `lookup`.
 
-        What has an inline node ID and is no directory is not opened: few of the files that are looked up are used.
+        What clearly has an inline node ID and is no directory is not opened: few of the files that are looked up are used.
         """
         check_name(name)
-        asked = time.time_ns()
-        (found,) = self._find_inline(parent.fd, [name], asked)
-        if found is None:
-            looked = self._look(parent.fd, name, asked)
-            if looked is not None and looked.nodeid is not None:
-                found = looked.nodeid, looked.stat
-        if found is not None and not st.S_ISDIR(found[1].st_mode):
-            return self._inline_entry(*found)
+        if self._inline_nodes is not None:
+            (found,) = self._inline_nodes.find(parent.fd, [name])
+            if found is not None and not st.S_ISDIR(found[1].st_mode):
+                return self._inline_entry(*found)
         return self.entry(self.lookup(parent, name))
 
     def inode(self, volume: Volume, handle: FileHandle) -> Inode:
@@ -274,6 +268,17 @@ class Source:
         nodeid = self._unmapped(volume, handle)
         return self.map.assign([MappedHandle(volume.id, handle)])[0] if nodeid is None else nodeid
 
+    def _nodeids(self, items: Sequence["_Found"]) -> list[int]:
+        """`nodeid` of many, with one transaction for all that have to be mapped."""
+        unmapped = [self._unmapped(item.volume, item.handle) for item in items]
+        mapped = [
+            MappedHandle(item.volume.id, item.handle)
+            for item, nodeid in zip(items, unmapped, strict=True)
+            if nodeid is None
+        ]
+        assigned = iter(self.map.assign(mapped))
+        return [next(assigned) if nodeid is None else nodeid for nodeid in unmapped]
+
     def _unmapped(self, volume: Volume, handle: FileHandle) -> int | None:
         """The node ID of `handle` if it needs no map."""
         if volume is not self.volumes.root:
@@ -308,17 +313,10 @@ class Source:
 
         Nothing enters the cache: a listing would push out what is in use.
         """
-        asked = time.time_ns()
-        inline = self._find_inline(directory_fd, names, asked)
-        others = [
-            self._peek(directory_fd, name, asked) for name, found in zip(names, inline, strict=True) if found is None
-        ]
-        unmapped = [item for item in others if item is not None and item.nodeid is None]
-        assigned = iter(self.map.assign([MappedHandle(item.volume.id, item.handle) for item in unmapped]))
-        rest = (
-            None if item is None else self._entry(item, next(assigned) if item.nodeid is None else item.nodeid)
-            for item in others
-        )
+        inline = [None] * len(names) if self._inline_nodes is None else self._inline_nodes.find(directory_fd, names)
+        others = [self._peek(directory_fd, name) for name, found in zip(names, inline, strict=True) if found is None]
+        nodeids = iter(self._nodeids([item for item in others if item is not None]))
+        rest = (None if item is None else self._entry(item, next(nodeids)) for item in others)
         return [next(rest) if found is None else self._inline_entry(*found) for found in inline]
 
     def _entry(self, found: "_Found", nodeid: int) -> Entry:
@@ -328,37 +326,19 @@ class Source:
     def _inline_entry(self, nodeid: int, stat: Stat) -> Entry:
         return Entry(nodeid, self.map.nodeids.generation(nodeid), Attributes(stat.st_ino, stat))
 
-    def _find_inline(self, directory_fd: int, names: list[bytes], asked: int) -> list[tuple[int, Stat] | None]:
-        """What the accelerator finds out about `names`, asked at the time `asked` (nanoseconds since the epoch): node ID and
-        attributes of what clearly has an inline node ID; None for all others, which `_look` has to look at."""
-        if native is None or self._inline_rule is None:
-            return [None] * len(names)
-        return native.find_inline(directory_fd, names, self._inline_rule, divmod(asked - _JUST_NOW, 10**9))
+    def _peek(self, directory_fd: int, name: bytes) -> "_Found | None":
+        """Handle and attributes of one and the same object: taken again if the name was given to another in between.
 
-    def _peek(self, directory_fd: int, name: bytes, asked: int) -> "_Found | None":
-        """As `_look`. None also for what has gone, and on any error: one entry that cannot be looked up (the root of a file
-        system without handles, or of one whose server is dead) must not fail the listing. Its own look-up will tell."""
+        None for one that has gone, and on any error: one entry that cannot be looked up (the root of a file system
+        without handles, or of one whose server is dead) must not fail the listing. Its own look-up will tell.
+        """
         try:
-            return self._look(directory_fd, name, asked)
+            for _ in range(3):
+                handle, mount_id, stat = look_at(directory_fd, name)
+                if name_to_handle_at(directory_fd, name) == (handle, mount_id):
+                    return _Found(self.volumes.of_mount(mount_id), handle, stat)
         except OSError:
-            return None
-
-    def _look(self, directory_fd: int, name: bytes, asked: int) -> "_Found | None":
-        """Handle and attributes of `name`, of one and the same object: taken again if the name was given to another in
-        between, None if it is given to another all the time. `asked`: the time, in nanoseconds since the epoch."""
-        for _ in range(3):
-            handle, mount_id, stat = look_at(directory_fd, name)
-            volume = self.volumes.of_mount(mount_id)
-            nodeid = self._unmapped(volume, handle)
-            if (
-                nodeid is not None
-                # The inode number says that it is the same object, unless the inode was removed and used again in
-                # between; but then it has changed just now.
-                and nodeid >> 32 == stat.st_ino
-                and stat.st_dev == volume.device
-                and stat.st_ctime_ns < asked - _JUST_NOW
-            ) or name_to_handle_at(directory_fd, name) == (handle, mount_id):
-                return _Found(volume, handle, stat, nodeid)
+            pass
         return None
 
     def evict_all(self) -> int:

@@ -108,9 +108,16 @@ pip_install() { # pip_install VENV ARGS...
     quietly "$_venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" ||
         die "pip could not install $*: see above"
 }
-fingerprint() { # of all that the installed package is made from
-    (cd "$top" && find handlefs docs/handlefs.8 pyproject.toml setup.py README.md LICENSE -type f ! -name '*.py[co]' ! -name '*.so' -exec cksum {} + |
-        sort -k 3 | cksum)
+# All that the installed package is made from.
+package_files() {
+    find handlefs docs/handlefs.8 pyproject.toml setup.py README.md LICENSE -type f ! -name '*.py[co]' ! -name '*.so'
+}
+fingerprint() { (cd "$top" && package_files | sort | xargs cksum | cksum); }
+install_package() { # install_package VENV: built in a copy, which holds nothing of an earlier build and leaves nothing here
+    _copy=$(mktemp -d)
+    (cd "$top" && package_files | tar -c -f - -T -) | tar -x -f - -C "$_copy"
+    pip_install "$1" --upgrade "$_copy"
+    rm -rf "$_copy"
 }
 ensure_fuse() {
     [ -c /dev/fuse ] || modprobe fuse 2> /dev/null || :

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from handlefs import nfs
+from handlefs.accelerator import native
 from handlefs.cli.fuseprobe import FEATURES, FuseProtocol, ask_kernel, try_passthrough
 from handlefs.cli.launch import CAPABILITIES, missing_capabilities
 from handlefs.cli.params import DIRECTORY, json_option, print_json, print_table
@@ -63,6 +64,7 @@ def examine(source: str) -> Iterator[Finding]:
     yield from _source(source)
     yield from _capabilities()
     yield from _fuse(source)
+    yield _accelerator()
     yield _locks()
     yield from _nfs_server()
     yield _mount_helper()
@@ -270,6 +272,15 @@ def _pyfuse3() -> Finding:
         "pyfuse3", "limited",
         "the other transport: no fallocate, O_TMPFILE, ioctl, holes (SEEK_HOLE), fast copy_file_range, passthrough",
         "only with --transport=pyfuse3, or where direct is not possible; programs fall back by themselves",
+    )  # fmt: skip
+
+
+def _accelerator() -> Finding:
+    if native is not None:
+        return Finding("accelerator", "ok", "hot spots are compiled")
+    return Finding(
+        "accelerator", "limited", "hot spots are not compiled, or switched off: the same, slower",
+        "install gcc and libc6-dev, then handlefs again; leave HANDLEFS_ACCELERATOR unset",
     )  # fmt: skip
 
 

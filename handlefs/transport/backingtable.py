@@ -173,7 +173,8 @@ def table_directory(memory: Path = SHARED_MEMORY) -> Iterator[int]:
             table.make_room()
         yield descriptor
     finally:
-        shutil.rmtree(path)
+        with contextlib.suppress(FileNotFoundError):  # somebody has tidied up there
+            shutil.rmtree(path)
         os.close(descriptor)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -204,6 +206,42 @@ def test_passthrough_data_and_times(direct: TestTree) -> None:
         assert source.read_bytes()[-2:] == b"bc"
     past_the_server = operations(direct).get("write", 0) == before
     assert past_the_server == direct.passthrough
+
+
+def flushes(tree: TestTree, flags: int) -> int:
+    """How many FLUSH requests an open file with these flags causes: read, mapped, written to where that may be, closed."""
+
+    def settled() -> int:  # a request is counted when it has been answered
+        count = operations(tree).get("flush", 0)
+        while True:
+            time.sleep(0.05)
+            count, before = operations(tree).get("flush", 0), count
+            if count == before:
+                return count
+
+    path = tree.path / "file"
+    path.write_bytes(b"content")
+    before = settled()
+    fd = os.open(path, flags)
+    access = mmap.PROT_READ if flags == os.O_RDONLY else mmap.PROT_READ | mmap.PROT_WRITE
+    with mmap.mmap(fd, 0, prot=access) as mapping:
+        if flags == os.O_RDWR:
+            mapping[:7] = b"CONTENT"
+        assert mapping[:7] == path.read_bytes()
+    os.close(fd)
+    assert (tree.source / "file").read_bytes() == path.read_bytes()
+    return settled() - before
+
+
+def test_close_asks_the_server_only_where_it_may_matter(direct: TestTree) -> None:
+    """FLUSH does nothing on ext4 and xfs, but the kernel writes a dirty mapping back with it where it keeps the data itself."""
+    inline = direct.kind in ("ext4", "xfs")
+    assert isinstance(direct.server, Mounted)
+    passthrough = "--passthrough=off" not in direct.server.args
+    reads = flushes(direct, os.O_RDONLY)
+    writes = flushes(direct, os.O_RDWR)
+    assert (reads == 0) is inline
+    assert (writes == 0) is (inline and passthrough)
 
 
 def set_gid_program(path: Path) -> int:

@@ -308,7 +308,7 @@ def table_of(server: Mounted) -> Path:
 
 @pytest.fixture
 def direct(filesystems: FileSystems, request: pytest.FixtureRequest) -> Iterator[TestTree]:
-    with open_ground(filesystems, "ext4-direct") as ground:
+    with open_ground(filesystems, "ext4-default") as ground:
         yield ground.tree(request.node.originalname)
 
 

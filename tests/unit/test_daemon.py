@@ -70,18 +70,18 @@ def test_a_quiet_end_is_told() -> None:
 def test_an_interrupt_ends_the_child(tmp_path: Path) -> None:
     def serve(on_ready: Ready) -> None:
         (tmp_path / "pid").write_text(str(os.getpid()))
-        os.kill(os.getppid(), signal.SIGUSR1)
+        os.kill(os.getppid(), signal.SIGINT)
         signal.pause()
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGUSR1, interrupt)
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
             daemon.in_background(serve)
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGINT, before)
     _, status = os.waitpid(int((tmp_path / "pid").read_text()), 0)
     assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
 

@@ -83,7 +83,7 @@ def test_a_listing_says_what_look_ups_say(
                 inode = source.resolve(operations.lookup(inode.nodeid, os.fsencode(part)).nodeid)
             listed = source.entries(fd, names)
             with monkeypatch.context() as patch:
-                patch.setattr("handlefs.source.native", None)
+                patch.setattr("handlefs.inlinenodes.native", None)
                 patch.setattr("handlefs.handle.native", None)
                 plain = source.entries(fd, names)
             looked_up = [source.entry(source.lookup(inode, name)) for name in names[:-1]]

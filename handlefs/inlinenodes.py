@@ -1,0 +1,64 @@
+"""Finding nodes by name in one step, without opening anything, where node IDs are inline.
+
+The handle of a name and the attributes of a name are two system calls, between which the name may be given to another object.
+They are taken to be of the same one if
+
+* both show the same inode number, on the source's own file system; and
+* the inode has not changed since shortly before the first call: it was not removed and used again in between. File
+  systems that keep whole seconds (ext4 with inodes of 128 bytes) cannot tell that, so such a time proves nothing.
+
+What is not certain is not found here, and has to be opened, or looked at twice.
+"""
+
+import time
+from typing import NamedTuple
+
+from handlefs.accelerator import Stat, native
+from handlefs.handle import look_at
+from handlefs.nodeid import InlineFormat
+
+Found = tuple[int, Stat]
+"""Node ID and attributes."""
+
+_JUST_NOW = 100_000_000
+"""Nanoseconds; the kernel's file times are up to a tick behind (current_time in fs/inode.c)."""
+
+
+class InlineRule(NamedTuple):
+    """What an object must be like to be found here; `find_inline` in _native.c knows these fields by their order."""
+
+    mount_id: int
+    handle_type: int
+    handle_size: int
+    device: int
+    root_ino: int
+    """The source's root, which has a node ID of its own."""
+
+
+class InlineNodes:
+    """The nodes of a source whose file system's handles are in the inline format `form`."""
+
+    def __init__(self, form: InlineFormat, *, mount_id: int, device: int, root_ino: int) -> None:
+        self._form = form
+        self._rule = InlineRule(mount_id, form.type, form.layout.size, device, root_ino)
+
+    def find(self, directory_fd: int, names: list[bytes]) -> list[Found | None]:
+        """What is found for each of `names`; None where that is not certain, and for whatever cannot be looked up."""
+        before = time.time_ns() - _JUST_NOW
+        if native is not None:
+            return native.find_inline(directory_fd, names, self._rule, divmod(before, 10**9))
+        return [self._find(directory_fd, name, before) for name in names]
+
+    def _find(self, directory_fd: int, name: bytes, before: int) -> Found | None:
+        try:
+            handle, mount_id, stat = look_at(directory_fd, name)
+        except OSError:  # whoever looks closer will meet it again
+            return None
+        nodeid = self._form.encode(handle)
+        if nodeid is None or nodeid >> 32 != stat.st_ino or stat.st_ino == self._rule.root_ino:
+            return None
+        if mount_id != self._rule.mount_id or stat.st_dev != self._rule.device:
+            return None
+        if stat.st_ctime_ns >= before or stat.st_ctime_ns % 10**9 == 0:
+            return None
+        return nodeid, stat
