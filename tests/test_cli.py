@@ -756,6 +756,7 @@ def test_status(place: Place) -> None:
         "pid",
         "source",
         "transport",
+        "accelerator",
         "file system",
         "node IDs",
         "inode cache",
@@ -842,6 +843,18 @@ def test_check_knows_the_direct_transport(tmp_path: Path) -> None:
     assert found["direct"]["verdict"] == "ok"
     offered = "PASSTHROUGH" in ask_kernel().features
     assert found["passthrough"]["verdict"] == ("ok" if offered else "limited")
+
+
+@needs_root
+@pytest.mark.parametrize(("switch", "verdict"), [("on", "ok"), ("off", "limited")])
+def test_check_and_status_know_the_accelerator(
+    place: Place, monkeypatch: pytest.MonkeyPatch, switch: str, verdict: str
+) -> None:
+    monkeypatch.setenv("HANDLEFS_ACCELERATOR", switch)
+    assert findings(place.source)["accelerator"]["verdict"] == verdict
+    place.mount()
+    assert json.loads(ok("status", place.path, "--json"))["accelerator"] is (verdict == "ok")
+    ok("umount", place.path)
 
 
 @pytest.mark.parametrize("minor", [30, 38])
