@@ -1,4 +1,4 @@
-"""The service manager's side of things: sd_notify(3), its descriptor store, and what it hands over at the start (sd_listen_fds(3)).
+"""What a service manager is told (sd_notify(3)), keeps in its descriptor store, and hands over at the start (sd_listen_fds(3)).
 
 Without a service manager (NOTIFY_SOCKET is not set) nothing is sent and nothing is received.
 """

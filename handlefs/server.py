@@ -3,6 +3,7 @@
 import logging
 import os
 import resource
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Protocol
 from handlefs import __version__
 from handlefs.accelerator import native
 from handlefs.config import Config
-from handlefs.control import ControlServer
+from handlefs.control import ControlError, ControlServer
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.metrics import OperationMetrics
@@ -20,7 +21,7 @@ from handlefs.opening import default_cache_size, open_map, open_source, state_di
 from handlefs.operations import Operations
 from handlefs.protocol.init import ProtocolError
 from handlefs.source import Source
-from handlefs.supervisor import Supervisor
+from handlefs.supervisor import ReloadError, Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class Server:
         ConnectionAborted when the connection was aborted (fusectl, umount -f of a mount in use)."""
         # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
         drop_capability(CAP_SYS_RESOURCE)
-        control = ControlServer(self.status, self.evict, self.config)
+        control = ControlServer(self.status, self.evict, self.config, {"reload": self.reload})
         device: tuple[int, int] | None = None
 
         def ready() -> None:
@@ -163,6 +164,21 @@ class Server:
     def evict(self, count: int | None) -> int:
         """Drop up to `count` of the least recently used cached inodes, or everything (None); returns how many."""
         return self.serving.evict(count)
+
+    def reload(self, _connection: socket.socket) -> dict[str, object]:
+        """Replace the workers by ones with the code that is on disk. Raises ControlError."""
+        try:
+            return {"replaced": self._supervisor.reload()}
+        except ReloadError as error:
+            raise ControlError(str(error)) from error
+
+    @property
+    def _supervisor(self) -> Supervisor:
+        if not isinstance(self.serving, Supervisor):
+            raise ControlError(
+                "with pyfuse3 there are no workers to be replaced: use handlefs restart, with --transport=direct from now on"
+            )
+        return self.serving
 
 
 def _stays(mountpoint: str, device: tuple[int, int]) -> bool:

@@ -16,16 +16,17 @@ import selectors
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from handlefs import interpreter
 from handlefs.config import Config, Passthrough
 from handlefs.droplog import DropLog
 from handlefs.errors import StartupError
+from handlefs.loopcalls import LoopCalls
 from handlefs.metrics import Rate, SharedCounters
 from handlefs.mount import unmount
 from handlefs.process import adopt_orphans
@@ -51,6 +52,7 @@ START_TIMEOUT = 30.0
 """Seconds after which a worker that has been ordered must be ready."""
 
 _TICK = 1.0
+_POLL_INTERVAL = 0.002
 _SHORTEST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
 _LONGEST_REPLY = 64 * 1024
@@ -61,6 +63,10 @@ def pause(failures: int) -> float:
     """Seconds until the next attempt after so many that failed in a row: none after the first, then twice as many each time,
     up to 5."""
     return min(_SHORTEST_PAUSE * 2.0 ** min(failures - 2, 10), _LONGEST_PAUSE) if failures > 1 else 0.0
+
+
+class ReloadError(Exception):
+    """Workers cannot be replaced; the text says why, and what has become of them."""
 
 
 class _Worker:
@@ -75,12 +81,14 @@ class _Worker:
         self.slot: int | None = None
         self.has_served = False
         """Whether it is known to have come as far as to serve its slot."""
+        self.is_retired = False
+        """Whether its end is wanted, since newer code takes its place."""
         self._lock = threading.Lock()
         self._numbers = itertools.count()
 
     @property
     def is_spare(self) -> bool:
-        return bool(self.pid) and self.slot is None
+        return bool(self.pid) and self.slot is None and not self.is_retired
 
     def listen(self) -> str | None:
         """Hear how its start went: None if it is ready, else why it is not: "" if it died without a word."""
@@ -133,9 +141,8 @@ class _Template:
             undo.callback(os.close, self._errors)
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "handlefs.template", str(theirs.fileno()), str(os.getpid())],
-                    # As absolute as ours are by now: the code must be found from another directory, too.
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                    interpreter.command("template", str(theirs.fileno()), str(os.getpid())),
+                    env=interpreter.environment(),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=None if assignment.foreground else self._errors,
@@ -168,6 +175,12 @@ class _Template:
         """End it; for one that does not answer."""
         self._process.kill()
 
+    def end(self) -> str:
+        """End it if it has not ended; returns how, as `close`."""
+        if not self.ends_within(0):
+            self.kill()
+        return self.close()
+
     def close(self) -> str:
         """It has ended: returns how, and lets go of its descriptors."""
         how = _how(self._process.wait())
@@ -188,6 +201,8 @@ class Supervisor:
         self._count = config.workers
         self._cache_size = cache_size
         self._selector = selectors.DefaultSelector()
+        self._calls = LoopCalls()
+        self._reloading = threading.Lock()
         self._template: _Template | None = None
         self._lock = threading.Lock()  # of _workers, which other threads read
         self._workers: list[_Worker] = []
@@ -246,6 +261,8 @@ class Supervisor:
         stack.enter_context(inbox)
         stack.enter_context(outbox)  # kept, so that what a dead worker has sent still arrives
         self._selector.register(inbox, selectors.EVENT_READ, lambda: self._drop(self._removed.receive(inbox)))
+        self._selector.register(self._calls.fd, selectors.EVENT_READ, self._calls.run)
+        stack.callback(self._calls.close)
         stack.callback(self._selector.close)
         self._assignment = Assignment(
             config=self._config,
@@ -305,14 +322,22 @@ class Supervisor:
     def _start_missing(self) -> None:
         """Have a template, and a worker more than there are slots."""
         if self._template is None:
-            self._template = _Template(self._assignment)
-            self._groups.add(self._template.pid)
-            self._selector.register(self._template.pidfd, selectors.EVENT_READ, self._template_ended)
+            self._use_template(self._new_template())
+        assert self._template is not None
         while len(self._workers) <= self._count:
             worker = _Worker(self._template.fork_worker())
             self._selector.register(worker.commands, selectors.EVENT_READ, functools.partial(self._came_up, worker))
             with self._lock:
                 self._workers.append(worker)
+
+    def _new_template(self) -> _Template:
+        template = _Template(self._assignment)
+        self._groups.add(template.pid)
+        return template
+
+    def _use_template(self, template: _Template) -> None:
+        self._template = template
+        self._selector.register(template.pidfd, selectors.EVENT_READ, self._template_ended)
 
     def _template_ended(self) -> None:
         assert self._template is not None
@@ -338,13 +363,17 @@ class Supervisor:
         self._selector.unregister(worker.commands)
         failure = worker.listen()
         if failure is None:
-            self._selector.register(worker.pidfd, selectors.EVENT_READ, functools.partial(self._ended, worker))
+            self._watch(worker)
             return
         self._forget(worker)
         if failure:
             self._start_failed(failure)
         elif self._is_ready or self._template is None or not self._template.ends_within(1.0):  # else that says more
             self._start_failed("a worker died before it was ready", logging.WARNING)
+
+    def _watch(self, worker: _Worker) -> None:
+        """Hear of the end of a worker that is ready."""
+        self._selector.register(worker.pidfd, selectors.EVENT_READ, functools.partial(self._ended, worker))
 
     def _start_failed(self, why: str, level: int = logging.ERROR) -> None:
         """Wait before the next attempt, the longer the more have failed since a worker has last come to serve. Raises
@@ -379,6 +408,10 @@ class Supervisor:
         self._unmounted = self._unmounted or self._connection_has_ended()
         if self._unmounted:
             return
+        if worker.is_retired:
+            if worker.slot is not None:
+                self._vacant[worker.slot] = 0.0
+            return
         log.warning("worker %d %s and is replaced", worker.pid, how)
         if worker.slot is None:
             return
@@ -402,6 +435,8 @@ class Supervisor:
 
     def _reap(self) -> None:
         """Wait for dead children that nobody watches: workers that could not say any more who they are."""
+        if self._reloading.locked():  # it has children that are not known here yet
+            return
         watched = {worker.pid for worker in self._workers}
         if self._template is not None:
             watched.add(self._template.pid)
@@ -455,6 +490,83 @@ class Supervisor:
                             return False
                         time.sleep(0.01)
         return True
+
+    # -- new code --------------------------------------------------------------------------------------------------------
+
+    def reload(self) -> int:
+        """Replace the workers one after the other by ones with the code that is on disk; returns how many. To be called in
+        another thread than the loop's.
+
+        Each ends after the request it is in; one that is still in it after `END_TIMEOUT` is killed, and its successor
+        finishes the request. Raises ReloadError; if the new code does not start, nothing has changed.
+        """
+        if not self._reloading.acquire(blocking=False):
+            raise ReloadError("the workers are being replaced already")
+        try:
+            outdated = self._start_new_code()
+            for worker in outdated:
+                self._replace(worker)
+            log.info("%d workers were replaced", len(outdated))
+            return len(outdated)
+        finally:
+            self._reloading.release()
+
+    def _start_new_code(self) -> list[_Worker]:
+        """Have the next workers forked by a new template, once a first worker of it is ready. Returns the workers that serve
+        with the old code."""
+        template = self._calls.call(self._new_template)
+        first = _Worker(template.fork_worker())
+        if _readable(first.commands, START_TIMEOUT):
+            failure = first.listen()
+        else:
+            failure = f"a worker is not ready after {START_TIMEOUT:.0f} s"
+        if failure is not None:
+            first.close()
+            how = template.end()
+            why = failure or how.splitlines()[-1]  # of a traceback
+            raise ReloadError(f"the new code does not start, and the old workers go on: {why}")
+        return self._calls.call(lambda: self._use_new_code(template, first))
+
+    def _use_new_code(self, template: _Template, first: _Worker) -> list[_Worker]:
+        old, self._template = self._template, None
+        if old is not None:
+            self._selector.unregister(old.pidfd)
+            old.end()
+        outdated = [worker for worker in self._workers if worker.slot is not None]
+        for worker in self._workers.copy():
+            if not worker.pid:
+                self._selector.unregister(worker.commands)
+                self._forget(worker)  # if it comes up after all, it sees that nobody wants it and ends
+            elif worker.slot is None:
+                worker.is_retired = True
+                worker.commands.close()  # what it waits on
+        with self._lock:
+            self._workers.append(first)
+        self._watch(first)
+        self._use_template(template)
+        return outdated
+
+    def _replace(self, worker: _Worker) -> None:
+        """Have `worker`, which serves a slot, replaced by a spare one."""
+        assert worker.slot is not None
+        slot = self._slots[worker.slot]
+        if not _comes_true(self._has_spare, START_TIMEOUT):
+            raise ReloadError("no more workers with the new code get ready, see the log; some with the old code go on")
+        if not _comes_true(lambda: slot.unfinished is None, END_TIMEOUT):
+            log.warning("worker %d is in one request for %.0f s: it is killed", worker.pid, END_TIMEOUT)
+        self._calls.call(lambda: self._retire(worker))
+        if not _comes_true(lambda: slot.owner != worker.pid, START_TIMEOUT):
+            raise ReloadError(f"worker {worker.pid} is not replaced after {START_TIMEOUT:.0f} s; others go on")
+
+    def _has_spare(self) -> bool:
+        with self._lock:
+            return any(worker.is_spare for worker in self._workers)
+
+    def _retire(self, worker: _Worker) -> None:
+        """End it, unless it has ended by itself. If it has received a request just now, its successor finishes that."""
+        if worker in self._workers:
+            worker.is_retired = True
+            os.kill(worker.pid, signal.SIGKILL)
 
     # -- removed files ---------------------------------------------------------------------------------------------------
 
@@ -524,6 +636,23 @@ def _backing_directory(passthrough: Passthrough) -> Iterator[int | None]:
                 log.warning("%s", message)
                 directory = None
         yield directory
+
+
+def _readable(connection: socket.socket, seconds: float) -> bool:
+    """Whether something comes, the end too, within so many seconds."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def _comes_true(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether that happens within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_INTERVAL)
+    return True
 
 
 def _how(status: int) -> str:

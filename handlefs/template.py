@@ -13,6 +13,7 @@ import sys
 import time
 from typing import NoReturn
 
+from handlefs.errors import StartupError
 from handlefs.process import die_with, set_name
 from handlefs.worker import Assignment, send, work
 
@@ -27,7 +28,10 @@ def main() -> None:
     supervisor = int(sys.argv[2])
     die_with(supervisor)
     set_name("handlefs-tmpl")
-    assignment = Assignment.from_json(orders.recv(_LONGEST_ASSIGNMENT).decode())
+    try:
+        assignment = Assignment.from_json(orders.recv(_LONGEST_ASSIGNMENT).decode())
+    except StartupError as error:
+        sys.exit(str(error))
     gc.freeze()  # what the workers share with this process is not to be written to
     while True:
         order, descriptors, _, _ = socket.recv_fds(orders, 1, 1)

@@ -26,6 +26,7 @@ from handlefs.daemon import set_up_logging
 from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
 from handlefs.inodecache import InodeCache
+from handlefs.layout import LAYOUT, check_layout
 from handlefs.metrics import Counting, SharedCounters
 from handlefs.openfiles import OpenFiles
 from handlefs.opening import open_map, open_source, state_dir_of
@@ -83,11 +84,13 @@ class Assignment:
 
     def to_json(self) -> str:
         """For the template; from_json() reads it back."""
-        return json.dumps(asdict(self) | {"config": self.config.to_dict()})
+        return json.dumps(asdict(self) | {"config": self.config.to_dict(), "layout": LAYOUT})
 
     @classmethod
     def from_json(cls, text: str) -> "Assignment":
+        """What to_json() wrote, maybe by another version. Raises StartupError if that shares memory in another layout."""
         values = json.loads(text)
+        check_layout(values.pop("layout", None))
         return cls(**values | {"config": Config.from_dict(values["config"])})
 
     @property
