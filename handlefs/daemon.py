@@ -18,7 +18,8 @@ from handlefs.mount import mount_at, unmount
 log = logging.getLogger(__name__)
 
 SYSLOG = Path("/dev/log")
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Those that a process may be asked to end with."""
 _READY = b"\0"  # no message starts with it
 
 
@@ -67,10 +68,10 @@ def in_background(serve: Callable[[Callable[[], None]], None]) -> None:
     sys.stderr.flush()
     reader, writer = os.pipe()
     # Nothing that the caller does on a signal may happen in the child, or in the middle of the fork.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     pid = os.fork()
     if pid == 0:
-        for number in _SIGNALS:
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _child(serve, writer)

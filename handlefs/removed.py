@@ -27,9 +27,13 @@ def hand_over(outbox: socket.socket, nodeid: int, unique: int, fd: int) -> None:
     socket.send_fds(outbox, [_MESSAGE.pack(nodeid, unique)], [fd])
 
 
-class _Kept(NamedTuple):
-    fd: int
+class KeptFile(NamedTuple):
+    """A removed object, held open for whoever has it open."""
+
+    nodeid: int
     unique: int
+    """The request that has removed it."""
+    fd: int
 
 
 class RemovedFiles:
@@ -41,12 +45,20 @@ class RemovedFiles:
         self._device = device
         self._is_executing = is_executing
         self._capacity = capacity
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[int, KeptFile] = {}
         self._look_at = min(_TOGETHER, capacity)
         self._is_full = False
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def kept(self) -> tuple[KeptFile, ...]:
+        """All, for a successor."""
+        return tuple(self._kept.values())
+
+    def keep(self, file: KeptFile) -> None:
+        """Take over what a predecessor has `kept`."""
+        self._kept[file.nodeid] = file
 
     def receive(self, inbox: socket.socket) -> list[int]:
         """Take in what `hand_over` has sent; returns the nodes that turned out not to be needed any more, as `check`."""
@@ -58,7 +70,7 @@ class RemovedFiles:
         self._is_full = False
         nodeid, unique = _MESSAGE.unpack(message)
         self._let_go(nodeid)
-        self._kept[nodeid] = _Kept(descriptors[0], unique)
+        self._kept[nodeid] = KeptFile(nodeid, unique, descriptors[0])
         return gone
 
     def _refuse(self, descriptors: Sequence[int]) -> None:

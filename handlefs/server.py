@@ -1,20 +1,23 @@
 """One server: a source, its handle map, the operations, a transport and the control socket, put together."""
 
+import contextlib
 import logging
 import os
 import resource
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 from handlefs import __version__
 from handlefs.accelerator import native
 from handlefs.config import Config
-from handlefs.control import ControlError, ControlServer
+from handlefs.control import ControlError, ControlServer, send_reply
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.errors import ConnectionAborted, StartupError
+from handlefs.handover import State
 from handlefs.metrics import OperationMetrics
 from handlefs.mount import mount_at
 from handlefs.opening import default_cache_size, open_map, open_source, state_dir_of
@@ -72,9 +75,11 @@ class SingleProcess:
 class Server:
     """A server for one mount; `serve` runs it once."""
 
-    def __init__(self, config: Config, *, foreground: bool = False) -> None:
-        """Open the source and its map. Raises StartupError with what is wrong and what to do."""
+    def __init__(self, config: Config, *, foreground: bool = False, inherited: State | None = None) -> None:
+        """Open the source and its map. Raises StartupError with what is wrong and what to do. With what it has `inherited` it
+        goes on in a predecessor's place."""
         self.config = config
+        self._inherited = inherited
         if config.passthrough == "on" and config.transport == "pyfuse3":
             raise StartupError(
                 "passthrough=on needs the direct transport: use --transport=direct, or --passthrough=auto"
@@ -89,25 +94,28 @@ class Server:
         if config.transport == "pyfuse3":
             self.transport, self.serving = "pyfuse3", SingleProcess(config, self.source)
         else:
-            self.transport, self.serving = "direct", Supervisor(config, cache_size, foreground=foreground)
+            self.transport = "direct"
+            self.serving = Supervisor(config, cache_size, foreground=foreground, inherited=inherited)
+        actions = {"reload": self.reload, "upgrade": self.upgrade}
+        self._control = ControlServer(self.status, self.evict, config, actions)
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises StartupError if it cannot,
         ConnectionAborted when the connection was aborted (fusectl, umount -f of a mount in use)."""
         # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
         drop_capability(CAP_SYS_RESOURCE)
-        control = ControlServer(self.status, self.evict, self.config, {"reload": self.reload})
         device: tuple[int, int] | None = None
 
         def ready() -> None:
             nonlocal device
-            mount = mount_at(self.config.mountpoint)
-            device = mount.dev if mount else None
+            device = self._mount_device()
             on_ready()
+            if self._inherited is not None and self._inherited.client is not None:
+                threading.Thread(target=self._finish_upgrade, args=(self._inherited.client,), daemon=True).start()
 
         aborted = False
         try:
-            control.start()
+            self._control.start(self._inherited.control if self._inherited else None)
             self._serve(ready)
             aborted = device is not None and _stays(self.config.mountpoint, device)
         except OSError as error:
@@ -115,13 +123,19 @@ class Server:
                 raise
             raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
         finally:
-            control.stop(keep_record=aborted)
+            self._control.stop(keep_record=aborted)
             self._close_map()
         if aborted:
             message = f"the connection to {self.config.mountpoint} was aborted: handlefs restart brings it back"
             log.error("%s", message)
             raise ConnectionAborted(message)
         log.info("%s is unmounted", self.config.mountpoint)
+
+    def _mount_device(self) -> tuple[int, int] | None:
+        if isinstance(self.serving, Supervisor):
+            return self.serving.mount_device
+        mount = mount_at(self.config.mountpoint)
+        return mount.dev if mount else None
 
     def _serve(self, on_ready: Callable[[], None]) -> None:
         """Serve with the transport that was asked for; with "auto" with pyfuse3 where the kernel is too old for direct."""
@@ -171,6 +185,34 @@ class Server:
             return {"replaced": self._supervisor.reload()}
         except ReloadError as error:
             raise ControlError(str(error)) from error
+
+    def upgrade(self, connection: socket.socket) -> dict[str, object]:
+        """Go on with the code that is on disk, in the same process, which then answers. Raises ControlError."""
+        supervisor = self._supervisor
+        try:
+            supervisor.upgrade(self._control.fileno(), connection.fileno(), self._without_map())
+        except ReloadError as error:
+            raise ControlError(str(error)) from error
+        raise AssertionError("an upgrade does not return")
+
+    @contextlib.contextmanager
+    def _without_map(self) -> Iterator[None]:
+        """Let go of the map meanwhile: of a process that just goes on as another program, LMDB would take readers for alive."""
+        self._close_map()
+        try:
+            yield
+        finally:
+            self.source.attach_map(open_map(self.state_dir, self.source))
+
+    def _finish_upgrade(self, client: int) -> None:
+        """Replace the workers with the old code, and answer the `client` that waits."""
+        reply: dict[str, object]
+        try:
+            reply = {"ok": True, "version": __version__, "replaced": self._supervisor.replace_inherited()}
+        except ReloadError as error:
+            reply = {"ok": False, "error": str(error)}
+        with socket.socket(fileno=client) as connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            send_reply(connection, reply)
 
     @property
     def _supervisor(self) -> Supervisor:

@@ -19,23 +19,22 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from handlefs import interpreter
-from handlefs.config import Config, Passthrough
+from handlefs import connection, handover, interpreter
+from handlefs.config import Config
+from handlefs.daemon import SIGNALS
 from handlefs.droplog import DropLog
 from handlefs.errors import StartupError
 from handlefs.loopcalls import LoopCalls
 from handlefs.metrics import Rate, SharedCounters
-from handlefs.mount import unmount
+from handlefs.mount import mount_at, unmount
 from handlefs.process import adopt_orphans
 from handlefs.protocol import abi
 from handlefs.removed import RemovedFiles
 from handlefs.slot import Slot, SlotMemory
-from handlefs.statedir import SHARED_MEMORY
-from handlefs.transport import direct
-from handlefs.transport.backingtable import BackingTable, table_directory
 from handlefs.worker import COUNTED, Assignment, answer_eio
 
 log = logging.getLogger(__name__)
@@ -85,6 +84,17 @@ class _Worker:
         """Whether its end is wanted, since newer code takes its place."""
         self._lock = threading.Lock()
         self._numbers = itertools.count()
+
+    @classmethod
+    def inherited(cls, serving: handover.ServingWorker) -> "_Worker":
+        """One that serves, of a predecessor in the same process."""
+        commands = socket.socket(fileno=serving.commands)
+        commands.set_inheritable(False)
+        commands.settimeout(REPLY_TIMEOUT)
+        worker = cls(commands)
+        worker.pid, worker.slot, worker.has_served = serving.pid, serving.slot, True
+        worker.pidfd = os.pidfd_open(serving.pid)
+        return worker
 
     @property
     def is_spare(self) -> bool:
@@ -146,7 +156,7 @@ class _Template:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=None if assignment.foreground else self._errors,
-                    pass_fds=(theirs.fileno(), *assignment.descriptors()),
+                    pass_fds=(theirs.fileno(), *assignment.descriptors().values()),
                     process_group=0,
                 )
             undo.callback(self._process.wait)
@@ -194,12 +204,16 @@ class _Template:
 class Supervisor:
     """One mount; `serve` runs it once."""
 
-    def __init__(self, config: Config, cache_size: int, *, foreground: bool) -> None:
-        """`cache_size` is for all workers together; in the `foreground` they log to stderr."""
+    def __init__(
+        self, config: Config, cache_size: int, *, foreground: bool, inherited: handover.State | None = None
+    ) -> None:
+        """`cache_size` is for all workers together; in the `foreground` they log to stderr. It mounts, or takes over what it
+        has `inherited`."""
         self._config = config
         self._foreground = foreground
         self._count = config.workers
         self._cache_size = cache_size
+        self._inherited = inherited
         self._selector = selectors.DefaultSelector()
         self._calls = LoopCalls()
         self._reloading = threading.Lock()
@@ -212,6 +226,10 @@ class Supervisor:
         self._deaths: dict[int, tuple[int, int]] = {}  # slot → (request, workers that it killed)
         self._groups: set[int] = set()  # of processes: each template's, with its workers
         self._restarts = 0
+        self._upgrades = 0
+        self._inherited_workers: list[_Worker] = []
+        self.mount_device: tuple[int, int] | None = None
+        """Major and minor number of the mount, from when there is one."""
         self._failed_starts = 0
         self._next_start = self._next_tick = 0.0
         self._is_ready = False
@@ -243,41 +261,34 @@ class Supervisor:
                 self._end_processes()
 
     def _prepare(self, stack: contextlib.ExitStack) -> None:
-        """Mount, and make what the workers share; `stack` closes it."""
-        table = stack.enter_context(_backing_directory(self._config.passthrough))
-        self._device, negotiated = direct.mount(self._config, passthrough=table is not None)
-        stack.callback(os.close, self._device)
+        """Mount, or take over; `stack` undoes it."""
+        state = self._inherited
+        if state is None:
+            opened = connection.mounted(self._config, self._cache_size, foreground=self._foreground)
+        else:
+            opened = connection.inherited(state.connection)
+        self._shared = stack.enter_context(opened)
+        if state is None:
+            mount = mount_at(self._config.mountpoint)
+            self.mount_device = mount.dev if mount else None
+        self._assignment = assignment = self._shared.assignment
+        self._device = assignment.device
         self._connection.register(self._device, 0)  # POLLERR alone, when the connection ends
-        memory = SlotMemory.create(self._count, negotiated.buffer_size)
-        stack.callback(os.close, memory.fd)
+        memory = SlotMemory(assignment.slots, self._count, assignment.negotiated.buffer_size)
         self._slots = [memory[index] for index in range(self._count)]
         self._counters = [SharedCounters(slot.counters, COUNTED) for slot in self._slots]
-        self._drops = DropLog.create()
-        stack.callback(os.close, self._drops.fd)
+        self._drops = DropLog(assignment.drops)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._removed = RemovedFiles(self._device, self._is_executing, limit // 2)
         stack.callback(self._removed.close)
-        inbox, outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        inbox = socket.socket(fileno=os.dup(self._shared.inbox))
         stack.enter_context(inbox)
-        stack.enter_context(outbox)  # kept, so that what a dead worker has sent still arrives
         self._selector.register(inbox, selectors.EVENT_READ, lambda: self._drop(self._removed.receive(inbox)))
         self._selector.register(self._calls.fd, selectors.EVENT_READ, self._calls.run)
         stack.callback(self._calls.close)
         stack.callback(self._selector.close)
-        self._assignment = Assignment(
-            config=self._config,
-            foreground=self._foreground,
-            cache_size=self._cache_size,
-            minor=negotiated.minor,
-            flags=negotiated.flags,
-            max_write=negotiated.max_write,
-            slot_count=self._count,
-            device=self._device,
-            slots=memory.fd,
-            drops=self._drops.fd,
-            removed=outbox.fileno(),
-            backing=table if negotiated.has(abi.FUSE_PASSTHROUGH) else None,
-        )
+        if state is not None:
+            self._take_over(state)
 
     # -- processes -------------------------------------------------------------------------------------------------------
 
@@ -500,16 +511,89 @@ class Supervisor:
         Each ends after the request it is in; one that is still in it after `END_TIMEOUT` is killed, and its successor
         finishes the request. Raises ReloadError; if the new code does not start, nothing has changed.
         """
+        with self._changing_code():
+            self._check_code()
+            return self._replace_all(self._start_new_code())
+
+    def upgrade(self, control: int, client: int, prepared: contextlib.AbstractContextManager[None]) -> None:
+        """Put the code that is on disk in the place of this process, which enters `prepared` before. The successor goes on
+        with the workers, and with the sockets `control` and `client`. To be called in another thread than the loop's.
+
+        Does not return, or raises ReloadError if the new code cannot take over; then nothing has changed.
+        """
+        with self._changing_code():
+            self._check_code()
+            try:
+                self._calls.call(lambda: self._execute(control, client, prepared))
+            except OSError as error:
+                raise ReloadError(f"the new code cannot be executed, and the old goes on: {error}") from error
+
+    def replace_inherited(self) -> int:
+        """Replace the workers of the predecessor; returns how many. As `reload`."""
+        with self._changing_code():
+            return self._replace_all(self._inherited_workers)
+
+    @contextlib.contextmanager
+    def _changing_code(self) -> Iterator[None]:
         if not self._reloading.acquire(blocking=False):
-            raise ReloadError("the workers are being replaced already")
+            raise ReloadError("a reload or an upgrade is under way already")
         try:
-            outdated = self._start_new_code()
-            for worker in outdated:
-                self._replace(worker)
-            log.info("%d workers were replaced", len(outdated))
-            return len(outdated)
+            yield
         finally:
             self._reloading.release()
+
+    def _check_code(self) -> None:
+        try:
+            handover.check(self._calls.call(self._state))
+        except handover.HandoverError as error:
+            raise ReloadError(f"the new code cannot take over, and the old goes on: {error}") from error
+
+    def _state(self) -> handover.State:
+        return handover.State(
+            connection=self._shared,
+            mount_device=self.mount_device,
+            workers=tuple(
+                handover.ServingWorker(worker.pid, worker.slot, worker.commands.fileno())
+                for worker in self._workers
+                if worker.slot is not None
+            ),
+            groups=tuple(self._groups),
+            removed=self._removed.kept(),
+            restarts=self._restarts,
+            upgrades=self._upgrades + 1,
+            start_time=self._start_time,
+        )
+
+    def _execute(self, control: int, client: int, prepared: contextlib.AbstractContextManager[None]) -> None:
+        # A signal must not end the process before its successor listens to it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            with prepared:
+                handover.execute(replace(self._state(), control=control, client=client))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _take_over(self, state: handover.State) -> None:
+        """Go on with what the predecessor had."""
+        self.mount_device = state.mount_device
+        self._restarts, self._upgrades, self._start_time = state.restarts, state.upgrades, state.start_time
+        self._groups.update(state.groups)
+        for kept in state.removed:
+            os.set_inheritable(kept.fd, False)
+            self._removed.keep(kept)
+        for serving in state.workers:
+            worker = _Worker.inherited(serving)
+            self._watch(worker)
+            del self._vacant[serving.slot]
+            self._workers.append(worker)
+        self._inherited_workers = self._workers.copy()
+        self._is_ready = True
+
+    def _replace_all(self, outdated: Sequence[_Worker]) -> int:
+        for worker in outdated:
+            self._replace(worker)
+        log.info("%d workers were replaced", len(outdated))
+        return len(outdated)
 
     def _start_new_code(self) -> list[_Worker]:
         """Have the next workers forked by a new template, once a first worker of it is ready. Returns the workers that serve
@@ -600,6 +684,7 @@ class Supervisor:
             "operations_per_second": self._rate.per_second(),
             "workers": [{"pid": worker.pid} for worker in serving],
             "restarts": self._restarts,
+            "upgrades": self._upgrades,
             "finished_in_flight": sum(slot.finished_in_flight for slot in self._slots),
         }
 
@@ -617,25 +702,6 @@ class Supervisor:
 
     def _operations(self) -> Counter[str]:
         return sum((counters.operations() for counters in self._counters), Counter())
-
-
-@contextlib.contextmanager
-def _backing_directory(passthrough: Passthrough) -> Iterator[int | None]:
-    """The directory of a new connection's table of backing IDs, by its descriptor; None if passthrough is off, or may be and
-    there is no room for a table."""
-    with contextlib.ExitStack() as stack:
-        directory = None
-        if passthrough != "off":
-            try:
-                directory = stack.enter_context(table_directory())
-                BackingTable(directory).close()
-            except OSError as error:
-                message = f"no passthrough without a table in {SHARED_MEMORY}: {error.strerror}"
-                if passthrough == "on":
-                    raise StartupError(f"{message}; free space there, or use --passthrough=auto or off") from error
-                log.warning("%s", message)
-                directory = None
-        yield directory
 
 
 def _readable(connection: socket.socket, seconds: float) -> bool:

@@ -77,10 +77,10 @@ class Assignment:
     backing: int | None
     """Descriptor of the directory of the table of backing IDs; None if there is no passthrough."""
 
-    def descriptors(self) -> tuple[int, ...]:
-        """All descriptors that it names."""
-        numbers = (self.device, self.slots, self.drops, self.removed, self.backing)
-        return tuple(number for number in numbers if number is not None)
+    def descriptors(self) -> dict[str, int]:
+        """All descriptors that it names, by their names here."""
+        names = ("device", "slots", "drops", "removed", "backing")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def to_json(self) -> str:
         """For the template; from_json() reads it back."""
@@ -218,6 +218,15 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
         _serve_slot(assignment, source, table, json.loads(line)["slot"], commands)
     source.map.close()
     return 0
+
+
+def rehearse(assignment: Assignment) -> None:
+    """Open what a worker opens before it serves, and close it again. Raises StartupError."""
+    SlotMemory(assignment.slots, assignment.slot_count, assignment.negotiated.buffer_size)
+    table = _open_table(assignment)
+    if table is not None:
+        table.close()
+    _open_source(assignment).map.close()
 
 
 def _open_source(assignment: Assignment) -> Source:
