@@ -4,7 +4,7 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +14,8 @@ from handlefs.config import Config
 from handlefs.control import ControlServer
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.errors import ConnectionAborted, StartupError
-from handlefs.metrics import OperationMetrics
+from handlefs.inodecache import InodeCache
+from handlefs.metrics import Counters, Rate, Totals
 from handlefs.mount import mount_at
 from handlefs.opening import default_cache_size, open_map, open_source, state_dir_of
 from handlefs.operations import Operations
@@ -34,8 +35,11 @@ class Serving(Protocol):
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises OSError, StartupError."""
 
+    def counters(self) -> Sequence[Counters]:
+        """What has been counted; safe to call from any thread, as is `status`."""
+
     def status(self) -> dict[str, object]:
-        """Its part of `handlefs status`."""
+        """What `handlefs status` shows of this transport alone."""
 
     def evict(self, count: int | None) -> int:
         """Drop up to `count` of the least recently used cached inodes, or everything (None); returns how many."""
@@ -48,21 +52,19 @@ class SingleProcess:
         self._config = config
         self._source = source
         self._operations = Operations(source, read_only=config.options.read_only)
-        self._metrics = OperationMetrics()
+        self._counters = Counters()
+        source.cache = InodeCache(source.cache.statistics().capacity, self._counters.cache)
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         from handlefs.transport import pyfuse3  # noqa: PLC0415 - it brings libfuse and trio, which direct does without
 
-        pyfuse3.serve(self._operations, self._config, self._metrics, on_ready)
+        pyfuse3.serve(self._operations, self._config, self._counters, on_ready)
+
+    def counters(self) -> Sequence[Counters]:
+        return (self._counters,)
 
     def status(self) -> dict[str, object]:
-        files, directories = self._operations.open_files.counts()
-        return {
-            "cache": self._source.cache.statistics()._asdict(),
-            "open_files": files,
-            "open_dirs": directories,
-            **self._metrics.snapshot(),
-        }
+        return {}
 
     def evict(self, count: int | None) -> int:
         return self._source.evict_all() if count is None else self._source.cache.evict(count)
@@ -89,6 +91,11 @@ class Server:
             self.transport, self.serving = "pyfuse3", SingleProcess(config, self.source)
         else:
             self.transport, self.serving = "direct", Supervisor(config, cache_size, foreground=foreground)
+        self._started = time.monotonic()
+        self._rate = Rate(self._operations_total)
+
+    def _operations_total(self) -> int:
+        return sum(counters.total() for counters in self.serving.counters())
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises StartupError if it cannot,
@@ -155,6 +162,9 @@ class Server:
             "state_dir": os.fspath(self.state_dir),
             "map": {"entries": self.source.map.count(), "bytes": self.source.map.bytes_on_disk()},
             "read_only": self.config.options.read_only,
+            "uptime": time.monotonic() - self._started,
+            "operations_per_second": self._rate.per_second(),
+            **Totals(self.serving.counters()).status(),
             **self.serving.status(),
         }
 

@@ -20,14 +20,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from handlefs.config import Config, Passthrough
 from handlefs.droplog import DropLog
 from handlefs.errors import StartupError
-from handlefs.metrics import Rate, SharedCounters
+from handlefs.metrics import Counters, cpu_seconds
 from handlefs.mount import unmount
 from handlefs.protocol import abi
 from handlefs.removed import RemovedFiles
@@ -35,7 +34,7 @@ from handlefs.slot import Slot, SlotMemory
 from handlefs.statedir import SHARED_MEMORY
 from handlefs.transport import direct
 from handlefs.transport.backingtable import BackingTable, table_directory
-from handlefs.worker import COUNTED, Assignment, answer_eio
+from handlefs.worker import Assignment, answer_eio
 
 log = logging.getLogger(__name__)
 
@@ -167,15 +166,13 @@ class Supervisor:
         self._lock = threading.Lock()  # of _workers, which other threads read
         self._workers: list[_Worker] = []
         self._slots: list[Slot] = []
-        self._counters: list[SharedCounters] = []
+        self._counters: list[Counters] = []
         self._vacant = list(range(self._count))
         self._deaths: dict[int, tuple[int, int]] = {}  # slot → (request, workers that it killed)
         self._restarts = 0
         self._failed_starts = 0
         self._next_start = self._next_tick = 0.0
         self._unmounted = False
-        self._rate = Rate()
-        self._start_time = time.monotonic()
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until the mount is gone; calls `on_ready` once all workers serve.
@@ -205,7 +202,7 @@ class Supervisor:
         memory = SlotMemory.create(self._count, negotiated.buffer_size)
         stack.callback(os.close, memory.fd)
         self._slots = [memory[index] for index in range(self._count)]
-        self._counters = [SharedCounters(slot.counters, COUNTED) for slot in self._slots]
+        self._counters = [Counters(slot.counters) for slot in self._slots]
         self._drops = DropLog.create()
         stack.callback(os.close, self._drops.fd)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -244,7 +241,6 @@ class Supervisor:
             key.data()
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + _TICK
-            self._rate.sample(self._operations().total())
             self._drop(self._removed.check())
             self._drops.trim()
 
@@ -368,25 +364,17 @@ class Supervisor:
 
     # -- for the control socket -------------------------------------------------------------------------------------------
 
+    def counters(self) -> Sequence[Counters]:
+        """What the workers have counted, those of dead ones too."""
+        return self._counters
+
     def status(self) -> dict[str, object]:
-        """The part of `handlefs status` that the workers know."""
-        serving = self._serving()
-        told = [reply for worker in serving if (reply := worker.ask({"op": "status"})) is not None]
-        operations = self._operations()
-        errors: Counter[str] = sum((counters.errors() for counters in self._counters), Counter())
+        """The part of `handlefs status` that is about the processes. No worker is asked: one may hang."""
+        with self._lock:
+            serving = sorted((worker.slot, worker) for worker in self._workers if worker.slot is not None)
         return {
-            "cache": {
-                key: sum(reply["cache"][key] for reply in told)
-                for key in ("size", "capacity", "hits", "misses", "evictions")
-            },
-            "open_files": sum(reply["open_files"] for reply in told),
-            "open_dirs": sum(reply["open_dirs"] for reply in told),
-            "uptime": time.monotonic() - self._start_time,
-            "operations": dict(operations),
-            "errors": dict(errors),
-            "operations_total": operations.total(),
-            "operations_per_second": self._rate.per_second(),
-            "workers": [{"pid": worker.pid} for worker in serving],
+            "removed_files": len(self._removed),
+            "workers": [self._worker_status(worker, index) for index, worker in serving],
             "restarts": self._restarts,
             "finished_in_flight": sum(slot.finished_in_flight for slot in self._slots),
         }
@@ -394,17 +382,24 @@ class Supervisor:
     def evict(self, count: int | None) -> int:
         """Have the workers drop `count` cached inodes, or all of them (None); returns how many they dropped."""
         evicted = 0
-        for worker in self._serving():
+        with self._lock:
+            serving = [worker for worker in self._workers if worker.slot is not None]
+        for worker in serving:
             reply = worker.ask({"op": "evict", "count": None if count is None else count - evicted})
             evicted += reply["evicted"] if reply is not None else 0
         return evicted
 
-    def _serving(self) -> list[_Worker]:
-        with self._lock:
-            return [worker for worker in self._workers if worker.slot is not None]
-
-    def _operations(self) -> Counter[str]:
-        return sum((counters.operations() for counters in self._counters), Counter())
+    def _worker_status(self, worker: _Worker, index: int) -> dict[str, object]:
+        counters, message = self._counters[index], self._slots[index].unfinished
+        opcode = 0 if message is None else abi.fuse_in_header.unpack_from(message)[1]
+        return {
+            "pid": worker.pid,
+            "slot": index,
+            "operations_total": counters.total(),
+            "cpu_seconds": cpu_seconds(worker.pid),
+            "operation": abi.OPCODE_NAMES.get(opcode),
+            "busy_for": counters.busy_for,
+        }
 
 
 @contextlib.contextmanager
