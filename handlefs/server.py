@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from handlefs import __version__
 from handlefs.accelerator import native
@@ -22,6 +22,9 @@ from handlefs.operations import Operations
 from handlefs.protocol.init import ProtocolError
 from handlefs.source import Source
 from handlefs.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from handlefs.prometheus import MetricsServer
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +94,7 @@ class Server:
             self.transport, self.serving = "pyfuse3", SingleProcess(config, self.source)
         else:
             self.transport, self.serving = "direct", Supervisor(config, cache_size, foreground=foreground)
+        self._metrics = None if config.metrics is None else _metrics_server(config.metrics, self.status)
         self._started = time.monotonic()
         self._rate = Rate(self._operations_total)
 
@@ -109,6 +113,8 @@ class Server:
             nonlocal device
             mount = mount_at(self.config.mountpoint)
             device = mount.dev if mount else None
+            if self._metrics is not None:
+                self._metrics.start()
             on_ready()
 
         aborted = False
@@ -120,6 +126,8 @@ class Server:
             raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
         finally:
             control.stop(keep_record=aborted)
+            if self._metrics is not None:
+                self._metrics.close()
             self._close_map()
         if aborted:
             message = f"the connection to {self.config.mountpoint} was aborted: handlefs restart brings it back"
@@ -162,6 +170,7 @@ class Server:
             "state_dir": os.fspath(self.state_dir),
             "map": {"entries": self.source.map.count(), "bytes": self.source.map.bytes_on_disk()},
             "read_only": self.config.options.read_only,
+            "metrics": None if self._metrics is None else self._metrics.url,
             "uptime": time.monotonic() - self._started,
             "operations_per_second": self._rate.per_second(),
             **Totals(self.serving.counters()).status(),
@@ -171,6 +180,12 @@ class Server:
     def evict(self, count: int | None) -> int:
         """Drop up to `count` of the least recently used cached inodes, or everything (None); returns how many."""
         return self.serving.evict(count)
+
+
+def _metrics_server(address: str, status: Callable[[], dict[str, object]]) -> "MetricsServer":
+    from handlefs.prometheus import MetricsServer  # noqa: PLC0415 - most servers do without its library
+
+    return MetricsServer(address, status)
 
 
 def _stays(mountpoint: str, device: tuple[int, int]) -> bool:

@@ -373,7 +373,7 @@ class Supervisor:
         with self._lock:
             serving = sorted((worker.slot, worker) for worker in self._workers if worker.slot is not None)
         return {
-            "removed_files": len(self._removed),
+            "removed_files": len(getattr(self, "_removed", ())),  # none before the mount
             "workers": [self._worker_status(worker, index) for index, worker in serving],
             "restarts": self._restarts,
             "finished_in_flight": sum(slot.finished_in_flight for slot in self._slots),

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from handlefs import control, nfs
-from handlefs.cli.params import MOUNTPOINT, json_option, print_json, print_table
+from handlefs.cli.params import MOUNTPOINT, json_option, print_json, print_table, short_time
 from handlefs.metrics import quantile
 from handlefs.mount import canonical, mount_at
 
@@ -99,6 +99,8 @@ def _rows(details: dict[str, Any]) -> list[tuple[str, str]]:
         ("errors", _counts(rest.pop("errors")).removeprefix(": ") or "none"),
         ("errors by number", _counts(rest.pop("errnos")).removeprefix(": ") or "none"),
     ]
+    if rest.get("metrics") is None:
+        rest.pop("metrics", None)
     rows += [("worker", _worker(worker)) for worker in rest.pop("workers", ())]
     return rows + [(name.replace("_", " "), _plain(value)) for name, value in rest.items()]
 
@@ -107,20 +109,16 @@ def _latency(buckets: list[list[int]]) -> str:
     if not buckets:
         return "nothing was asked yet"
     counts = [sum(column) for column in zip(*buckets, strict=True)]
-    return f"half within {_short(quantile(counts, 0.5))}, 99% within {_short(quantile(counts, 0.99))}"
+    return f"half within {short_time(quantile(counts, 0.5))}, 99% within {short_time(quantile(counts, 0.99))}"
 
 
 def _worker(worker: dict[str, Any]) -> str:
     doing = (
-        f", {worker['operation']} for {_short(worker['busy_for'])}"
+        f", {worker['operation']} for {short_time(worker['busy_for'])}"
         if worker["operation"] and worker["busy_for"]
         else ""
     )
     return f"process {worker['pid']}: {worker['operations_total']:,} operations, {worker['cpu_seconds']:.1f} s of CPU{doing}"
-
-
-def _short(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 0.001 else f"{seconds * 1e6:.3g} µs"
 
 
 def _counts(counts: dict[str, int]) -> str:
