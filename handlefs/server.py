@@ -123,6 +123,8 @@ class Server:
             self._serve(ready)
             aborted = device is not None and _stays(self.config.mountpoint, device)
         except OSError as error:
+            if device is not None:
+                raise
             raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
         finally:
             control.stop(keep_record=aborted)

@@ -22,7 +22,7 @@ EXECUTED: Final = 3
 
 _PAGE = mmap.PAGESIZE
 _STATE = 0  # a byte
-_INTENT_SIZE, _REPLY_SIZE, _FINISHED = 1, 2, 3  # 64-bit words
+_INTENT_SIZE, _REPLY_SIZE, _FINISHED, _OWNER = 1, 2, 3, 4  # 64-bit words
 _INTENT = slice(64, 1024)
 _REPLY = slice(1024, _PAGE)
 _COUNTERS = slice(_PAGE, 6 * _PAGE)
@@ -93,6 +93,15 @@ class Slot:
         return self._get(_REPLY, _REPLY_SIZE)
 
     @property
+    def owner(self) -> int:
+        """The process that serves it, or has served it last; 0 if none has yet."""
+        return self._words[_OWNER]
+
+    def taken(self, pid: int) -> None:
+        """The process `pid` serves it from now on."""
+        self._words[_OWNER] = pid
+
+    @property
     def finished_in_flight(self) -> int:
         """How many requests of killed workers their successors have finished in this slot."""
         return self._words[_FINISHED]
@@ -141,10 +150,10 @@ class SlotMemory:
     def lock(self, index: int) -> None:
         """Bring the slot's pages in and keep them there, to be called by its owner before it reads: so the kernel writes
         a request into it without a page fault, which SIGKILL would interrupt (with EIO for the client). Raises OSError if
-        the process may not lock that much."""
+        the process may not lock that much; the pages are there all the same."""
         start = index * self._stride
+        for page in range(start, start + self._stride, _PAGE):
+            self._view[page] = self._view[page]  # mlock(2) may map pages for reading only
         if _libc.mlock(ctypes.addressof(ctypes.c_char.from_buffer(self._mmap, start)), self._stride) < 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), "mlock")
-        for page in range(start, start + self._stride, _PAGE):
-            self._view[page] = self._view[page]  # mlock(2) may map pages for reading only

@@ -30,6 +30,7 @@ from handlefs.metrics import Counters
 from handlefs.openfiles import OpenFiles
 from handlefs.opening import open_map, open_source, state_dir_of
 from handlefs.operations import Operations
+from handlefs.process import set_name
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated
 from handlefs.removed import hand_over
@@ -78,7 +79,7 @@ class Assignment:
         return tuple(number for number in numbers if number is not None)
 
     def to_json(self) -> str:
-        """For the command line; from_json() reads it back."""
+        """For the template; from_json() reads it back."""
         return json.dumps(asdict(self) | {"config": self.config.to_dict()})
 
     @classmethod
@@ -109,6 +110,7 @@ class Worker:
 
     def run(self) -> None:
         """Finish what the slot holds, then serve until the mount is gone."""
+        self._slot.taken(os.getpid())
         self._finish()
         self._slot.reading()
         while size := self._receiver.receive():
@@ -203,9 +205,10 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
         source = _open_source(assignment)
         table = _open_table(assignment)
     except StartupError as error:
-        _send(commands, {"failed": str(error)})
+        send(commands, {"failed": str(error)})
         return 1
-    _send(commands, {"ready": os.getpid()})
+    set_name("handlefs-spare")
+    send(commands, {"ready": os.getpid()})
     line = _receive(commands)
     if line:
         _serve_slot(assignment, source, table, json.loads(line)["slot"], commands)
@@ -230,6 +233,7 @@ def _open_table(assignment: Assignment) -> BackingTable | None:
 def _serve_slot(
     assignment: Assignment, source: Source, table: BackingTable | None, index: int, commands: socket.socket
 ) -> None:
+    set_name(f"handlefs-{index}")
     memory = SlotMemory(assignment.slots, assignment.slot_count, assignment.negotiated.buffer_size)
     try:
         memory.lock(index)
@@ -275,7 +279,7 @@ class Attendant:
                 if not line:
                     return
                 command = json.loads(line)
-                _send(self._commands, {**self._perform(command), "number": command["number"]})
+                send(self._commands, {**self._perform(command), "number": command["number"]})
             if time.monotonic() - dropped >= DROP_INTERVAL:
                 self._drop()
                 dropped = time.monotonic()
@@ -309,6 +313,7 @@ def _receive(commands: socket.socket) -> bytes:
         return b""
 
 
-def _send(commands: socket.socket, message: dict[str, Any]) -> None:
+def send(commands: socket.socket, message: dict[str, Any]) -> None:
+    """Tell the supervisor."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the supervisor does not listen any more
         commands.send(json.dumps(message).encode())

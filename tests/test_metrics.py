@@ -105,6 +105,7 @@ def test_workers_and_their_deaths(direct: Mounted) -> None:
         os.kill(worker["pid"], signal.SIGKILL)
     assert Child(outcome, os.mkdir, direct.path / "after-all").result(TIMEOUT) is None
     assert in_the_end(lambda: value(scrape(direct), "worker_restarts_total"), 4, seconds=TIMEOUT) == 4
+    assert in_the_end(lambda: value(scrape(direct), "workers"), 4, seconds=TIMEOUT) == 4
     samples = scrape(direct)
     assert value(samples, "finished_in_flight_total") >= 0
     assert value(samples, "removed_files") == 0

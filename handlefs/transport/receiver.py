@@ -1,12 +1,9 @@
 """Waiting for requests and reading them from /dev/fuse."""
 
 import errno
-import logging
 import os
 import select
 import time
-
-log = logging.getLogger(__name__)
 
 SOON = 100_000
 """Nanoseconds. A client that works with small files sends its next request sooner than that."""
@@ -30,7 +27,7 @@ class Receiver:
             os.set_blocking(device, False)
 
     def receive(self) -> int:
-        """The size of the next request in bytes; 0 when the mount is gone."""
+        """The size of the next request in bytes; 0 when the mount is gone. Raises OSError if the device cannot be read."""
         while True:
             try:
                 return os.readv(self._device, self._buffers)
@@ -41,7 +38,7 @@ class Receiver:
                     continue  # ENOENT: the request was interrupted before it was read
                 # ENODEV: unmounted; ECONNABORTED: in the middle of the read.
                 if error.errno not in (errno.ENODEV, errno.ECONNABORTED):
-                    log.exception("reading requests failed")
+                    raise
                 return 0
 
     def _wait(self) -> None:

@@ -9,10 +9,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from handlefs.supervisor import ATTEMPTS
 
 from ..posix.compare import in_the_end, outcome
 from ..support.filesystems import FileSystems
@@ -20,27 +22,9 @@ from ..support.server import Mounted, mounted
 from ..support.syscalls import RENAME_NOREPLACE, renameat2
 from ..support.users import Child
 from .conftest import TIMEOUT, Ground
+from .processes import all_gone, children, kill, workers
 
 CLIENTS = 4
-
-
-def workers(server: Mounted) -> list[int]:
-    return [worker["pid"] for worker in server.status()["workers"]]
-
-
-def kill(pid: int) -> None:
-    with suppress(ProcessLookupError):  # it has died just now
-        os.kill(pid, signal.SIGKILL)
-
-
-def children(pid: int) -> set[int]:
-    """The processes below `pid`, zombies too."""
-    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
-
-
-def all_gone(pids: set[int]) -> bool:
-    """Whether the processes end; given a while, since init has to wait for those that lost their parent."""
-    return in_the_end(lambda: any(Path(f"/proc/{pid}").exists() for pid in pids), False, seconds=TIMEOUT) is False
 
 
 @contextmanager
@@ -202,7 +186,7 @@ class Model:
 def server(kind: str, filesystems: FileSystems) -> Iterator[Mounted]:
     source = filesystems[kind] / "kills"
     source.mkdir()
-    with mounted(source, None, "--transport=direct", "--passthrough=off", expected_log="xxx") as server:
+    with mounted(source, None, "--transport=direct", "--passthrough=off") as server:
         yield server
 
 
@@ -305,7 +289,7 @@ def test_a_removed_file_is_let_go_of(server: Mounted) -> None:
 
 
 def test_a_request_that_kills_its_workers_gets_eio(ground: Ground) -> None:
-    ground.server.expected_log = "a request for mkdir has killed 3 workers: it is answered with EIO"
+    ground.server.expected_log = f"a request for mkdir has killed {ATTEMPTS} workers: it is answered with EIO"
     served, _ = ground.directories()
     ground.kill_at("mkdir", "always")
     assert outcome(ground.bounded, (served / "new").mkdir) == "EIO"

@@ -1,0 +1,60 @@
+"""The processes of a server: who they are, and how they die."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+from ..posix.compare import in_the_end
+from ..support.server import Mounted
+from .conftest import TIMEOUT
+
+
+def workers(server: Mounted) -> list[int]:
+    return [worker["pid"] for worker in server.status()["workers"]]
+
+
+def kill(pid: int) -> None:
+    with suppress(ProcessLookupError):  # it has died just now
+        os.kill(pid, signal.SIGKILL)
+
+
+def children(pid: int) -> set[int]:
+    """The processes below `pid`, zombies too."""
+    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+def all_gone(pids: set[int]) -> bool:
+    """Whether the processes end; given a while, since init has to wait for those that lost their parent."""
+    return in_the_end(lambda: any(Path(f"/proc/{pid}").exists() for pid in pids), False, seconds=TIMEOUT) is False
+
+
+def state(pid: int) -> str | None:
+    """As in /proc/PID/stat: "Z" for a zombie; None for a process that has gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def zombies(pid: int) -> list[int]:
+    """The children of `pid` that have ended and have not been waited for."""
+    return [child for child in children(pid) if state(child) == "Z"]
+
+
+def name(pid: int) -> str:
+    """What the process calls itself."""
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def template(server: Mounted) -> int:
+    """The process that forks the workers."""
+    (pid,) = (child for child in children(server.pid) if name(child) == "handlefs-tmpl")
+    return pid
+
+
+def has_ended(pid: int, seconds: float = TIMEOUT) -> bool:
+    """Whether the process, no child of ours, ends within so many seconds."""
+    return in_the_end(lambda: state(pid) in (None, "Z"), True, seconds=seconds) is True
