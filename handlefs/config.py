@@ -31,6 +31,7 @@ class Config:
     transport: Transport = "auto"
     passthrough: Passthrough = "auto"
     workers: int = 4
+    metrics: str | None = None
     log_file: str | None = None
 
     def with_options(self, own: Mapping[str, str]) -> "Config":
@@ -97,6 +98,26 @@ def _workers(name: str, text: str) -> int:
     return number
 
 
+def split_address(text: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT or [IPV6]:PORT. Raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError("an IPv6 address needs brackets")
+    if not (host and colon and port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise ValueError("not an address")
+    return host, int(port)
+
+
+def _address(name: str, text: str) -> str:
+    try:
+        split_address(text)
+    except ValueError as error:
+        raise OptionError(f"bad {name} '{text}': expected HOST:PORT, as 127.0.0.1:9469") from error
+    return text
+
+
 def _choice(name: str, text: str, choices: tuple[str, ...]) -> str:
     if text not in choices:
         raise OptionError(f"bad {name} '{text}': expected {' or '.join(choices)}")
@@ -117,5 +138,6 @@ _OPTIONS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = {
     "transport": ("transport", _transport),
     "passthrough": ("passthrough", _passthrough),
     "workers": ("workers", _workers),
+    "metrics": ("metrics", _address),
     "log-file": ("log_file", _path),
 }

@@ -171,6 +171,8 @@ def request(mountpoint: str, message: Mapping[str, object], timeout: float = REP
             connection.sendall(json.dumps(message).encode() + b"\n")
             with connection.makefile("rb") as replies:
                 line = replies.readline()
+        except (BrokenPipeError, ConnectionResetError):
+            line = b""
         except OSError as error:
             raise ControlError(f"the server at {mountpoint} does not answer: {error.strerror or error}") from error
     if not line:

@@ -7,6 +7,10 @@ from typing import NamedTuple
 
 from cachetools import LRUCache
 
+from handlefs.metrics import CACHE_COUNTS, Counts
+
+_SIZE, _CAPACITY, _HITS, _MISSES, _EVICTIONS = range(len(CACHE_COUNTS))
+
 
 class Inode:
     """An object of the source, held by an O_PATH descriptor that is closed when the last user lets go of it.
@@ -55,14 +59,14 @@ class _Lru(LRUCache[int, Inode]):
 class InodeCache:
     """A bounded LRU of inodes, safe to use from several threads. A capacity of 0 caches nothing."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, counts: Counts | None = None) -> None:
+        """It counts in `counts`, where those of a predecessor may stand (`handlefs.metrics.CACHE_COUNTS`)."""
         if capacity < 0:
             raise ValueError(f"the cache size must be 0 or more, not {capacity}")
         self._lru = _Lru(capacity)
         self._lock = threading.Lock()
-        self._hits = 0
-        self._misses = 0
-        self._evictions = 0
+        self._counts: Counts = [0] * 5 if counts is None else counts
+        self._counts[_SIZE], self._counts[_CAPACITY] = 0, capacity
         self.more_room: Callable[[], int] = lambda: 0
         """Closes descriptors elsewhere that are not needed; returns how many."""
 
@@ -70,10 +74,7 @@ class InodeCache:
         """The cached inode of `nodeid`, now the most recently used; None if it is not here."""
         with self._lock:
             inode = self._lru.get(nodeid)
-            if inode is None:
-                self._misses += 1
-            else:
-                self._hits += 1
+            self._counts[_MISSES if inode is None else _HITS] += 1
             return inode
 
     def put(self, inode: Inode) -> None:
@@ -83,23 +84,30 @@ class InodeCache:
                 return
             replaced = self._lru.get(inode.nodeid)
             self._lru[inode.nodeid] = inode
-            evicted, self._lru.evicted = self._lru.evicted, []
-            self._evictions += len(evicted)
+            evicted = self._evicted()
         del replaced, evicted
 
     def forget(self, nodeid: int) -> Inode | None:
         """Drop `nodeid`, if it is cached; returns its inode, which is closed when the caller lets go of it."""
         with self._lock:
-            return self._lru.pop(nodeid, None)
+            inode = self._lru.pop(nodeid, None)
+            self._counts[_SIZE] = len(self._lru)
+            return inode
 
     def evict(self, count: int) -> int:
         """Drop up to `count` of the least recently used inodes; returns how many were dropped."""
         with self._lock:
             for _ in range(min(count, len(self._lru))):
                 self._lru.popitem()
-            evicted, self._lru.evicted = self._lru.evicted, []
-            self._evictions += len(evicted)
+            evicted = self._evicted()
         return len(evicted)
+
+    def _evicted(self) -> list[Inode]:
+        """What was evicted by now, for the caller to let go of without the lock."""
+        evicted, self._lru.evicted = self._lru.evicted, []
+        self._counts[_EVICTIONS] += len(evicted)
+        self._counts[_SIZE] = len(self._lru)
+        return evicted
 
     def make_room(self) -> int:
         """The process is out of descriptors: drop half of what is cached, and what `more_room` finds; returns how much."""
@@ -112,4 +120,4 @@ class InodeCache:
     def statistics(self) -> CacheStatistics:
         """A snapshot of the counters."""
         with self._lock:
-            return CacheStatistics(len(self._lru), int(self._lru.maxsize), self._hits, self._misses, self._evictions)
+            return CacheStatistics(*(self._counts[index] for index in range(len(CACHE_COUNTS))))

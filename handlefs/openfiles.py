@@ -10,6 +10,8 @@ import secrets
 import threading
 from collections.abc import Iterator
 
+from handlefs.metrics import REOPENED, Counts
+
 _ACCESS_MASK = os.O_ACCMODE  # bits 0 and 1
 _DIRECTORY = 1 << 2
 _NOATIME = 1 << 3
@@ -35,14 +37,16 @@ class OpenFile:
 class OpenFiles:
     """The table of open files of this process; safe to use from several threads."""
 
-    def __init__(self, numbers: Iterator[int] | None = None) -> None:
+    def __init__(self, numbers: Iterator[int] | None = None, counts: Counts | None = None) -> None:
         """`numbers` are for new files: no two open files of one mount may have the same, whatever process opens them. By
-        default they are counted, from a random one on, so that those of an earlier server do not come again."""
+        default they are counted, from a random one on, so that those of an earlier server do not come again.
+        `counts`: where what is opened again is counted."""
         # With the node ID: numbers of an earlier server may coincide with new ones.
         self._files: dict[tuple[int, int], OpenFile] = {}
         self._by_node: dict[int, list[OpenFile]] = {}
         self._restored: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
+        self._counts: Counts = [0] if counts is None else counts
         self._numbers = numbers or itertools.count(secrets.randbits(56))
 
     def add(self, file: OpenFile, flags: int, *, directory: bool = False) -> int:
@@ -62,6 +66,7 @@ class OpenFiles:
                 return registered
             self._register(file, fh)
             self._restored.add((file.nodeid, fh))
+            self._counts[REOPENED] += 1
             return file
 
     def _register(self, file: OpenFile, fh: int) -> None:
@@ -106,12 +111,11 @@ class OpenFiles:
             dropped = [self._remove(nodeid, fh) for nodeid, fh in candidates]
         return len(dropped)
 
-    def counts(self, *, restored: bool = True) -> tuple[int, int]:
-        """Numbers of open files and of open directories, with or without those of other processes."""
+    def counts(self) -> tuple[int, int]:
+        """Numbers of open files and of open directories."""
         with self._lock:
-            numbers = self._files.keys() if restored else self._files.keys() - self._restored
-            directories = sum(1 for _, fh in numbers if fh & _DIRECTORY)
-            return len(numbers) - directories, directories
+            directories = sum(1 for _, fh in self._files if fh & _DIRECTORY)
+            return len(self._files) - directories, directories
 
 
 def reopen_flags(fh: int) -> int:

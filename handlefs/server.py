@@ -7,9 +7,9 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from handlefs import __version__
 from handlefs.accelerator import native
@@ -18,13 +18,17 @@ from handlefs.control import ControlError, ControlServer, send_reply
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.handover import State
-from handlefs.metrics import OperationMetrics
+from handlefs.inodecache import InodeCache
+from handlefs.metrics import Counters, Rate, Totals
 from handlefs.mount import mount_at
 from handlefs.opening import default_cache_size, open_map, open_source, state_dir_of
 from handlefs.operations import Operations
 from handlefs.protocol.init import ProtocolError
 from handlefs.source import Source
 from handlefs.supervisor import ReloadError, Supervisor
+
+if TYPE_CHECKING:
+    from handlefs.prometheus import MetricsServer
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +42,11 @@ class Serving(Protocol):
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises OSError, StartupError."""
 
+    def counters(self) -> Sequence[Counters]:
+        """What has been counted; safe to call from any thread, as is `status`."""
+
     def status(self) -> dict[str, object]:
-        """Its part of `handlefs status`."""
+        """What `handlefs status` shows of this transport alone."""
 
     def evict(self, count: int | None) -> int:
         """Drop up to `count` of the least recently used cached inodes, or everything (None); returns how many."""
@@ -52,21 +59,19 @@ class SingleProcess:
         self._config = config
         self._source = source
         self._operations = Operations(source, read_only=config.options.read_only)
-        self._metrics = OperationMetrics()
+        self._counters = Counters()
+        source.cache = InodeCache(source.cache.statistics().capacity, self._counters.cache)
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         from handlefs.transport import pyfuse3  # noqa: PLC0415 - it brings libfuse and trio, which direct does without
 
-        pyfuse3.serve(self._operations, self._config, self._metrics, on_ready)
+        pyfuse3.serve(self._operations, self._config, self._counters, on_ready)
+
+    def counters(self) -> Sequence[Counters]:
+        return (self._counters,)
 
     def status(self) -> dict[str, object]:
-        files, directories = self._operations.open_files.counts()
-        return {
-            "cache": self._source.cache.statistics()._asdict(),
-            "open_files": files,
-            "open_dirs": directories,
-            **self._metrics.snapshot(),
-        }
+        return {}
 
     def evict(self, count: int | None) -> int:
         return self._source.evict_all() if count is None else self._source.cache.evict(count)
@@ -98,6 +103,12 @@ class Server:
             self.serving = Supervisor(config, cache_size, foreground=foreground, inherited=inherited)
         actions = {"reload": self.reload, "upgrade": self.upgrade}
         self._control = ControlServer(self.status, self.evict, config, actions)
+        self._metrics = None if config.metrics is None else _metrics_server(config.metrics, self.status)
+        self._started = time.monotonic()
+        self._rate = Rate(self._operations_total)
+
+    def _operations_total(self) -> int:
+        return sum(counters.total() for counters in self.serving.counters())
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises StartupError if it cannot,
@@ -109,6 +120,8 @@ class Server:
         def ready() -> None:
             nonlocal device
             device = self._mount_device()
+            if self._metrics is not None:
+                self._metrics.start()
             on_ready()
             if self._inherited is not None and self._inherited.client is not None:
                 threading.Thread(target=self._finish_upgrade, args=(self._inherited.client,), daemon=True).start()
@@ -124,6 +137,8 @@ class Server:
             raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
         finally:
             self._control.stop(keep_record=aborted)
+            if self._metrics is not None:
+                self._metrics.close()
             self._close_map()
         if aborted:
             message = f"the connection to {self.config.mountpoint} was aborted: handlefs restart brings it back"
@@ -172,6 +187,10 @@ class Server:
             "state_dir": os.fspath(self.state_dir),
             "map": {"entries": self.source.map.count(), "bytes": self.source.map.bytes_on_disk()},
             "read_only": self.config.options.read_only,
+            "metrics": None if self._metrics is None else self._metrics.url,
+            "uptime": time.monotonic() - self._started,
+            "operations_per_second": self._rate.per_second(),
+            **Totals(self.serving.counters()).status(),
             **self.serving.status(),
         }
 
@@ -221,6 +240,12 @@ class Server:
                 "with pyfuse3 there are no workers to be replaced: use handlefs restart, with --transport=direct from now on"
             )
         return self.serving
+
+
+def _metrics_server(address: str, status: Callable[[], dict[str, object]]) -> "MetricsServer":
+    from handlefs.prometheus import MetricsServer  # noqa: PLC0415 - most servers do without its library
+
+    return MetricsServer(address, status)
 
 
 def _stays(mountpoint: str, device: tuple[int, int]) -> bool:

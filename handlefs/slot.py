@@ -25,8 +25,8 @@ _STATE = 0  # a byte
 _INTENT_SIZE, _REPLY_SIZE, _FINISHED, _OWNER = 1, 2, 3, 4  # 64-bit words
 _INTENT = slice(64, 1024)
 _REPLY = slice(1024, _PAGE)
-_COUNTERS = slice(_PAGE, 2 * _PAGE)
-_REQUEST = 2 * _PAGE
+_COUNTERS = slice(_PAGE, 6 * _PAGE)
+_REQUEST = 6 * _PAGE
 _UNIQUE = 1  # of the header's 64-bit words
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -43,7 +43,7 @@ class Slot:
         """What requests are read into."""
         self._header = self.request[:16].cast("Q")
         self.counters = memory[_COUNTERS].cast("Q")
-        """Room for the counters of this slot's workers."""
+        """Room for the counters of this slot's workers (handlefs/metrics.py)."""
 
     def reading(self) -> None:
         """A request comes next, into `request`."""

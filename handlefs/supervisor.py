@@ -18,7 +18,6 @@ import socket
 import subprocess
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,13 +28,13 @@ from handlefs.daemon import SIGNALS
 from handlefs.droplog import DropLog
 from handlefs.errors import StartupError
 from handlefs.loopcalls import LoopCalls
-from handlefs.metrics import Rate, SharedCounters
+from handlefs.metrics import Counters, cpu_seconds
 from handlefs.mount import mount_at, unmount
 from handlefs.process import adopt_orphans
 from handlefs.protocol import abi
 from handlefs.removed import RemovedFiles
 from handlefs.slot import Slot, SlotMemory
-from handlefs.worker import COUNTED, Assignment, answer_eio
+from handlefs.worker import Assignment, answer_eio
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +220,7 @@ class Supervisor:
         self._lock = threading.Lock()  # of _workers, which other threads read
         self._workers: list[_Worker] = []
         self._slots: list[Slot] = []
-        self._counters: list[SharedCounters] = []
+        self._counters: list[Counters] = []
         self._vacant = dict.fromkeys(range(self._count), 0.0)  # slot → when it may be filled
         self._deaths: dict[int, tuple[int, int]] = {}  # slot → (request, workers that it killed)
         self._groups: set[int] = set()  # of processes: each template's, with its workers
@@ -235,8 +234,6 @@ class Supervisor:
         self._is_ready = False
         self._unmounted = False
         self._connection = select.poll()
-        self._rate = Rate()
-        self._start_time = time.monotonic()
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until the mount is gone; calls `on_ready` once all workers serve.
@@ -276,7 +273,7 @@ class Supervisor:
         self._connection.register(self._device, 0)  # POLLERR alone, when the connection ends
         memory = SlotMemory(assignment.slots, self._count, assignment.negotiated.buffer_size)
         self._slots = [memory[index] for index in range(self._count)]
-        self._counters = [SharedCounters(slot.counters, COUNTED) for slot in self._slots]
+        self._counters = [Counters(slot.counters) for slot in self._slots]
         self._drops = DropLog(assignment.drops)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._removed = RemovedFiles(self._device, self._is_executing, limit // 2)
@@ -319,7 +316,6 @@ class Supervisor:
         self._unmounted = self._unmounted or self._connection_has_ended()
         self._reap()
         self._check_starting()
-        self._rate.sample(self._operations().total())
         self._drop(self._removed.check())
         try:
             self._drops.trim()
@@ -664,25 +660,17 @@ class Supervisor:
 
     # -- for the control socket -------------------------------------------------------------------------------------------
 
+    def counters(self) -> Sequence[Counters]:
+        """What the workers have counted, those of dead ones too."""
+        return self._counters
+
     def status(self) -> dict[str, object]:
-        """The part of `handlefs status` that the workers know."""
-        serving = self._serving()
-        told = [reply for worker in serving if (reply := worker.ask({"op": "status"})) is not None]
-        operations = self._operations()
-        errors: Counter[str] = sum((counters.errors() for counters in self._counters), Counter())
+        """The part of `handlefs status` that is about the processes. No worker is asked: one may hang."""
+        with self._lock:
+            serving = sorted((worker.slot, worker) for worker in self._workers if worker.slot is not None)
         return {
-            "cache": {
-                key: sum(reply["cache"][key] for reply in told)
-                for key in ("size", "capacity", "hits", "misses", "evictions")
-            },
-            "open_files": sum(reply["open_files"] for reply in told),
-            "open_dirs": sum(reply["open_dirs"] for reply in told),
-            "uptime": time.monotonic() - self._start_time,
-            "operations": dict(operations),
-            "errors": dict(errors),
-            "operations_total": operations.total(),
-            "operations_per_second": self._rate.per_second(),
-            "workers": [{"pid": worker.pid} for worker in serving],
+            "removed_files": len(getattr(self, "_removed", ())),  # none before the mount
+            "workers": [self._worker_status(worker, index) for index, worker in serving],
             "restarts": self._restarts,
             "upgrades": self._upgrades,
             "finished_in_flight": sum(slot.finished_in_flight for slot in self._slots),
@@ -691,17 +679,24 @@ class Supervisor:
     def evict(self, count: int | None) -> int:
         """Have the workers drop `count` cached inodes, or all of them (None); returns how many they dropped."""
         evicted = 0
-        for worker in self._serving():
+        with self._lock:
+            serving = [worker for worker in self._workers if worker.slot is not None]
+        for worker in serving:
             reply = worker.ask({"op": "evict", "count": None if count is None else count - evicted})
             evicted += reply["evicted"] if reply is not None else 0
         return evicted
 
-    def _serving(self) -> list[_Worker]:
-        with self._lock:
-            return [worker for worker in self._workers if worker.slot is not None]
-
-    def _operations(self) -> Counter[str]:
-        return sum((counters.operations() for counters in self._counters), Counter())
+    def _worker_status(self, worker: _Worker, index: int) -> dict[str, object]:
+        counters, message = self._counters[index], self._slots[index].unfinished
+        opcode = 0 if message is None else abi.fuse_in_header.unpack_from(message)[1]
+        return {
+            "pid": worker.pid,
+            "slot": index,
+            "operations_total": counters.total(),
+            "cpu_seconds": cpu_seconds(worker.pid),
+            "operation": abi.OPCODE_NAMES.get(opcode),
+            "busy_for": counters.busy_for,
+        }
 
 
 def _readable(connection: socket.socket, seconds: float) -> bool:

@@ -27,7 +27,7 @@ from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
 from handlefs.inodecache import InodeCache
 from handlefs.layout import LAYOUT, check_layout
-from handlefs.metrics import Counting, SharedCounters
+from handlefs.metrics import Counters
 from handlefs.openfiles import OpenFiles
 from handlefs.opening import open_map, open_source, state_dir_of
 from handlefs.operations import Operations
@@ -44,9 +44,6 @@ from handlefs.transport.receiver import Receiver
 from handlefs.transport.replay import CHANGING, Replay
 
 log = logging.getLogger(__name__)
-
-COUNTED = {name: number for number, name in abi.OPCODE_NAMES.items()} | {"unknown": 0}
-"""Name of an operation → its counter in the slot."""
 
 DROP_INTERVAL = 1.0
 """Seconds after which a worker looks at what others have been told."""
@@ -103,13 +100,13 @@ class Worker:
     """One worker, from its first request to its last."""
 
     def __init__(
-        self, device: int, slot: Slot, dispatcher: Dispatcher, replay: Replay, metrics: Counting, *, busy: bool = False
+        self, device: int, slot: Slot, dispatcher: Dispatcher, replay: Replay, counters: Counters, *, busy: bool = False
     ) -> None:
         """`busy` as for a `Receiver`."""
         self._device = device
         self._slot = slot
         self._receiver = Receiver(device, slot.request, busy=busy)
-        self._metrics = metrics
+        self._counters = counters
         self._dispatcher = dispatcher
         self._replay = replay
         self._handle = faults.injected(self._serve)
@@ -120,6 +117,7 @@ class Worker:
         self._finish()
         self._slot.reading()
         while size := self._receiver.receive():
+            self._counters.begin()
             self._handle(self._slot.request[:size])
             self._slot.reading()
 
@@ -139,6 +137,8 @@ class Worker:
         message, state = self._slot.unfinished, self._slot.state
         if message is None:
             return
+        if self._counters.busy_for is None:
+            self._counters.begin()
         if state == EXECUTED:
             self._reply(message, (self._slot.reply,))
         elif state == EXECUTING:
@@ -163,8 +163,7 @@ class Worker:
                     answer_eio(self._device, message)
         self._slot.answered()
         # From here on nobody waits.
-        failed = reply is not None and abi.fuse_out_header.unpack_from(reply[0])[1] != 0
-        self._metrics.count(abi.OPCODE_NAMES.get(_opcode(message), "unknown"), failed=failed)
+        self._counters.answered(_opcode(message), -abi.fuse_out_header.unpack_from(reply[0])[1] if reply else 0)
 
 
 def _opcode(message: memoryview) -> int:
@@ -252,20 +251,20 @@ def _serve_slot(
         memory.lock(index)
     except OSError as error:
         log.warning("cannot lock a request's memory: a worker that is killed may fail its request: %s", error.strerror)
-    source.cache = InodeCache(share(assignment.cache_size, index, assignment.slot_count))
     slot, negotiated, drops = memory[index], assignment.negotiated, DropLog(assignment.drops)
+    counters = Counters(slot.counters)
+    source.cache = InodeCache(share(assignment.cache_size, index, assignment.slot_count), counters.cache)
     peers = OtherProcesses(slot, drops, socket.socket(fileno=assignment.removed))
     # Numbered by their requests: a successor that repeats one opens the same file, not a second.
-    open_files = OpenFiles(iter(lambda: slot.unique, None))
+    open_files = OpenFiles(iter(lambda: slot.unique, None), counters.files)
     read_only = assignment.config.options.read_only
     operations = Operations(source, read_only=read_only, open_files=open_files, peers=peers)
-    backing = BackingFiles(assignment.device, table)
+    backing = BackingFiles(assignment.device, table, counters.backing)
     dispatcher = Dispatcher(operations, negotiated, backing, assignment.config)
     attendant = Attendant(commands, operations, drops)
     source.cache.more_room = attendant.make_room
     threading.Thread(target=attendant.run, name="attendant", daemon=True).start()
     replay = Replay(operations, negotiated, dispatcher.answer)
-    counters = SharedCounters(slot.counters, COUNTED)
     gc.freeze()  # what is here by now stays; the collector need not look at it again and again
     Worker(assignment.device, slot, dispatcher, replay, counters, busy=assignment.slot_count == 1).run()
 
@@ -314,12 +313,8 @@ class Attendant:
 
     def _perform(self, command: dict[str, Any]) -> dict[str, Any]:
         self._drop()
-        source = self._operations.source
-        if command["op"] == "evict":
-            count = command["count"]
-            return {"evicted": source.evict_all() if count is None else source.cache.evict(count)}
-        files, directories = self._operations.open_files.counts(restored=False)
-        return {"cache": source.cache.statistics()._asdict(), "open_files": files, "open_dirs": directories}
+        source, count = self._operations.source, command["count"]
+        return {"evicted": source.evict_all() if count is None else source.cache.evict(count)}
 
 
 def _receive(commands: socket.socket) -> bytes:

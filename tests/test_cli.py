@@ -388,6 +388,8 @@ def test_mistakes_are_told(place: Place, tmp_path: Path) -> None:
         ([source, path, "--log-file", tmp_path / "none/log"], f"cannot log to {tmp_path}/none/log: No such file"),
         ([source, path, "--key-file", a_file], "is not a key file"),
         (["/proc", path], "no file handles"),
+        ([source, path, "--metrics", "no.such.host.invalid:1"], "cannot serve metrics at no.such.host.invalid:1: "),
+        ([source, path, "--metrics", "192.0.2.1:0"], "cannot serve metrics at 192.0.2.1:0: Cannot assign"),
     ]
     for words, message in cases:
         assert message in fails(*place.options(), *words), words
@@ -401,6 +403,9 @@ def test_mistakes_are_told(place: Place, tmp_path: Path) -> None:
         ([source, path, "--entry-timeout", "-1"], "bad entry-timeout '-1'"),
         ([source, path, "--submounts", "maybe"], "bad submounts 'maybe'"),
         ([source, path, "--transport", "pigeon"], "bad transport 'pigeon'"),
+        ([source, path, "--metrics", "9469"], "bad metrics '9469': expected HOST:PORT"),
+        ([source, path, "--metrics", "::1:9469"], "bad metrics '::1:9469': expected HOST:PORT"),
+        ([source, path, "--metrics", "localhost:65536"], "bad metrics 'localhost:65536'"),
         ([source, path, "--bogus"], "--bogus"),
         ([source, ""], "MOUNTPOINT is empty"),
     ]

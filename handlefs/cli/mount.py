@@ -28,6 +28,7 @@ from handlefs.volumes import Submounts
 @word_option("--transport", get_args(Transport), "What talks to the kernel. Default: direct, if the kernel allows it.")
 @word_option("--passthrough", get_args(Passthrough), "Data of open files within the kernel (direct). Default: auto.")
 @click.option("--workers", metavar="N", help="Processes that serve (direct). Default: 4.")
+@click.option("--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there.")
 @click.option("--log-file", "--log", metavar="FILE", help="Log there and not to syslog.")
 def command(
     source: str, mountpoint: str, options: tuple[str, ...], ro: bool, foreground: bool, **own: str | None

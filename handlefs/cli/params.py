@@ -68,3 +68,10 @@ def print_table(table: Table) -> None:
 def print_json(value: Any) -> None:
     """Print *value* as JSON."""
     click.echo(json.dumps(value, indent=2))
+
+
+def short_time(seconds: float) -> str:
+    """A latency, to three digits."""
+    if seconds < 0.001:
+        return f"{seconds * 1e6:.0f} µs"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

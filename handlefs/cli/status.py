@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from handlefs import control, nfs
-from handlefs.cli.params import MOUNTPOINT, json_option, print_json, print_table
+from handlefs.cli.params import MOUNTPOINT, json_option, print_json, print_table, short_time
+from handlefs.metrics import quantile
 from handlefs.mount import canonical, mount_at
 
 
@@ -83,11 +84,9 @@ def _rows(details: dict[str, Any]) -> list[tuple[str, str]]:
     """The details in words; what this version has no words for comes last, as it is."""
     rest = dict(details)
     filesystem, cache, handle_map = rest.pop("filesystem"), rest.pop("cache"), rest.pop("map")
-    uptime, per_second = rest.pop("uptime"), rest.pop("operations_per_second")
-    operations, errors = rest.pop("operations"), rest.pop("errors")
+    uptime, per_second, total = rest.pop("uptime"), rest.pop("operations_per_second"), rest.pop("operations_total")
     asked = cache["hits"] + cache["misses"]
     hits = f", {cache['hits'] / asked:.1%} hits" if asked else ""
-    workers = rest.pop("workers", None)
     rows = [(name.replace("_", " "), _plain(rest.pop(name))) for name in ("mountpoint", "source", "state", "pid")]
     rows += [
         ("up for", _duration(uptime)),
@@ -95,13 +94,31 @@ def _rows(details: dict[str, Any]) -> list[tuple[str, str]]:
         ("node IDs", _plain(rest.pop("nodeids"))),
         ("inode cache", f"{cache['size']:,} of {cache['capacity']:,}{hits}, {cache['evictions']:,} evictions"),
         ("handle map", f"{handle_map['entries']:,} entries, {handle_map['bytes']:,} bytes"),
-        ("operations", f"{rest.pop('operations_total'):,}, {per_second:.1f} per second now{_counts(operations)}"),
-        ("errors", _counts(errors).removeprefix(": ") or "none"),
+        ("operations", f"{total:,}, {per_second:.1f} per second now{_counts(rest.pop('operations'))}"),
+        ("latency", _latency([each["buckets"] for each in rest.pop("latency").values()])),
+        ("errors", _counts(rest.pop("errors")).removeprefix(": ") or "none"),
+        ("errors by number", _counts(rest.pop("errnos")).removeprefix(": ") or "none"),
     ]
-    if workers is not None:
-        pids = ", ".join(str(worker["pid"]) for worker in workers)
-        rows.append(("workers", f"{len(workers)} (processes {pids})"))
+    if rest.get("metrics") is None:
+        rest.pop("metrics", None)
+    rows += [("worker", _worker(worker)) for worker in rest.pop("workers", ())]
     return rows + [(name.replace("_", " "), _plain(value)) for name, value in rest.items()]
+
+
+def _latency(buckets: list[list[int]]) -> str:
+    if not buckets:
+        return "nothing was asked yet"
+    counts = [sum(column) for column in zip(*buckets, strict=True)]
+    return f"half within {short_time(quantile(counts, 0.5))}, 99% within {short_time(quantile(counts, 0.99))}"
+
+
+def _worker(worker: dict[str, Any]) -> str:
+    doing = (
+        f", {worker['operation']} for {short_time(worker['busy_for'])}"
+        if worker["operation"] and worker["busy_for"]
+        else ""
+    )
+    return f"process {worker['pid']}: {worker['operations_total']:,} operations, {worker['cpu_seconds']:.1f} s of CPU{doing}"
 
 
 def _counts(counts: dict[str, int]) -> str:

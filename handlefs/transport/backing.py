@@ -25,6 +25,7 @@ import struct
 
 from handlefs.accelerator import fstat
 from handlefs.credentials import CAP_FSETID, ioctl_without
+from handlefs.metrics import CLOSED, REGISTERED, Counts
 from handlefs.protocol import abi
 from handlefs.transport.backingtable import NO_BACKING, BackingTable
 
@@ -36,10 +37,12 @@ _NOT_POSSIBLE = (errno.EPERM, errno.ELOOP, errno.EOPNOTSUPP, errno.ENOTTY, errno
 class BackingFiles:
     """The backing IDs of one connection; safe to use from several threads and in several processes."""
 
-    def __init__(self, device: int, table: BackingTable | None) -> None:
-        """For the connection of the /dev/fuse descriptor `device`; without a `table` no file gets a backing ID."""
+    def __init__(self, device: int, table: BackingTable | None, counts: Counts | None = None) -> None:
+        """For the connection of the /dev/fuse descriptor `device`; without a `table` no file gets a backing ID. `counts`: where
+        backing IDs are counted."""
         self._device = device
         self._table = table
+        self._counts: Counts = [0, 0] if counts is None else counts
 
     def opened(self, nodeid: int, fh: int, fd: int) -> int:
         """`nodeid` has been opened as `fh`, with the descriptor `fd`: the backing ID for the reply, or `NO_BACKING`."""
@@ -57,15 +60,18 @@ class BackingFiles:
 
     def _close(self, backing_id: int) -> None:
         fcntl.ioctl(self._device, abi.FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))
+        self._counts[CLOSED] += 1
 
     def _register(self, fd: int) -> int:
         if fstat(fd).st_mode & (st.S_ISUID | st.S_ISGID):
             return NO_BACKING
         request = bytearray(abi.fuse_backing_map.pack(fd, 0, 0))
         try:
-            return ioctl_without(CAP_FSETID, self._device, abi.FUSE_DEV_IOC_BACKING_OPEN, request)
+            backing_id = ioctl_without(CAP_FSETID, self._device, abi.FUSE_DEV_IOC_BACKING_OPEN, request)
         except OSError as error:
             if error.errno not in _NOT_POSSIBLE:
                 raise
             log.debug("no passthrough for this file: %s", error)
             return NO_BACKING
+        self._counts[REGISTERED] += 1
+        return backing_id

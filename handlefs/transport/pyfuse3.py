@@ -10,6 +10,8 @@ import logging
 import os
 import socket
 import struct
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -19,10 +21,11 @@ import trio
 from handlefs.config import Config
 from handlefs.credentials import Caller
 from handlefs.errors import StartupError
-from handlefs.metrics import OperationMetrics
+from handlefs.metrics import Counters
 from handlefs.mount import mount_fuse, unmount
 from handlefs.nodeid import ROOT_NODEID
 from handlefs.operations import Changes, Operations, is_group_member
+from handlefs.protocol import abi
 from handlefs.source import Attributes, Entry
 from handlefs.syscalls import DirectoryEntry, Moment
 from handlefs.transport.failures import Failures
@@ -34,6 +37,7 @@ T = TypeVar("T")
 MAX_THREADS = 16
 """Requests on data that run at the same time."""
 
+_OPCODES = {name: number for number, name in abi.OPCODE_NAMES.items()}
 _FUSE_DONT_MASK = 1 << 6
 _FUSE_PARALLEL_DIROPS = 1 << 18
 _FUSE_HANDLE_KILLPRIV = 1 << 19
@@ -42,13 +46,13 @@ _INIT_FLAGS_OFFSET = 16 + 12  # struct fuse_out_header, then major, minor, max_r
 _REQUEST_BUFFER = 1 << 17
 
 
-def serve(operations: Operations, config: Config, metrics: OperationMetrics, on_ready: Callable[[], None]) -> None:
+def serve(operations: Operations, config: Config, counters: Counters, on_ready: Callable[[], None]) -> None:
     """Mount and serve until the mount is gone. Calls `on_ready` in this thread once the mount has answered a request.
 
     Raises OSError if the mount fails.
     """
     logging.getLogger("pyfuse3").addFilter(_is_of_interest)
-    trio.run(_serve, Handlers(operations, config, metrics), config, on_ready)
+    trio.run(_serve, Handlers(operations, config, counters), config, on_ready)
 
 
 def _is_of_interest(record: logging.LogRecord) -> bool:
@@ -143,10 +147,11 @@ class Handlers(pyfuse3.Operations):
     enable_acl = True
     enable_writeback_cache = False
 
-    def __init__(self, operations: Operations, config: Config, metrics: OperationMetrics) -> None:
+    def __init__(self, operations: Operations, config: Config, counters: Counters) -> None:
         super().__init__()
         self._operations = operations
-        self._metrics = metrics
+        self._counters = counters
+        self._counters_lock = threading.Lock()
         self._entry_timeout = config.entry_timeout
         self._attr_timeout = config.attr_timeout
         self._failures = Failures()
@@ -158,17 +163,19 @@ class Handlers(pyfuse3.Operations):
     # -- running an operation --------------------------------------------------------------------------------------------
 
     def _call(self, name: str, work: Callable[[], T]) -> T:
+        number, began = 0, time.monotonic_ns()
         try:
-            result = work()
+            return work()
         except OSError as error:
-            self._metrics.count(name, failed=True)
-            raise pyfuse3.FUSEError(self._failures.errno_for_reply(name, error)) from None
+            number = self._failures.errno_for_reply(name, error)
+            raise pyfuse3.FUSEError(number) from None
         except Exception:
-            self._metrics.count(name, failed=True)
             log.exception("%s failed", name)
-            raise pyfuse3.FUSEError(errno.EIO) from None
-        self._metrics.count(name)
-        return result
+            number = errno.EIO
+            raise pyfuse3.FUSEError(number) from None
+        finally:
+            with self._counters_lock:
+                self._counters.count(_OPCODES[name], number, time.monotonic_ns() - began)
 
     async def _in_thread(self, name: str, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(self._call, name, work, limiter=self._limiter)

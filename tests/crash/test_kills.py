@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -335,6 +336,36 @@ def test_the_supervisor_has_nothing_of_its_mount(server: Mounted) -> None:
                 found = outcome(fd.stat)  # it may be closed meanwhile
                 assert not isinstance(found, os.stat_result) or found.st_dev != device
             assert Path(f"/proc/{pid}/cwd").stat().st_dev != device
+
+
+def test_status_needs_no_worker(server: Mounted) -> None:
+    """It tells all, and what a stopped worker is doing, though none of them could be asked."""
+    pids = workers(server)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        waiting = Child(outcome, os.mkdir, server.path / "while-stopped")
+        status = server.status()
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    assert [worker["pid"] for worker in status["workers"]] == pids
+    assert status["operations_total"] > 0
+    assert status["cache"]["capacity"] > 0
+    assert waiting.result(TIMEOUT) is None
+
+
+def test_what_the_dead_have_counted_stays(server: Mounted) -> None:
+    with (server.path / "counted").open("w"):
+        in_the_end(lambda: server.status()["open_files"], 1, seconds=TIMEOUT)
+        before = server.status()
+        for pid in workers(server):
+            kill(pid)
+        assert outcome(Child(os.listdir, server.path).result, TIMEOUT) is not None
+        after = server.status()
+        assert after["open_files"] == before["open_files"] == 1
+        assert all(after["operations"][name] >= count for name, count in before["operations"].items())
+        assert after["cache"]["misses"] >= before["cache"]["misses"]
 
 
 def kill_one_after_the_other(pids: list[int], stop: threading.Event) -> None:

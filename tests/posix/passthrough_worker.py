@@ -13,7 +13,7 @@ from pathlib import Path
 
 from handlefs.config import Config
 from handlefs.handlemap import HandleMap
-from handlefs.metrics import OperationMetrics
+from handlefs.metrics import Counters
 from handlefs.operations import Operations
 from handlefs.protocol.init import Negotiated
 from handlefs.slot import SlotMemory
@@ -68,7 +68,7 @@ def main() -> None:
     dispatcher = Dispatcher(operations, negotiated, backing, config)
     slot = SlotMemory.create(1, negotiated.buffer_size)[0]
     print("ready", flush=True)
-    Worker(device, slot, dispatcher, Replay(operations, negotiated, dispatcher.answer), OperationMetrics()).run()
+    Worker(device, slot, dispatcher, Replay(operations, negotiated, dispatcher.answer), Counters()).run()
     source.map.close()
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as some
 
 from handlefs.config import Config
 from handlefs.handlemap import HandleMap
-from handlefs.metrics import OperationMetrics
+from handlefs.metrics import Counters
 from handlefs.operations import Operations
 from handlefs.protocol import abi
 from handlefs.protocol.init import ProtocolError, negotiate
@@ -85,7 +85,7 @@ class Served:
         memory = SlotMemory.create(1, self.dispatcher.negotiated.buffer_size)
         try:
             replay = Replay(self.operations, self.dispatcher.negotiated, self.dispatcher.answer)
-            Worker(-1, memory[0], self.dispatcher, replay, OperationMetrics()).run()
+            Worker(-1, memory[0], self.dispatcher, replay, Counters()).run()
         finally:
             os.close(memory.fd)
 
