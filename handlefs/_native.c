@@ -246,6 +246,8 @@ static PyObject *find_inline(int directory, const char *name, const struct inlin
     uint64_t nodeid;
     SYSTEM_CALL(result, name_to_handle_at(directory, name, &handle.head, &mount_id, 0) ||
                             fstatat(directory, name, &found, AT_SYMLINK_NOFOLLOW));
+    if (result && errno == ENOENT)
+        Py_RETURN_FALSE;
     if (result || mount_id != rule->mount_id || handle.head.handle_type != rule->type ||
         handle.head.handle_bytes != rule->size)
         Py_RETURN_NONE;
@@ -556,7 +558,7 @@ static PyMethodDef methods[] = {
     {"look", native_look, METH_VARARGS,
      "look(dir_fd, name) -> (handle type, handle bytes, mount ID, Stat), the Stat taken last"},
     {"find_inline", native_find_inline, METH_VARARGS,
-     "find_inline(dir_fd, names, rule, before) -> list of (nodeid, Stat), or None where that is not certain"},
+     "find_inline(dir_fd, names, rule, before) -> list of (nodeid, Stat), None where that is not certain, False for no entry"},
     {"attr_out", native_attr_out, METH_VARARGS, "attr_out(timeout, ino, Stat) -> struct fuse_attr_out"},
     {"entry_out", native_entry_out, METH_VARARGS,
      "entry_out(nodeid, generation, entry timeout, attr timeout, ino, Stat) -> struct fuse_entry_out"},

@@ -29,7 +29,7 @@ from handlefs.credentials import (
     supplementary_groups,
     without_capability,
 )
-from handlefs.handle import FileHandle, handle_of, name_to_handle_at
+from handlefs.handle import FileHandle, handle_of, look_at, name_to_handle_at
 from handlefs.inodecache import Inode
 from handlefs.nodeid import MAPPED_BIT, ROOT_NODEID
 from handlefs.openfiles import OpenFile, OpenFiles, reopen_flags
@@ -84,6 +84,9 @@ class Changes:
 
 class Peers(Protocol):
     """The other processes that serve the same mount, and what they are told."""
+
+    def may_hold(self, nodeid: int) -> bool:
+        """Whether a client may have the file `nodeid` open in a way that needs one of these processes."""
 
     def removing(self, nodeid: int, fd: int) -> None:
         """The object of `nodeid`, open as `fd` (maybe O_PATH), is about to lose a name, or has none. A client may have it
@@ -293,21 +296,27 @@ class Operations:
         renameat2(old.fd, name, new.fd, new_name, flags)
 
     def _removing(self, directory: Inode, name: bytes) -> None:
-        """Tell the peers of what is about to lose this name."""
+        """Tell the peers of what is about to lose this name, if that can matter to anybody."""
         if self._peers is None:
             return
         try:
-            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
-        except FileNotFoundError:
-            return
-        try:
-            handle, mount_id = handle_of(fd)
-            self._peers.removing(self.source.nodeid(self.source.volumes.of_mount(mount_id), handle), fd)
+            handle, mount_id, stat = look_at(directory.fd, name)
+            # A directory may be somebody's working directory without being open.
+            if st.S_ISDIR(stat.st_mode) or self._peers.may_hold(self._nodeid(handle, mount_id)):
+                self._hand_over(self._peers, directory, name)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ESTALE):  # no handle, no node ID: nobody has it open
+            if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ESTALE):  # no object or none with a node ID
                 raise
+
+    def _hand_over(self, peers: Peers, directory: Inode, name: bytes) -> None:
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
+        try:
+            peers.removing(self._nodeid(*handle_of(fd)), fd)
         finally:
             os.close(fd)
+
+    def _nodeid(self, handle: FileHandle, mount_id: int) -> int:
+        return self.source.nodeid(self.source.volumes.of_mount(mount_id), handle)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
