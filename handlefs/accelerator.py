@@ -77,6 +77,20 @@ class Native(Protocol):
         attr_timeout: Timeout,
         /,
     ) -> bytes: ...
+    def inline_direntplus(
+        self,
+        dir_fd: int,
+        offset: int,
+        wanted: int,
+        size: int,
+        parent_ino: int,
+        rule: tuple[int, int, int, int, int],
+        before: tuple[int, int],
+        generation: Callable[[int], int],
+        entry_timeout: Timeout,
+        attr_timeout: Timeout,
+        /,
+    ) -> bytes | None: ...
 
 
 def _load() -> Native | None:
