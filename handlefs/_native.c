@@ -112,11 +112,8 @@ static PyTypeObject StatType = {
     .tp_richcompare = stat_compare,
 };
 
-static PyObject *new_stat(const struct stat *from)
+static void set_stat(Stat *self, const struct stat *from)
 {
-    Stat *self = PyObject_New(Stat, &StatType);
-    if (self == NULL)
-        return NULL;
     self->dev = from->st_dev;
     self->ino = from->st_ino;
     self->rdev = from->st_rdev;
@@ -130,6 +127,13 @@ static PyObject *new_stat(const struct stat *from)
     self->uid = from->st_uid;
     self->gid = from->st_gid;
     self->blksize = from->st_blksize;
+}
+
+static PyObject *new_stat(const struct stat *from)
+{
+    Stat *self = PyObject_New(Stat, &StatType);
+    if (self != NULL)
+        set_stat(self, from);
     return (PyObject *)self;
 }
 
@@ -238,38 +242,63 @@ struct inline_rule {
     long before_nanoseconds;
 };
 
-static PyObject *find_inline(int directory, const char *name, const struct inline_rule *rule)
+enum finding { UNCERTAIN, ABSENT, FOUND };
+
+static enum finding look_inline(int directory, const char *name, const struct inline_rule *rule, uint64_t *nodeid,
+                                struct stat *found)
 {
     struct handle_buffer handle = {.head.handle_bytes = MAX_HANDLE};
-    struct stat found;
     int mount_id, result;
-    uint64_t nodeid;
     SYSTEM_CALL(result, name_to_handle_at(directory, name, &handle.head, &mount_id, 0) ||
-                            fstatat(directory, name, &found, AT_SYMLINK_NOFOLLOW));
+                            fstatat(directory, name, found, AT_SYMLINK_NOFOLLOW));
+    if (result && errno == ENOENT)
+        return ABSENT;
     if (result || mount_id != rule->mount_id || handle.head.handle_type != rule->type ||
         handle.head.handle_bytes != rule->size)
+        return UNCERTAIN;
+    *nodeid = inline_nodeid(handle.data, rule->size);
+    if (*nodeid >> 32 != found->st_ino || found->st_ino == rule->root_ino || found->st_dev != rule->device)
+        return UNCERTAIN;
+    if (found->st_ctim.tv_nsec == 0 || found->st_ctim.tv_sec > rule->before_seconds ||
+        (found->st_ctim.tv_sec == rule->before_seconds && found->st_ctim.tv_nsec >= rule->before_nanoseconds))
+        return UNCERTAIN;
+    return FOUND;
+}
+
+static PyObject *find_inline(int directory, const char *name, const struct inline_rule *rule)
+{
+    uint64_t nodeid;
+    struct stat found;
+    switch (look_inline(directory, name, rule, &nodeid, &found)) {
+    case FOUND:
+        return Py_BuildValue("KN", (unsigned long long)nodeid, new_stat(&found));
+    case ABSENT:
+        Py_RETURN_FALSE;
+    default:
         Py_RETURN_NONE;
-    nodeid = inline_nodeid(handle.data, rule->size);
-    if (nodeid >> 32 != found.st_ino || found.st_ino == rule->root_ino || found.st_dev != rule->device)
-        Py_RETURN_NONE;
-    if (found.st_ctim.tv_nsec == 0 || found.st_ctim.tv_sec > rule->before_seconds ||
-        (found.st_ctim.tv_sec == rule->before_seconds && found.st_ctim.tv_nsec >= rule->before_nanoseconds))
-        Py_RETURN_NONE;
-    return Py_BuildValue("KN", (unsigned long long)nodeid, new_stat(&found));
+    }
+}
+
+static int parse_rule(PyObject *fields, PyObject *before, struct inline_rule *rule)
+{
+    if (!PyArg_ParseTuple(fields, "iiIKK", &rule->mount_id, &rule->type, &rule->size, &rule->device, &rule->root_ino) ||
+        !PyArg_ParseTuple(before, "Ll", &rule->before_seconds, &rule->before_nanoseconds))
+        return 0;
+    if (rule->size == 8 || rule->size == 12)
+        return 1;
+    PyErr_SetString(PyExc_ValueError, "not the size of an inline handle");
+    return 0;
 }
 
 static PyObject *native_find_inline(PyObject *module, PyObject *args)
 {
     int directory;
     struct inline_rule rule;
-    PyObject *names, *result;
-    if (!PyArg_ParseTuple(args, "iO!(iiIKK)(Ll)", &directory, &PyList_Type, &names, &rule.mount_id, &rule.type,
-                          &rule.size, &rule.device, &rule.root_ino, &rule.before_seconds, &rule.before_nanoseconds))
+    PyObject *names, *fields, *before, *result;
+    if (!PyArg_ParseTuple(args, "iO!O!O!", &directory, &PyList_Type, &names, &PyTuple_Type, &fields, &PyTuple_Type,
+                          &before) ||
+        !parse_rule(fields, before, &rule))
         return NULL;
-    if (rule.size != 8 && rule.size != 12) {
-        PyErr_SetString(PyExc_ValueError, "not the size of an inline handle");
-        return NULL;
-    }
     result = PyList_New(0);
     for (Py_ssize_t index = 0; result != NULL && index < PyList_GET_SIZE(names); index++) {
         const char *name = PyBytes_AsString(PyList_GET_ITEM(names, index));
@@ -409,41 +438,67 @@ struct reply {
 
 enum outcome { FAILED = -1, FULL, WRITTEN };
 
-/* Writes struct fuse_dirent for the tuple (name, ino, type, offset). */
-static enum outcome put_dirent(struct reply *reply, PyObject *entry)
+/* Writes struct fuse_dirent: `head` without its name. */
+static enum outcome write_dirent(struct reply *reply, const struct fuse_dirent *head, const char *name)
 {
-    unsigned long long ino, offset;
-    int type;
-    const char *name;
-    Py_ssize_t length, size;
-    struct fuse_dirent head;
-    if (!PyArg_ParseTuple(entry, "y#KiK", &name, &length, &ino, &type, &offset))
-        return FAILED;
-    size = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET + length);
+    Py_ssize_t size = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET + head->namelen);
     if (size > reply->room)
         return FULL;
-    head.ino = ino;
-    head.off = offset;
-    head.namelen = length;
-    head.type = type;
     memset(reply->end + size - 8, 0, 8); /* the padding */
-    memcpy(reply->end, &head, FUSE_NAME_OFFSET);
-    memcpy(reply->end + FUSE_NAME_OFFSET, name, length);
+    memcpy(reply->end, head, FUSE_NAME_OFFSET);
+    memcpy(reply->end + FUSE_NAME_OFFSET, name, head->namelen);
     reply->end += size;
     reply->room -= size;
     return WRITTEN;
+}
+
+/* Writes struct fuse_direntplus: `entry`, then as above. */
+static enum outcome write_direntplus(struct reply *reply, const struct fuse_entry_out *entry,
+                                     const struct fuse_dirent *head, const char *name)
+{
+    struct reply rest = {.end = reply->end + sizeof *entry, .room = reply->room - (Py_ssize_t)sizeof *entry};
+    enum outcome outcome = write_dirent(&rest, head, name);
+    if (outcome == WRITTEN) {
+        memcpy(reply->end, entry, sizeof *entry);
+        reply->end = rest.end;
+        reply->room = rest.room;
+    }
+    return outcome;
+}
+
+/* Takes the tuple (name, ino, type, offset) apart. */
+static int parse_dirent(PyObject *entry, struct fuse_dirent *head, const char **name)
+{
+    unsigned long long ino, offset;
+    int type;
+    Py_ssize_t length;
+    if (!PyArg_ParseTuple(entry, "y#KiK", name, &length, &ino, &type, &offset))
+        return 0;
+    head->ino = ino;
+    head->off = offset;
+    head->namelen = length;
+    head->type = type;
+    return 1;
+}
+
+/* Writes struct fuse_dirent for the tuple (name, ino, type, offset). */
+static enum outcome put_dirent(struct reply *reply, PyObject *entry)
+{
+    struct fuse_dirent head;
+    const char *name;
+    return parse_dirent(entry, &head, &name) ? write_dirent(reply, &head, name) : FAILED;
 }
 
 /* Writes struct fuse_direntplus for the tuple (entry, node): `entry` as above, node None or (nodeid, generation, (ino, Stat)). */
 static enum outcome put_direntplus(struct reply *reply, PyObject *item)
 {
     struct fuse_entry_out out = {0};
-    struct reply rest;
+    struct fuse_dirent head;
     PyObject *entry, *node, *attributes;
+    const char *name;
     unsigned long long nodeid, generation, ino;
     Stat *stat;
-    enum outcome outcome;
-    if (!PyArg_ParseTuple(item, "OO", &entry, &node))
+    if (!PyArg_ParseTuple(item, "OO", &entry, &node) || !parse_dirent(entry, &head, &name))
         return FAILED;
     if (node != Py_None) {
         if (!PyArg_ParseTuple(node, "KKO!", &nodeid, &generation, &PyTuple_Type, &attributes) ||
@@ -451,16 +506,7 @@ static enum outcome put_direntplus(struct reply *reply, PyObject *item)
             return FAILED;
         fill_entry(&out, nodeid, generation, reply->entry, reply->attr, ino, stat);
     }
-    if (reply->room < (Py_ssize_t)sizeof out)
-        return FULL;
-    rest = (struct reply){.end = reply->end + sizeof out, .room = reply->room - sizeof out};
-    outcome = put_dirent(&rest, entry);
-    if (outcome == WRITTEN) {
-        memcpy(reply->end, &out, sizeof out);
-        reply->end = rest.end;
-        reply->room = rest.room;
-    }
-    return outcome;
+    return write_direntplus(reply, &out, &head, name);
 }
 
 /* A reply with as many of the `entries`, a sequence, as fit, each written by `put`. */
@@ -501,6 +547,84 @@ static PyObject *native_direntplus(PyObject *module, PyObject *args)
                           &reply.attr.seconds, &reply.attr.nanoseconds))
         return NULL;
     return fill(&reply, entries, put_direntplus);
+}
+
+static int is_dot(const char *name) { return name[0] == '.' && (!name[1] || (name[1] == '.' && !name[2])); }
+
+/* Looks one entry up and writes it; UNCERTAIN, with nothing written, if its node is. */
+static enum outcome put_inline(struct reply *reply, int directory, const struct kernel_dirent *from,
+                               const struct inline_rule *rule, PyObject *generation_of, int *certain)
+{
+    struct fuse_entry_out out = {0};
+    struct fuse_dirent head = {from->ino, from->offset, strlen(from->name), from->type};
+    struct stat found;
+    Stat stat;
+    uint64_t nodeid;
+    unsigned long long generation;
+    PyObject *number, *signature;
+    enum finding finding = is_dot(from->name) ? ABSENT : look_inline(directory, from->name, rule, &nodeid, &found);
+    *certain = finding != UNCERTAIN;
+    if (finding == UNCERTAIN)
+        return FULL;
+    if (finding == FOUND) {
+        number = PyLong_FromUnsignedLongLong(nodeid);
+        signature = number == NULL ? NULL : PyObject_CallOneArg(generation_of, number);
+        Py_XDECREF(number);
+        if (signature == NULL)
+            return FAILED;
+        generation = PyLong_AsUnsignedLongLong(signature);
+        Py_DECREF(signature);
+        if (generation == (unsigned long long)-1 && PyErr_Occurred())
+            return FAILED;
+        set_stat(&stat, &found);
+        fill_entry(&out, nodeid, generation, reply->entry, reply->attr, stat.ino, &stat);
+    }
+    return write_direntplus(reply, &out, &head, from->name);
+}
+
+static PyObject *native_inline_direntplus(PyObject *module, PyObject *args)
+{
+    int directory, certain = 1;
+    long long offset;
+    Py_ssize_t wanted, count, position = 0;
+    unsigned long long parent_ino;
+    struct inline_rule rule;
+    struct reply reply = {0};
+    PyObject *fields, *before, *generation_of, *bytes;
+    char *buffer;
+    enum outcome outcome = WRITTEN;
+    if (!PyArg_ParseTuple(args, "iLnnKO!O!O(KI)(KI)", &directory, &offset, &wanted, &reply.room, &parent_ino,
+                          &PyTuple_Type, &fields, &PyTuple_Type, &before, &generation_of, &reply.entry.seconds,
+                          &reply.entry.nanoseconds, &reply.attr.seconds, &reply.attr.nanoseconds) ||
+        !parse_rule(fields, before, &rule))
+        return NULL;
+    buffer = PyMem_Malloc(wanted);
+    bytes = buffer == NULL ? PyErr_NoMemory() : PyBytes_FromStringAndSize(NULL, reply.room);
+    if (bytes == NULL) {
+        PyMem_Free(buffer);
+        return NULL;
+    }
+    reply.end = PyBytes_AS_STRING(bytes);
+    SYSTEM_CALL(count, lseek(directory, offset, SEEK_SET) < 0 ? -1 : syscall(SYS_getdents64, directory, buffer, wanted));
+    if (count < 0) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        outcome = FAILED;
+    }
+    while (outcome == WRITTEN && position < count) {
+        struct kernel_dirent *from = (struct kernel_dirent *)(buffer + position);
+        if (parent_ino && strcmp(from->name, "..") == 0)
+            from->ino = parent_ino;
+        outcome = put_inline(&reply, directory, from, &rule, generation_of, &certain);
+        position += from->length;
+    }
+    PyMem_Free(buffer);
+    if (outcome == FAILED)
+        Py_CLEAR(bytes);
+    else if (!certain || (offset == 0 && count == 0))
+        Py_SETREF(bytes, Py_NewRef(Py_None));
+    else
+        _PyBytes_Resize(&bytes, reply.end - PyBytes_AS_STRING(bytes));
+    return bytes;
 }
 
 /* -- credentials ------------------------------------------------------------------------------------------------------ */
@@ -556,7 +680,7 @@ static PyMethodDef methods[] = {
     {"look", native_look, METH_VARARGS,
      "look(dir_fd, name) -> (handle type, handle bytes, mount ID, Stat), the Stat taken last"},
     {"find_inline", native_find_inline, METH_VARARGS,
-     "find_inline(dir_fd, names, rule, before) -> list of (nodeid, Stat), or None where that is not certain"},
+     "find_inline(dir_fd, names, rule, before) -> list of (nodeid, Stat), None where that is not certain, False for no entry"},
     {"attr_out", native_attr_out, METH_VARARGS, "attr_out(timeout, ino, Stat) -> struct fuse_attr_out"},
     {"entry_out", native_entry_out, METH_VARARGS,
      "entry_out(nodeid, generation, entry timeout, attr timeout, ino, Stat) -> struct fuse_entry_out"},
@@ -565,6 +689,9 @@ static PyMethodDef methods[] = {
     {"dirents", native_dirents, METH_VARARGS, "dirents(entries, size) -> as many struct fuse_dirent as fit"},
     {"direntplus", native_direntplus, METH_VARARGS,
      "direntplus([(entry, node or None)], size, entry timeout, attr timeout) -> as many struct fuse_direntplus as fit"},
+    {"inline_direntplus", native_inline_direntplus, METH_VARARGS,
+     "inline_direntplus(directory fd, offset, bytes to list, bytes of reply, inode number of .. or 0, rule, before, "
+     "generation of a node ID, entry timeout, attr timeout) -> struct fuse_direntplus for each, None if one is not certain"},
     {"ioctl_without", native_ioctl_without, METH_VARARGS,
      "ioctl_without(capability, fd, request, argument) -> what ioctl(2) returns without that capability"},
     {NULL},

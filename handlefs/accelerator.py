@@ -7,7 +7,7 @@ same arguments as its counterpart, one of the two is chosen at import; elsewhere
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar, cast
+from typing import Literal, Protocol, TypeVar, cast
 
 Tuple = TypeVar("Tuple", bound=tuple[object, ...])
 
@@ -61,7 +61,7 @@ class Native(Protocol):
     def open_by_handle_at(self, mount_fd: int, kind: int, data: bytes, flags: int, /) -> int: ...
     def find_inline(
         self, dir_fd: int, names: list[bytes], rule: tuple[int, int, int, int, int], before: tuple[int, int], /
-    ) -> list[tuple[int, Stat] | None]: ...
+    ) -> list[tuple[int, Stat] | Literal[False] | None]: ...
     def ioctl_without(self, capability: int, fd: int, request: int, argument: bytearray, /) -> int: ...
     def getdents(self, fd: int, size: int, type: type[Tuple], /) -> list[Tuple]: ...
     def attr_out(self, timeout: Timeout, ino: int, stat: Stat, /) -> bytes: ...
@@ -77,6 +77,20 @@ class Native(Protocol):
         attr_timeout: Timeout,
         /,
     ) -> bytes: ...
+    def inline_direntplus(
+        self,
+        dir_fd: int,
+        offset: int,
+        wanted: int,
+        size: int,
+        parent_ino: int,
+        rule: tuple[int, int, int, int, int],
+        before: tuple[int, int],
+        generation: Callable[[int], int],
+        entry_timeout: Timeout,
+        attr_timeout: Timeout,
+        /,
+    ) -> bytes | None: ...
 
 
 def _load() -> Native | None:

@@ -11,7 +11,7 @@ What is not certain is not found here, and has to be opened, or looked at twice.
 """
 
 import time
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from handlefs.accelerator import Stat, native
 from handlefs.handle import look_at
@@ -19,6 +19,9 @@ from handlefs.nodeid import InlineFormat
 
 Found = tuple[int, Stat]
 """Node ID and attributes."""
+
+ABSENT: Final = False
+"""There is no such name."""
 
 _JUST_NOW = 100_000_000
 """Nanoseconds; the kernel's file times are up to a tick behind (current_time in fs/inode.c)."""
@@ -40,25 +43,34 @@ class InlineNodes:
 
     def __init__(self, form: InlineFormat, *, mount_id: int, device: int, root_ino: int) -> None:
         self._form = form
-        self._rule = InlineRule(mount_id, form.type, form.layout.size, device, root_ino)
+        self.rule: Final = InlineRule(mount_id, form.type, form.layout.size, device, root_ino)
 
-    def find(self, directory_fd: int, names: list[bytes]) -> list[Found | None]:
-        """What is found for each of `names`; None where that is not certain, and for whatever cannot be looked up."""
-        before = time.time_ns() - _JUST_NOW
+    def find(self, directory_fd: int, names: list[bytes]) -> list[Found | Literal[False] | None]:
+        """What is found for each of `names`: `ABSENT` for what is not there, None where that is not certain or cannot be
+        looked up."""
+        before = self.before()
         if native is not None:
-            return native.find_inline(directory_fd, names, self._rule, divmod(before, 10**9))
+            return native.find_inline(directory_fd, names, self.rule, before)
         return [self._find(directory_fd, name, before) for name in names]
 
-    def _find(self, directory_fd: int, name: bytes, before: int) -> Found | None:
+    @staticmethod
+    def before() -> tuple[int, int]:
+        """Seconds and nanoseconds: what has not changed since then has not changed just now."""
+        return divmod(time.time_ns() - _JUST_NOW, 10**9)
+
+    def _find(self, directory_fd: int, name: bytes, before: tuple[int, int]) -> Found | Literal[False] | None:
         try:
             handle, mount_id, stat = look_at(directory_fd, name)
+        except FileNotFoundError:
+            return ABSENT
         except OSError:  # whoever looks closer will meet it again
             return None
         nodeid = self._form.encode(handle)
-        if nodeid is None or nodeid >> 32 != stat.st_ino or stat.st_ino == self._rule.root_ino:
+        if nodeid is None or nodeid >> 32 != stat.st_ino or stat.st_ino == self.rule.root_ino:
             return None
-        if mount_id != self._rule.mount_id or stat.st_dev != self._rule.device:
+        if mount_id != self.rule.mount_id or stat.st_dev != self.rule.device:
             return None
-        if stat.st_ctime_ns >= before or stat.st_ctime_ns % 10**9 == 0:
+        seconds, nanoseconds = divmod(stat.st_ctime_ns, 10**9)
+        if (seconds, nanoseconds) >= before or nanoseconds == 0:
             return None
         return nodeid, stat

@@ -29,7 +29,7 @@ from handlefs.credentials import (
     supplementary_groups,
     without_capability,
 )
-from handlefs.handle import FileHandle, handle_of, name_to_handle_at
+from handlefs.handle import FileHandle, handle_of, look_at, name_to_handle_at
 from handlefs.inodecache import Inode
 from handlefs.nodeid import MAPPED_BIT, ROOT_NODEID
 from handlefs.openfiles import OpenFile, OpenFiles, reopen_flags
@@ -84,6 +84,9 @@ class Changes:
 
 class Peers(Protocol):
     """The other processes that serve the same mount, and what they are told."""
+
+    def may_hold(self, nodeid: int) -> bool:
+        """Whether a client may have the file `nodeid` open in a way that needs one of these processes."""
 
     def removing(self, nodeid: int, fd: int) -> None:
         """The object of `nodeid`, open as `fd` (maybe O_PATH), is about to lose a name, or has none. A client may have it
@@ -293,21 +296,27 @@ class Operations:
         renameat2(old.fd, name, new.fd, new_name, flags)
 
     def _removing(self, directory: Inode, name: bytes) -> None:
-        """Tell the peers of what is about to lose this name."""
+        """Tell the peers of what is about to lose this name, if that can matter to anybody."""
         if self._peers is None:
             return
         try:
-            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
-        except FileNotFoundError:
-            return
-        try:
-            handle, mount_id = handle_of(fd)
-            self._peers.removing(self.source.nodeid(self.source.volumes.of_mount(mount_id), handle), fd)
+            handle, mount_id, stat = look_at(directory.fd, name)
+            # A directory may be somebody's working directory without being open.
+            if st.S_ISDIR(stat.st_mode) or self._peers.may_hold(self._nodeid(handle, mount_id)):
+                self._hand_over(self._peers, directory, name)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ESTALE):  # no handle, no node ID: nobody has it open
+            if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ESTALE):  # no object or none with a node ID
                 raise
+
+    def _hand_over(self, peers: Peers, directory: Inode, name: bytes) -> None:
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
+        try:
+            peers.removing(self._nodeid(*handle_of(fd)), fd)
         finally:
             os.close(fd)
+
+    def _nodeid(self, handle: FileHandle, mount_id: int) -> int:
+        return self.source.nodeid(self.source.volumes.of_mount(mount_id), handle)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -369,7 +378,7 @@ class Operations:
 
     def read(self, nodeid: int, fh: int, size: int, offset: int) -> bytes:
         """READ: fewer than `size` bytes only at the end of the file."""
-        file = self._file(nodeid, fh)
+        file = self.open_file(nodeid, fh)
         data = os.pread(file.fd, size, offset)
         while data and len(data) < size:  # a signal or the source may cut a read short, which would look like the end
             more = os.pread(file.fd, size - len(data), offset + len(data))
@@ -382,7 +391,7 @@ class Operations:
         """WRITE: returns the number of bytes written, fewer than given only if an error stopped the write midway. With
         `kill_suidgid` it clears set-id bits."""
         self._check_writable()
-        file = self._file(nodeid, fh)
+        file = self.open_file(nodeid, fh)
         with _without_fsetid(kill_suidgid):
             written = os.pwrite(file.fd, data, offset)
             while written < len(data):
@@ -396,13 +405,13 @@ class Operations:
         """LSEEK with SEEK_DATA or SEEK_HOLE: the next data or hole from `offset` on; ENXIO beyond the end."""
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise OSError(errno.EINVAL, "the kernel does other seeks itself")
-        file = self._file(nodeid, fh)
+        file = self.open_file(nodeid, fh)
         return os.lseek(file.fd, offset, whence)
 
     def fallocate(self, nodeid: int, fh: int, mode: int, offset: int, length: int) -> None:
         """FALLOCATE, in every mode that the source's file system has."""
         self._check_writable()
-        file = self._file(nodeid, fh)
+        file = self.open_file(nodeid, fh)
         fallocate(file.fd, mode, offset, length)
 
     def copy_file_range(
@@ -410,7 +419,7 @@ class Operations:
     ) -> int:
         """COPY_FILE_RANGE: copies, or shares blocks, on the source; returns the number of bytes."""
         self._check_writable()
-        source, target = self._file(nodeid, fh), self._file(nodeid_out, fh_out)
+        source, target = self.open_file(nodeid, fh), self.open_file(nodeid_out, fh_out)
         # The reply has 32 bits for the size, and a copy of gigabytes should not keep a thread for minutes.
         return os.copy_file_range(source.fd, target.fd, min(size, _LARGEST_COPY), offset, offset_out)
 
@@ -420,7 +429,7 @@ class Operations:
             raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
         if command in _SETTING_IOCTLS:
             self._check_writable()
-        file = self._file(nodeid, fh)
+        file = self.open_file(nodeid, fh)
         buffer = bytearray(data.ljust(max(out_size, _SMALLEST_IOCTL_BUFFER), b"\0"))
         fcntl.ioctl(file.fd, command, buffer)
         return bytes(buffer[:out_size])
@@ -431,7 +440,7 @@ class Operations:
 
     def flush(self, nodeid: int, fh: int) -> None:
         """FLUSH: a close(2) in the client; reports what closing the source's file would report."""
-        file = self._file(nodeid, fh)
+        file = self.open_file(nodeid, fh)
         os.close(with_descriptors(self.source.cache, lambda: os.dup(file.fd)))
 
     def close_says_nothing(self, nodeid: int) -> bool:
@@ -441,7 +450,7 @@ class Operations:
 
     def fsync(self, nodeid: int, fh: int, *, datasync: bool) -> None:
         """FSYNC."""
-        file = self._file(nodeid, fh)
+        file = self.open_file(nodeid, fh)
         (os.fdatasync if datasync else os.fsync)(file.fd)
 
     def release(self, nodeid: int, fh: int) -> None:
@@ -450,7 +459,7 @@ class Operations:
         if self._peers is not None:
             self._peers.released(nodeid, fh)
 
-    def _file(self, nodeid: int, fh: int) -> OpenFile:
+    def open_file(self, nodeid: int, fh: int) -> OpenFile:
         """The open file `fh` of `nodeid`, opened again if this process does not know it."""
         file = self.open_files.get(nodeid, fh)
         if file is None:
@@ -481,7 +490,7 @@ class Operations:
     def readdir(self, nodeid: int, fh: int, offset: int, size: int) -> list[DirectoryEntry]:
         """READDIR: entries of the directory from `offset` on (0, or one that an entry had, in whatever process), "." and
         ".." among them; `size` is in bytes of getdents64(2). Empty at the end. Their `ino` is the st_ino of the entry."""
-        file, inode = self._file(nodeid, fh), self.inode(nodeid)
+        file, inode = self.open_file(nodeid, fh), self.inode(nodeid)
         entries = self._list(file, offset, size)
         if inode.ino_mask or self.source.volumes.may_nest(self.source.volumes.by_id(inode.volume_id)):
             return [entry for entry, _ in self._with_nodes(file, inode, entries)]
@@ -492,7 +501,7 @@ class Operations:
     def readdirplus(self, nodeid: int, fh: int, offset: int, size: int) -> list[tuple[DirectoryEntry, Entry | None]]:
         """READDIRPLUS: as `readdir`, with the node of each entry; None for "." and ".." and for what has gone meanwhile or
         cannot have a node (on a file system without handles mounted below the source)."""
-        file, inode = self._file(nodeid, fh), self.inode(nodeid)
+        file, inode = self.open_file(nodeid, fh), self.inode(nodeid)
         return self._with_nodes(file, inode, self._list(file, offset, size))
 
     @staticmethod

@@ -16,7 +16,7 @@ from handlefs.accelerator import Stat, fstat
 from handlefs.filesystem import SourceIdentity
 from handlefs.handle import FileHandle, handle_of, look_at, name_to_handle_at, open_by_handle_at
 from handlefs.handlemap import HandleMap, MappedHandle
-from handlefs.inlinenodes import InlineNodes
+from handlefs.inlinenodes import ABSENT, InlineNodes
 from handlefs.inodecache import Inode, InodeCache
 from handlefs.nodeid import (
     INLINE_FILESYSTEMS,
@@ -90,10 +90,10 @@ class Source:
         if self.volumes.root.filesystem.type in INLINE_FILESYSTEMS:
             self.inline = inline_format(self.handle, root_ino)
         """How handles of the source's own file system go into node IDs; None if all have to be mapped."""
-        self._inline_nodes: InlineNodes | None = None
+        self.inline_nodes: InlineNodes | None = None
         if self.inline is not None:
             root = self.volumes.root
-            self._inline_nodes = InlineNodes(self.inline, mount_id=root.mount_id, device=root.device, root_ino=root_ino)
+            self.inline_nodes = InlineNodes(self.inline, mount_id=root.mount_id, device=root.device, root_ino=root_ino)
         self._map: HandleMap | None = None
 
     def attach_map(self, handle_map: HandleMap) -> None:
@@ -199,8 +199,10 @@ class Source:
         What clearly has an inline node ID and is no directory is not opened: few of the files that are looked up are used.
         """
         check_name(name)
-        if self._inline_nodes is not None:
-            (found,) = self._inline_nodes.find(parent.fd, [name])
+        if self.inline_nodes is not None:
+            (found,) = self.inline_nodes.find(parent.fd, [name])
+            if found is ABSENT:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
             if found is not None and not st.S_ISDIR(found[1].st_mode):
                 return self._inline_entry(*found)
         return self.entry(self.lookup(parent, name))
@@ -313,11 +315,11 @@ class Source:
 
         Nothing enters the cache: a listing would push out what is in use.
         """
-        inline = [None] * len(names) if self._inline_nodes is None else self._inline_nodes.find(directory_fd, names)
-        others = [self._peek(directory_fd, name) for name, found in zip(names, inline, strict=True) if found is None]
+        inline = self.inline_nodes.find(directory_fd, names) if self.inline_nodes is not None else [None] * len(names)
+        others = [self._peek(directory_fd, name) for name, found in zip(names, inline, strict=True) if not found]
         nodeids = iter(self._nodeids([item for item in others if item is not None]))
         rest = (None if item is None else self._entry(item, next(nodeids)) for item in others)
-        return [next(rest) if found is None else self._inline_entry(*found) for found in inline]
+        return [self._inline_entry(*found) if found else next(rest) for found in inline]
 
     def _entry(self, found: "_Found", nodeid: int) -> Entry:
         ino = found.stat.st_ino ^ found.volume.ino_mask(found.stat.st_dev, found.handle)

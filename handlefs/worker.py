@@ -181,10 +181,15 @@ def answer_eio(device: int, message: memoryview) -> None:
 class OtherProcesses:
     """The other workers and the supervisor, as `Operations` want to tell them things."""
 
-    def __init__(self, slot: Slot, drops: DropLog, removed: socket.socket) -> None:
+    def __init__(self, slot: Slot, drops: DropLog, removed: socket.socket, table: BackingTable | None) -> None:
         self._slot = slot
         self._drops = drops
         self._removed = removed
+        self._table = table
+
+    def may_hold(self, nodeid: int) -> bool:
+        """Whether it is open, or may be, without the kernel holding it by a backing ID."""
+        return self._table is None or self._table.needs_server(nodeid)
 
     def removing(self, nodeid: int, fd: int) -> None:
         """Have the supervisor keep the object."""
@@ -254,7 +259,7 @@ def _serve_slot(
     slot, negotiated, drops = memory[index], assignment.negotiated, DropLog(assignment.drops)
     counters = Counters(slot.counters)
     source.cache = InodeCache(share(assignment.cache_size, index, assignment.slot_count), counters.cache)
-    peers = OtherProcesses(slot, drops, socket.socket(fileno=assignment.removed))
+    peers = OtherProcesses(slot, drops, socket.socket(fileno=assignment.removed), table)
     # Numbered by their requests: a successor that repeats one opens the same file, not a second.
     open_files = OpenFiles(iter(lambda: slot.unique, None), counters.files)
     read_only = assignment.config.options.read_only

@@ -75,6 +75,7 @@ class BackingTable:
             self._env.close()
             raise
         self._allocated = 0
+        self._env.reader_check()  # killed processes have left their places: there are not many
 
     def close(self) -> None:
         """Close it; the records stay."""
@@ -108,6 +109,11 @@ class BackingTable:
             return int(_VALUE.unpack(value)[0])
 
         return self._run(forget)
+
+    def needs_server(self, nodeid: int) -> bool:
+        """Whether `nodeid` is open, or may be, without a backing ID: its data goes through a process of ours."""
+        with self._env.begin() as transaction:
+            return _backing_id(transaction, nodeid) == NO_BACKING or transaction.get(_FROZEN) is not None
 
     def make_room(self) -> None:
         """Make sure that there is memory for two records more; every change does so. OSError: ENOSPC, also when it is full."""

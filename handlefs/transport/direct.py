@@ -23,6 +23,7 @@ from handlefs.protocol.init import MAX_WRITE, Negotiated, negotiate
 from handlefs.protocol.listing import direntplus, dirents
 from handlefs.source import Attributes, Entry
 from handlefs.syscalls import Moment
+from handlefs.transport import inlinelisting
 from handlefs.transport.backing import BackingFiles
 from handlefs.transport.backingtable import NO_BACKING
 from handlefs.transport.failures import Failures
@@ -405,8 +406,12 @@ class Dispatcher:
         fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
         # An entry takes 128 bytes more than its fuse_dirent: ask for about as many as fit.
         size = min(size, self.negotiated.buffer_size)
-        entries = self._operations.readdirplus(request.nodeid, fh, offset, max(size // 5, 512))
-        return direntplus(entries, size, self._entry_timeout, self._attr_timeout)
+        wanted = max(size // 5, 512)
+        timeouts = self._entry_timeout, self._attr_timeout
+        reply = inlinelisting.direntplus(self._operations, request.nodeid, fh, offset, size, wanted, *timeouts)
+        if reply is not None:
+            return reply
+        return direntplus(self._operations.readdirplus(request.nodeid, fh, offset, wanted), size, *timeouts)
 
     def _syncfs(self, request: Request) -> Reply:
         self._operations.syncfs(request.nodeid)

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from handlefs.handle import name_to_handle_at
+from handlefs.handle import FileHandle, name_to_handle_at
 from handlefs.operations import Operations
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated
 from handlefs.syscalls import birth_time
+from handlefs.volumes import Volume
 
 Reply = Sequence[bytes] | None
 Answer = Callable[[memoryview], Reply]
@@ -53,6 +54,7 @@ was opened would never be released."""
 _CREATION_FLAGS = os.O_CREAT | os.O_EXCL | os.O_TRUNC
 _CLOCK_REALTIME_COARSE = 5  # clock_gettime(2); Python's time has no name for it
 _TIME = struct.Struct("=q")
+_HANDLE_TYPE = struct.Struct("=i")
 
 
 class _Request(NamedTuple):
@@ -151,7 +153,11 @@ def _handle_at(operations: Operations, parent: int, name: bytes) -> bytes:
         handle, mount_id = name_to_handle_at(directory.fd, name)
     except FileNotFoundError:
         return b""
-    return operations.source.volumes.of_mount(mount_id).id + str(handle).encode()
+    return _identity(operations.source.volumes.of_mount(mount_id), handle)
+
+
+def _identity(volume: Volume, handle: FileHandle) -> bytes:
+    return volume.id + _HANDLE_TYPE.pack(handle.type) + handle.data
 
 
 def _victim(operations: Operations, request: _Request) -> bytes:
@@ -188,7 +194,7 @@ def _victim_is_gone(operations: Operations, request: _Request, intent: bytes) ->
 def _is_linked(operations: Operations, request: _Request, _intent: bytes) -> bool:
     (nodeid,) = abi.fuse_link_in.unpack(request.head)
     volume, handle = operations.source.handle_of_node(nodeid)
-    return _handle_at(operations, request.nodeid, request.name) == volume.id + str(handle).encode()
+    return _handle_at(operations, request.nodeid, request.name) == _identity(volume, handle)
 
 
 def _has_value(operations: Operations, request: _Request, _intent: bytes) -> bool:

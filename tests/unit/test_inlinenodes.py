@@ -10,13 +10,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from handlefs import inlinenodes
 from handlefs.accelerator import Stat
 from handlefs.handle import FileHandle, handle_of, name_to_handle_at
-from handlefs.inlinenodes import InlineNodes
+from handlefs.inlinenodes import ABSENT, InlineNodes
 from handlefs.nodeid import INLINE_FORMATS, inline_format
 from tests.support.filesystems import FileSystems, filesystem
 from tests.unit.serving import code, new_directory, serving
@@ -44,7 +45,7 @@ class Ground:
         assert form is not None
         self.form = form
 
-    def find(self, name: str, **different: int) -> tuple[int, Stat] | None:
+    def find(self, name: str, **different: int) -> tuple[int, Stat] | Literal[False] | None:
         rule = {"mount_id": self.mount_id, "device": self.device, "root_ino": os.fstat(self.fd).st_ino} | different
         (found,) = InlineNodes(self.form, **rule).find(self.fd, [os.fsencode(name)])
         return found
@@ -68,7 +69,7 @@ def ground(filesystems: FileSystems, request: pytest.FixtureRequest) -> Iterator
 @pytest.mark.usefixtures("implementation")
 def test_what_is_old_enough_is_found(ground: Ground, name: str) -> None:
     found = ground.find(name)
-    assert found is not None
+    assert found
     nodeid, stat = found
     assert nodeid == ground.nodeid(name)
     assert (stat.st_ino, stat.st_mode) == ((ground.root / name).lstat().st_ino, (ground.root / name).lstat().st_mode)
@@ -87,13 +88,18 @@ def test_what_has_just_changed_is_not_found(ground: Ground) -> None:
 
 @pytest.mark.usefixtures("implementation")
 def test_what_is_another_objects_is_not_found(ground: Ground) -> None:
-    """Another mount, another device, the source's root under a name, another type of handle; and no such name."""
+    """Another mount, another device, the source's root under a name, another type of handle."""
     assert ground.find("file", mount_id=ground.mount_id + 1) is None
     assert ground.find("file", device=ground.device + 1) is None
     assert ground.find("file", root_ino=(ground.root / "file").stat().st_ino) is None
-    assert ground.find("nothing") is None
     (ground.form,) = (form for form in INLINE_FORMATS if form != ground.form)
     assert ground.find("file") is None
+
+
+@pytest.mark.usefixtures("implementation")
+def test_what_is_not_there_is_known_to_be_absent(ground: Ground) -> None:
+    assert ground.find("nothing") is ABSENT
+    assert ground.find("x" * 300) is None  # too long a name: of that another error tells
 
 
 @pytest.mark.usefixtures("implementation")

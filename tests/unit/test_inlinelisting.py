@@ -1,0 +1,110 @@
+"""Listing with nodes in one compiled step: the same bytes as step by step, or none at all."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from handlefs.accelerator import native
+from handlefs.nodeid import ROOT_NODEID
+from handlefs.operations import Operations
+from handlefs.protocol import abi
+from handlefs.protocol.listing import direntplus
+from handlefs.transport import inlinelisting
+from tests.support.filesystems import FileSystems, run
+from tests.unit.serving import code, new_directory, serving
+
+pytestmark = pytest.mark.skipif(native is None, reason="the accelerator is switched off or was not built")
+
+SOME_TIME = 0.2
+"""Seconds, after which a change is not just now any more."""
+TIMEOUTS = ((1, 500), (2, 0))
+
+
+@pytest.fixture(params=["ext4", "xfs"])
+def operations(filesystems: FileSystems, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Operations]:
+    source = new_directory(filesystems[request.param])
+    for number in range(300):
+        (source / f"{number:0{number % 200 + 1}}").touch()
+    (source / "directory" / "inner").mkdir(parents=True)
+    (source / "link").symlink_to("0")
+    (source / "again").hardlink_to(source / "0")
+    os.mknod(source / "device", 0o20600, os.makedev(11, 300))
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.fspath(source / "socket"))
+    time.sleep(SOME_TIME)
+    with serving(source, tmp_path / "state") as operations:
+        yield operations
+
+
+def at_once(operations: Operations, nodeid: int, offset: int = 0, size: int = 4096) -> bytes | None:
+    fh = operations.opendir(nodeid)
+    try:
+        return inlinelisting.direntplus(operations, nodeid, fh, offset, size, max(size // 5, 512), *TIMEOUTS)
+    finally:
+        operations.release(nodeid, fh)
+
+
+def step_by_step(operations: Operations, nodeid: int, offset: int = 0, size: int = 4096) -> bytes:
+    fh = operations.opendir(nodeid)
+    try:
+        return direntplus(operations.readdirplus(nodeid, fh, offset, max(size // 5, 512)), size, *TIMEOUTS)
+    finally:
+        operations.release(nodeid, fh)
+
+
+def last_offset(listing: bytes) -> int:
+    position = offset = 0
+    while position < len(listing):
+        _, offset, length, _ = abi.fuse_dirent.unpack_from(listing, position + abi.fuse_entry_out.size)
+        position += abi.padded(abi.fuse_entry_out.size + abi.fuse_dirent.size + length)
+    return int(offset)
+
+
+@pytest.mark.parametrize("size", [1024, 4096, 1 << 16])
+def test_the_same_as_step_by_step(operations: Operations, size: int) -> None:
+    offset, replies = 0, 0
+    while listing := step_by_step(operations, ROOT_NODEID, offset, size):
+        assert at_once(operations, ROOT_NODEID, offset, size) == listing
+        offset = last_offset(listing)
+        replies += 1
+    assert at_once(operations, ROOT_NODEID, offset, size) == b""
+    assert replies > 1
+
+
+def test_subdirectories(operations: Operations) -> None:
+    directory = operations.lookup(ROOT_NODEID, b"directory").nodeid
+    for nodeid in (directory, operations.lookup(directory, b"inner").nodeid):
+        assert at_once(operations, nodeid) == step_by_step(operations, nodeid) != b""
+
+
+def test_what_is_not_certain_is_left_to_the_other_way(operations: Operations) -> None:
+    source = Path(operations.source.path)
+    (source / "directory" / "new").touch()
+    nodeid = operations.lookup(ROOT_NODEID, b"directory").nodeid
+    assert at_once(operations, nodeid) is None
+    time.sleep(SOME_TIME)
+    assert at_once(operations, nodeid) is not None
+    run("mount", "-t", "tmpfs", "none", source / "directory" / "inner")
+    try:
+        assert at_once(operations, nodeid) is None
+    finally:
+        run("umount", source / "directory" / "inner")
+
+
+def test_errors(operations: Operations) -> None:
+    directory = operations.lookup(ROOT_NODEID, b"directory").nodeid
+    gone = operations.opendir(directory)
+    (Path(operations.source.path) / "directory" / "inner").rmdir()
+    (Path(operations.source.path) / "directory").rmdir()
+    assert code(lambda: inlinelisting.direntplus(operations, directory, gone, 0, 4096, 800, *TIMEOUTS)) == "ENOENT"
+    operations.release(directory, gone)
+    nodeid = operations.lookup(ROOT_NODEID, b"0").nodeid
+    fh = operations.open(nodeid, os.O_RDONLY)
+    assert code(lambda: inlinelisting.direntplus(operations, nodeid, fh, 0, 4096, 800, *TIMEOUTS)) == "ENOTDIR"
+    operations.release(nodeid, fh)
