@@ -549,36 +549,69 @@ static PyObject *native_direntplus(PyObject *module, PyObject *args)
     return fill(&reply, entries, put_direntplus);
 }
 
+/* Fills in the reply for the object `found` with an inline node ID; 0 with an exception set if that fails. */
+static int fill_inline(struct fuse_entry_out *out, uint64_t nodeid, const struct stat *found, PyObject *generation_of,
+                       const struct reply *reply)
+{
+    PyObject *number = PyLong_FromUnsignedLongLong(nodeid);
+    PyObject *signature = number == NULL ? NULL : PyObject_CallOneArg(generation_of, number);
+    unsigned long long generation = signature == NULL ? 0 : PyLong_AsUnsignedLongLong(signature);
+    Stat stat;
+    Py_XDECREF(number);
+    Py_XDECREF(signature);
+    if (PyErr_Occurred())
+        return 0;
+    set_stat(&stat, found);
+    fill_entry(out, nodeid, generation, reply->entry, reply->attr, stat.ino, &stat);
+    return 1;
+}
+
+static PyObject *native_inline_entry(PyObject *module, PyObject *args)
+{
+    int directory;
+    const char *name;
+    struct inline_rule rule;
+    struct reply reply = {0};
+    struct fuse_entry_out out;
+    struct stat found;
+    uint64_t nodeid;
+    PyObject *fields, *before, *generation_of;
+    if (!PyArg_ParseTuple(args, "iyO!O!O(KI)(KI)", &directory, &name, &PyTuple_Type, &fields, &PyTuple_Type, &before,
+                          &generation_of, &reply.entry.seconds, &reply.entry.nanoseconds, &reply.attr.seconds,
+                          &reply.attr.nanoseconds) ||
+        !parse_rule(fields, before, &rule))
+        return NULL;
+    switch (look_inline(directory, name, &rule, &nodeid, &found)) {
+    case ABSENT:
+        errno = ENOENT;
+        return error_about(name);
+    case FOUND:
+        if (S_ISDIR(found.st_mode))
+            Py_RETURN_NONE;
+        if (!fill_inline(&out, nodeid, &found, generation_of, &reply))
+            return NULL;
+        return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
+    default:
+        Py_RETURN_NONE;
+    }
+}
+
 static int is_dot(const char *name) { return name[0] == '.' && (!name[1] || (name[1] == '.' && !name[2])); }
 
-/* Looks one entry up and writes it; UNCERTAIN, with nothing written, if its node is. */
+/* Looks one entry up and writes it; nothing if its node is not `certain`. */
 static enum outcome put_inline(struct reply *reply, int directory, const struct kernel_dirent *from,
                                const struct inline_rule *rule, PyObject *generation_of, int *certain)
 {
     struct fuse_entry_out out = {0};
     struct fuse_dirent head = {from->ino, from->offset, strlen(from->name), from->type};
     struct stat found;
-    Stat stat;
     uint64_t nodeid;
-    unsigned long long generation;
-    PyObject *number, *signature;
     enum finding finding = is_dot(from->name) ? ABSENT : look_inline(directory, from->name, rule, &nodeid, &found);
     *certain = finding != UNCERTAIN;
     if (finding == UNCERTAIN)
         return FULL;
-    if (finding == FOUND) {
-        number = PyLong_FromUnsignedLongLong(nodeid);
-        signature = number == NULL ? NULL : PyObject_CallOneArg(generation_of, number);
-        Py_XDECREF(number);
-        if (signature == NULL)
-            return FAILED;
-        generation = PyLong_AsUnsignedLongLong(signature);
-        Py_DECREF(signature);
-        if (generation == (unsigned long long)-1 && PyErr_Occurred())
-            return FAILED;
-        set_stat(&stat, &found);
-        fill_entry(&out, nodeid, generation, reply->entry, reply->attr, stat.ino, &stat);
-    }
+    if (finding == FOUND && !fill_inline(&out, nodeid, &found, generation_of, reply))
+        return FAILED;
     return write_direntplus(reply, &out, &head, from->name);
 }
 
@@ -689,6 +722,9 @@ static PyMethodDef methods[] = {
     {"dirents", native_dirents, METH_VARARGS, "dirents(entries, size) -> as many struct fuse_dirent as fit"},
     {"direntplus", native_direntplus, METH_VARARGS,
      "direntplus([(entry, node or None)], size, entry timeout, attr timeout) -> as many struct fuse_direntplus as fit"},
+    {"inline_entry", native_inline_entry, METH_VARARGS,
+     "inline_entry(dir_fd, name, rule, before, generation of a node ID, entry timeout, attr timeout) -> struct "
+     "fuse_entry_out, None if that is not certain or a directory; FileNotFoundError"},
     {"inline_direntplus", native_inline_direntplus, METH_VARARGS,
      "inline_direntplus(directory fd, offset, bytes to list, bytes of reply, inode number of .. or 0, rule, before, "
      "generation of a node ID, entry timeout, attr timeout) -> struct fuse_direntplus for each, None if one is not certain"},

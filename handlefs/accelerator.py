@@ -77,6 +77,17 @@ class Native(Protocol):
         attr_timeout: Timeout,
         /,
     ) -> bytes: ...
+    def inline_entry(
+        self,
+        dir_fd: int,
+        name: bytes,
+        rule: tuple[int, int, int, int, int],
+        before: tuple[int, int],
+        generation: Callable[[int], int],
+        entry_timeout: Timeout,
+        attr_timeout: Timeout,
+        /,
+    ) -> bytes | None: ...
     def inline_direntplus(
         self,
         dir_fd: int,

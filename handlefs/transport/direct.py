@@ -23,7 +23,7 @@ from handlefs.protocol.init import MAX_WRITE, Negotiated, negotiate
 from handlefs.protocol.listing import direntplus, dirents
 from handlefs.source import Attributes, Entry
 from handlefs.syscalls import Moment
-from handlefs.transport import inlinelisting
+from handlefs.transport import inlinereplies
 from handlefs.transport.backing import BackingFiles
 from handlefs.transport.backingtable import NO_BACKING
 from handlefs.transport.failures import Failures
@@ -196,7 +196,9 @@ class Dispatcher:
     # -- nodes -----------------------------------------------------------------------------------------------------------
 
     def _lookup(self, request: Request) -> Reply:
-        return self._entry(self._operations.lookup(request.nodeid, _name(request.body)))
+        name = _name(request.body)
+        reply = inlinereplies.entry(self._operations, request.nodeid, name, self._entry_timeout, self._attr_timeout)
+        return self._entry(self._operations.lookup(request.nodeid, name)) if reply is None else reply
 
     def _forget(self, request: Request) -> Reply:
         self._operations.forget((request.nodeid,))
@@ -408,7 +410,7 @@ class Dispatcher:
         size = min(size, self.negotiated.buffer_size)
         wanted = max(size // 5, 512)
         timeouts = self._entry_timeout, self._attr_timeout
-        reply = inlinelisting.direntplus(self._operations, request.nodeid, fh, offset, size, wanted, *timeouts)
+        reply = inlinereplies.direntplus(self._operations, request.nodeid, fh, offset, size, wanted, *timeouts)
         if reply is not None:
             return reply
         return direntplus(self._operations.readdirplus(request.nodeid, fh, offset, wanted), size, *timeouts)

@@ -1,4 +1,4 @@
-"""Listing with nodes in one compiled step: the same bytes as step by step, or none at all."""
+"""Looking up and listing in one compiled step: the same bytes as step by step, or none at all."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from handlefs.accelerator import native
 from handlefs.nodeid import ROOT_NODEID
 from handlefs.operations import Operations
 from handlefs.protocol import abi
+from handlefs.protocol.attributes import entry_out
 from handlefs.protocol.listing import direntplus
-from handlefs.transport import inlinelisting
+from handlefs.transport import inlinereplies
 from tests.support.filesystems import FileSystems, run
 from tests.unit.serving import code, new_directory, serving
 
@@ -45,7 +46,7 @@ def operations(filesystems: FileSystems, request: pytest.FixtureRequest, tmp_pat
 def at_once(operations: Operations, nodeid: int, offset: int = 0, size: int = 4096) -> bytes | None:
     fh = operations.opendir(nodeid)
     try:
-        return inlinelisting.direntplus(operations, nodeid, fh, offset, size, max(size // 5, 512), *TIMEOUTS)
+        return inlinereplies.direntplus(operations, nodeid, fh, offset, size, max(size // 5, 512), *TIMEOUTS)
     finally:
         operations.release(nodeid, fh)
 
@@ -64,6 +65,31 @@ def last_offset(listing: bytes) -> int:
         _, offset, length, _ = abi.fuse_dirent.unpack_from(listing, position + abi.fuse_entry_out.size)
         position += abi.padded(abi.fuse_entry_out.size + abi.fuse_dirent.size + length)
     return int(offset)
+
+
+def entry(operations: Operations, parent: int, name: bytes) -> bytes | None:
+    return inlinereplies.entry(operations, parent, name, *TIMEOUTS)
+
+
+@pytest.mark.parametrize("name", [b"0", b"link", b"again", b"device", b"socket"])
+def test_the_same_entry_as_step_by_step(operations: Operations, name: bytes) -> None:
+    found = operations.lookup(ROOT_NODEID, name)
+    reply = entry(operations, ROOT_NODEID, name)
+    assert reply == entry_out(found.nodeid, found.generation, *TIMEOUTS, *found.attributes)
+
+
+def test_entries_that_are_left_to_the_other_way(operations: Operations) -> None:
+    (Path(operations.source.path) / "new").touch()
+    for name in (b"directory", b"new", b".", b"..", b"x" * 256):
+        assert entry(operations, ROOT_NODEID, name) is None
+
+
+def test_names_that_are_none(operations: Operations) -> None:
+    file = operations.lookup(ROOT_NODEID, b"0").nodeid
+    assert code(lambda: entry(operations, ROOT_NODEID, b"nothing")) == "ENOENT"
+    assert code(lambda: entry(operations, ROOT_NODEID, b"directory/inner")) == "EINVAL"
+    assert code(lambda: entry(operations, ROOT_NODEID, b"")) == "EINVAL"
+    assert code(lambda: entry(operations, file + (1 << 32), b"x")) == "ESTALE"
 
 
 @pytest.mark.parametrize("size", [1024, 4096, 1 << 16])
@@ -102,9 +128,9 @@ def test_errors(operations: Operations) -> None:
     gone = operations.opendir(directory)
     (Path(operations.source.path) / "directory" / "inner").rmdir()
     (Path(operations.source.path) / "directory").rmdir()
-    assert code(lambda: inlinelisting.direntplus(operations, directory, gone, 0, 4096, 800, *TIMEOUTS)) == "ENOENT"
+    assert code(lambda: inlinereplies.direntplus(operations, directory, gone, 0, 4096, 800, *TIMEOUTS)) == "ENOENT"
     operations.release(directory, gone)
     nodeid = operations.lookup(ROOT_NODEID, b"0").nodeid
     fh = operations.open(nodeid, os.O_RDONLY)
-    assert code(lambda: inlinelisting.direntplus(operations, nodeid, fh, 0, 4096, 800, *TIMEOUTS)) == "ENOTDIR"
+    assert code(lambda: inlinereplies.direntplus(operations, nodeid, fh, 0, 4096, 800, *TIMEOUTS)) == "ENOTDIR"
     operations.release(nodeid, fh)
