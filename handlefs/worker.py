@@ -264,7 +264,8 @@ def _serve_slot(
     open_files = OpenFiles(iter(lambda: slot.unique, None), counters.files)
     read_only = assignment.config.options.read_only
     operations = Operations(source, read_only=read_only, open_files=open_files, peers=peers)
-    backing = BackingFiles(assignment.device, table, counters.backing)
+    required = assignment.config.passthrough == "on"
+    backing = BackingFiles(assignment.device, table, counters.backing, required=required)
     dispatcher = Dispatcher(operations, negotiated, backing, assignment.config)
     attendant = Attendant(commands, operations, drops)
     source.cache.more_room = attendant.make_room

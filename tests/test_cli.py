@@ -28,6 +28,7 @@ from handlefs.handle import AT_FDCWD, name_to_handle_at, open_by_handle_at
 from handlefs.mount import mount_at, mounts, unmount
 
 from .support.filesystems import FileSystems
+from .support.server import mounted
 
 HANDLEFS = [sys.executable, "-m", "handlefs"]
 MAN_PAGE = Path(__file__).parents[1] / "docs/handlefs.8"
@@ -916,6 +917,26 @@ def test_check_tries_passthrough_on_the_source(tmp_path: Path, content: str) -> 
         assert "stacked too deep" in too_deep["detail"]
         assert too_deep["advice"]
         assert os.listdir(second) == os.listdir(lower)
+
+
+@needs_root
+@pytest.mark.parametrize(("passthrough", "level"), [("auto", "INFO"), ("on", "WARNING")])
+def test_a_source_that_the_kernel_does_not_pass_through_to(tmp_path: Path, passthrough: str, level: str) -> None:
+    """It is served all the same, and the log tells once."""
+    if "PASSTHROUGH" not in ask_kernel().features:
+        pytest.skip("this kernel has no passthrough")
+    lower = tmp_path / "lower"
+    lower.mkdir()
+    told = re.compile(level + " .*does not pass through to some files: Too many levels")
+    with (
+        overlay(lower, tmp_path / "first") as first,
+        overlay(first, tmp_path / "second") as second,
+        mounted(second, None, f"--passthrough={passthrough}", "--workers=1", expected_log=told.pattern) as server,
+    ):
+        for name in ("a", "b"):
+            (server.path / name).write_text(name)
+            assert (server.path / name).read_text() == name
+        assert len(told.findall(server.read_log())) == 1
 
 
 @needs_root

@@ -37,12 +37,16 @@ _NOT_POSSIBLE = (errno.EPERM, errno.ELOOP, errno.EOPNOTSUPP, errno.ENOTTY, errno
 class BackingFiles:
     """The backing IDs of one connection; safe to use from several threads and in several processes."""
 
-    def __init__(self, device: int, table: BackingTable | None, counts: Counts | None = None) -> None:
+    def __init__(
+        self, device: int, table: BackingTable | None, counts: Counts | None = None, *, required: bool = False
+    ) -> None:
         """For the connection of the /dev/fuse descriptor `device`; without a `table` no file gets a backing ID. `counts`: where
-        backing IDs are counted."""
+        backing IDs are counted. `required`: that the kernel refuses one is a warning."""
         self._device = device
         self._table = table
         self._counts: Counts = [0, 0] if counts is None else counts
+        self._level = logging.WARNING if required else logging.INFO
+        self._refused: set[int | None] = set()
 
     def opened(self, nodeid: int, fh: int, fd: int) -> int:
         """`nodeid` has been opened as `fh`, with the descriptor `fd`: the backing ID for the reply, or `NO_BACKING`."""
@@ -71,7 +75,13 @@ class BackingFiles:
         except OSError as error:
             if error.errno not in _NOT_POSSIBLE:
                 raise
-            log.debug("no passthrough for this file: %s", error)
+            self._log_refusal(error)
             return NO_BACKING
         self._counts[REGISTERED] += 1
         return backing_id
+
+    def _log_refusal(self, error: OSError) -> None:
+        """Once for each reason: it is likely to hold for all files of a file system."""
+        if error.errno not in self._refused:
+            self._refused.add(error.errno)
+            log.log(self._level, "the kernel does not pass through to some files: %s", error.strerror)
