@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import resource
+import signal
 import socket
 import threading
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from handlefs import __version__
+from handlefs import __version__, notify
 from handlefs.accelerator import native
 from handlefs.config import Config
 from handlefs.control import ControlError, ControlServer, send_reply
@@ -109,7 +110,10 @@ class Server:
         def ready() -> None:
             nonlocal device
             device = self._mount_device()
+            if isinstance(self.serving, Supervisor) and notify.has_manager():
+                signal.signal(signal.SIGUSR1, lambda *_: self._supervisor.leave())
             on_ready()
+            notify.notify("READY=1")
             if self._inherited is not None and self._inherited.client is not None:
                 threading.Thread(target=self._finish_upgrade, args=(self._inherited.client,), daemon=True).start()
 

@@ -21,9 +21,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
-from handlefs import connection, handover, interpreter
+from handlefs import connection, handover, interpreter, notify, service
 from handlefs.config import Config
 from handlefs.daemon import SIGNALS
 from handlefs.droplog import DropLog
@@ -233,6 +233,7 @@ class Supervisor:
         self._failed_starts = 0
         self._next_start = self._next_tick = 0.0
         self._is_ready = False
+        self._is_leaving = False
         self._unmounted = False
         self._connection = select.poll()
         self._rate = Rate()
@@ -253,6 +254,8 @@ class Supervisor:
                 on_ready()
                 while not self._unmounted:
                     self._step()
+                    if self._is_leaving:
+                        self._leave()
             except BaseException:
                 with contextlib.suppress(OSError):  # unmounted by now; what is to be heard of is the reason
                     unmount(self._config.mountpoint, lazy=True)
@@ -287,8 +290,11 @@ class Supervisor:
         self._selector.register(self._calls.fd, selectors.EVENT_READ, self._calls.run)
         stack.callback(self._calls.close)
         stack.callback(self._selector.close)
-        if state is not None:
+        if state is None:
+            service.keep(self._state())
+        else:
             self._take_over(state)
+        self._removed_store = service.RemovedStore(self._removed.kept())
 
     # -- processes -------------------------------------------------------------------------------------------------------
 
@@ -321,10 +327,29 @@ class Supervisor:
         self._check_starting()
         self._rate.sample(self._operations().total())
         self._drop(self._removed.check())
+        self._update_store()
+        notify.watchdog()
         try:
             self._drops.trim()
         except OSError as error:
             log.error("the drop log cannot be trimmed: %s", error.strerror)
+
+    def _update_store(self) -> None:
+        if notify.has_manager():
+            self._removed_store.update(self._removed.kept())
+
+    def leave(self) -> None:
+        """Leave the mount to the next process that the service manager starts, and exit; for a signal handler."""
+        self._is_leaving = True
+        self._calls.wake()
+
+    def _leave(self) -> NoReturn:
+        log.info("%s is left to a successor", self._config.mountpoint)
+        self._update_store()
+        notify.notify("STOPPING=1")
+        notify.wait()
+        logging.shutdown()
+        os._exit(service.HANDED_OVER)  # nothing is to be undone; the workers die with this process
 
     def _connection_has_ended(self) -> bool:
         """Whether the mount is gone, or its connection was aborted."""
@@ -568,6 +593,7 @@ class Supervisor:
         # A signal must not end the process before its successor listens to it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
+            self._update_store()
             with prepared:
                 handover.execute(replace(self._state(), control=control, client=client))
         finally:
