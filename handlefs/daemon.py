@@ -18,7 +18,7 @@ from handlefs.mount import mount_at, unmount
 log = logging.getLogger(__name__)
 
 SYSLOG = Path("/dev/log")
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Those that a process may be asked to end with."""
 _READY = b"\0"  # no message starts with it
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -61,12 +61,12 @@ class State:
         numbers += [worker.commands for worker in self.workers] + [kept.fd for kept in self.removed]
         return tuple(number for number in numbers if number is not None)
 
-    def with_descriptors(self, numbers: Mapping[str, int]) -> "State":
-        """The same with the connection's descriptors under other numbers. Raises KeyError if one is missing."""
-        names = self.connection.assignment.descriptors()
-        changed: dict[str, Any] = {name: numbers[name] for name in names}
+    def inherited_as(self, numbers: Mapping[str, int], removed: Iterable[KeptFile]) -> "State":
+        """The same with the connection's descriptors under other numbers, and with these `removed` files. Raises KeyError if
+        a descriptor is missing."""
+        changed: dict[str, Any] = {name: numbers[name] for name in self.assignment.descriptors()}
         assignment = replace(self.assignment, **changed)
-        return replace(self, connection=Connection(assignment, numbers["inbox"]))
+        return replace(self, connection=Connection(assignment, numbers["inbox"]), removed=tuple(removed))
 
     def to_memory(self) -> int:
         """A memory file that holds it; from_memory() reads it back. The caller closes the descriptor."""
@@ -96,14 +96,14 @@ class State:
 
 
 def check(state: State) -> None:
-    """Have the code on disk show that it can take over from `state`: it opens everything and closes it again, in a process of
-    its own. Raises HandoverError."""
+    """Have the code on disk show that it can take over from `state`: it reads it, opens what a worker opens, and closes that
+    again, in a process of its own. Raises HandoverError."""
     with _memory_of(state) as fd:
         try:
             done = subprocess.run(
                 interpreter.command("takeover", "check", str(fd)),
                 env=interpreter.environment(),
-                pass_fds=(fd, *state.descriptors()),
+                pass_fds=(fd, *state.connection.descriptors().values()),  # the others come and go meanwhile
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

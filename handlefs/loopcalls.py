@@ -30,6 +30,10 @@ class LoopCalls:
             os.eventfd_write(self.fd, 1)
         return future.result()
 
+    def wake(self) -> None:
+        """Have the loop run once, with nothing to call; for signal handlers."""
+        os.eventfd_write(self.fd, 1)
+
     def run(self) -> None:
         """Call what waits."""
         os.eventfd_read(self.fd)

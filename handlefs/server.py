@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import resource
+import signal
 import socket
 import threading
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from handlefs import __version__
+from handlefs import __version__, notify
 from handlefs.accelerator import native
 from handlefs.config import Config
 from handlefs.control import ControlError, ControlServer, send_reply
@@ -122,7 +123,10 @@ class Server:
             device = self._mount_device()
             if self._metrics is not None:
                 self._metrics.start()
+            if isinstance(self.serving, Supervisor) and notify.has_manager():
+                signal.signal(signal.SIGUSR1, lambda *_: self._supervisor.leave())
             on_ready()
+            notify.notify("READY=1")
             if self._inherited is not None and self._inherited.client is not None:
                 threading.Thread(target=self._finish_upgrade, args=(self._inherited.client,), daemon=True).start()
 

@@ -20,9 +20,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
-from handlefs import connection, handover, interpreter
+from handlefs import connection, handover, interpreter, notify, service
 from handlefs.config import Config
 from handlefs.daemon import SIGNALS
 from handlefs.droplog import DropLog
@@ -46,7 +46,7 @@ KILL_TIMEOUT = 1.0
 """Seconds that those which are killed then get: one that waits for a disk does not even die."""
 REPLY_TIMEOUT = 10.0
 """Seconds that a worker gets to answer a command."""
-START_TIMEOUT = 30.0
+START_TIMEOUT = 20.0
 """Seconds after which a worker that has been ordered must be ready."""
 
 _TICK = 1.0
@@ -232,6 +232,7 @@ class Supervisor:
         self._failed_starts = 0
         self._next_start = self._next_tick = 0.0
         self._is_ready = False
+        self._is_leaving = False
         self._unmounted = False
         self._connection = select.poll()
 
@@ -250,6 +251,8 @@ class Supervisor:
                 on_ready()
                 while not self._unmounted:
                     self._step()
+                    if self._is_leaving:
+                        self._leave()
             except BaseException:
                 with contextlib.suppress(OSError):  # unmounted by now; what is to be heard of is the reason
                     unmount(self._config.mountpoint, lazy=True)
@@ -284,8 +287,11 @@ class Supervisor:
         self._selector.register(self._calls.fd, selectors.EVENT_READ, self._calls.run)
         stack.callback(self._calls.close)
         stack.callback(self._selector.close)
-        if state is not None:
+        if state is None:
+            service.keep(self._state())
+        else:
             self._take_over(state)
+        self._removed_store = service.RemovedStore(self._removed.kept())
 
     # -- processes -------------------------------------------------------------------------------------------------------
 
@@ -317,10 +323,29 @@ class Supervisor:
         self._reap()
         self._check_starting()
         self._drop(self._removed.check())
+        self._update_store()
+        notify.watchdog()
         try:
             self._drops.trim()
         except OSError as error:
             log.error("the drop log cannot be trimmed: %s", error.strerror)
+
+    def _update_store(self) -> None:
+        if notify.has_manager():
+            self._removed_store.update(self._removed.kept())
+
+    def leave(self) -> None:
+        """Leave the mount to the next process that the service manager starts, and exit; for a signal handler."""
+        self._is_leaving = True
+        self._calls.wake()
+
+    def _leave(self) -> NoReturn:
+        log.info("%s is left to a successor", self._config.mountpoint)
+        self._update_store()
+        notify.notify("STOPPING=1")
+        notify.wait()
+        logging.shutdown()
+        os._exit(service.HANDED_OVER)  # nothing is to be undone; the workers die with this process
 
     def _connection_has_ended(self) -> bool:
         """Whether the mount is gone, or its connection was aborted."""
@@ -387,11 +412,12 @@ class Supervisor:
         StartupError if the mount has not been served yet."""
         if not self._is_ready:
             raise StartupError(why)
+        if time.monotonic() < self._next_start:
+            return  # it was started together with one that has failed
         log.log(level, "%s", why)
         self._look_who_serves()
-        if time.monotonic() >= self._next_start:  # else it was started together with one that has failed
-            self._failed_starts += 1
-            self._next_start = time.monotonic() + pause(self._failed_starts)
+        self._failed_starts += 1
+        self._next_start = time.monotonic() + pause(self._failed_starts)
 
     def _fill_slots(self) -> None:
         """Put spare workers into vacant slots."""
@@ -564,6 +590,7 @@ class Supervisor:
         # A signal must not end the process before its successor listens to it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
+            self._update_store()
             with prepared:
                 handover.execute(replace(self._state(), control=control, client=client))
         finally:

@@ -8,8 +8,9 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from handlefs import control, nfs
+from handlefs import control, nfs, notify
 from handlefs.config import Config
 from handlefs.credentials import CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, has_capability
 from handlefs.daemon import in_background, set_up_logging, unmount_on_signals
@@ -20,6 +21,9 @@ CAPABILITIES = {
     CAP_DAC_READ_SEARCH: ("CAP_DAC_READ_SEARCH", "open files by their handles"),
     CAP_SYS_ADMIN: ("CAP_SYS_ADMIN", "mount"),
 }
+
+if TYPE_CHECKING:
+    from handlefs.handover import State
 
 log = logging.getLogger(__name__)
 
@@ -32,25 +36,39 @@ def missing_capabilities() -> list[str]:
 def launch(config: Config, *, foreground: bool = False) -> None:
     """Check, then serve: until unmounted in the foreground, else return when the mount answers. Raises StartupError."""
     check_privileges()
-    replace_dead_mount(config.mountpoint)
-    check_directories(config)
+    inherited = _inherited(config) if foreground else None
+    if inherited is None:
+        replace_dead_mount(config.mountpoint)
+        check_directories(config)
 
     def serve(on_ready: Callable[[], None]) -> None:
         os.chdir("/")
         set_up_logging(config.log_file, foreground=foreground)
+        if inherited is not None:
+            unmount_on_signals(config.mountpoint)
         from handlefs.server import Server  # noqa: PLC0415 - not before the fork: it brings LMDB
 
         def ready() -> None:
-            unmount_on_signals(config.mountpoint)
+            if inherited is None:
+                unmount_on_signals(config.mountpoint)
             log.info("serving %s at %s", config.source, config.mountpoint)
             on_ready()
 
-        Server(config, foreground=foreground).serve(ready)
+        Server(config, foreground=foreground, inherited=inherited).serve(ready)
 
     if foreground:
         serve(lambda: None)
     else:
         in_background(serve)
+
+
+def _inherited(config: Config) -> "State | None":
+    """What a service manager has kept of a killed server of this mount, which then is not to be touched before it is served."""
+    if not notify.has_manager():
+        return None
+    from handlefs import service  # noqa: PLC0415 - it brings LMDB
+
+    return service.inherited(config)
 
 
 def check_privileges() -> None:

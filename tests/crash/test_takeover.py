@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -18,11 +20,12 @@ import pytest
 
 import handlefs
 
-from ..posix.compare import in_the_end
-from ..support.filesystems import FileSystems, scratch_directory
+from ..posix.compare import in_the_end, outcome
+from ..support.filesystems import FileSystems, is_mounted, scratch_directory
 from ..support.server import Mounted, mounted
 from ..support.users import Child
 from .conftest import TIMEOUT
+from .conftest import serving as crash_ground
 from .processes import children, workers
 from .test_kills import Model
 
@@ -87,10 +90,10 @@ _numbers = iter(range(1000))
 
 
 @contextmanager
-def workload(server: Mounted, seconds: float) -> Iterator[threading.Event]:
+def workload(directory: Path, seconds: float) -> Iterator[threading.Event]:
     """Clients that check each of their results, from before the block until after it; the event tells that they are done."""
     done = threading.Event()
-    clients = [Child(Model(server.path / f"client-{number}", number).work, seconds) for number in range(CLIENTS)]
+    clients = [Child(Model(directory / f"client-{number}", number).work, seconds) for number in range(CLIENTS)]
     results: list[int | BaseException] = []
 
     def wait() -> None:
@@ -114,21 +117,81 @@ def workload(server: Mounted, seconds: float) -> Iterator[threading.Event]:
 
 
 @pytest.mark.parametrize("passthrough", ["off", "auto"])
-def test_reload_in_a_loop(kind: str, filesystems: FileSystems, passthrough: str, pytestconfig: pytest.Config) -> None:
+@pytest.mark.parametrize("command", ["reload", "upgrade"])
+def test_in_a_loop(
+    kind: str, filesystems: FileSystems, command: str, passthrough: str, pytestconfig: pytest.Config
+) -> None:
+    """No client notices, and nothing is left over: descriptors and processes are as before."""
     with serving(filesystems[kind], f"--passthrough={passthrough}") as server:
-        succeeds("reload", server.path)  # so that all that it needs is counted in what follows
-        descriptors, processes = server.descriptors(), children(server.pid)
-        with workload(server, float(pytestconfig.getoption("--stress-seconds"))) as done:
-            reloads = 0
-            while not done.is_set():
+        pid = server.pid
+        succeeds(command, server.path)  # so that what it needs is counted in what follows
+        descriptors = server.descriptors()
+        with workload(server.path, float(pytestconfig.getoption("--stress-seconds"))) as done:
+            times = 0
+            while times < 10 or not done.is_set():
                 before = workers(server)
-                assert succeeds("reload", server.path) == f"{len(before)} workers replaced\n"
+                assert f"{len(before)} workers replaced" in succeeds(command, server.path)
                 assert not set(before) & set(workers(server))
-                reloads += 1
-        assert reloads > 1
-        assert server.status()["restarts"] == 0
-        assert in_the_end(lambda: len(children(server.pid)), len(processes), seconds=TIMEOUT) == len(processes)
+                times += 1
+        status = server.status()
+        assert (status["pid"], status["restarts"]) == (pid, 0)
+        assert status["upgrades"] == (times + 1 if command == "upgrade" else 0)
+        processes = len(workers(server)) + 2  # with a spare one and the template; zombies would count
+        assert in_the_end(lambda: len(children(pid)), processes, seconds=TIMEOUT) == processes
         assert in_the_end(lambda: server.descriptors() <= descriptors, True, seconds=TIMEOUT) is True
+
+
+@pytest.mark.parametrize("passthrough", ["off", "auto"])
+def test_what_is_open_survives_an_upgrade(kind: str, filesystems: FileSystems, passthrough: str) -> None:
+    """Also what is removed and open, as a file or as a working directory."""
+    with serving(filesystems[kind], f"--passthrough={passthrough}") as server:
+
+        def client() -> None:
+            (server.path / "gone").mkdir()
+            os.chdir(server.path / "gone")
+            (server.path / "gone").rmdir()
+            with (
+                (server.path / "file").open("w+b", buffering=0) as file,
+                (server.path / "removed").open("w+b") as removed,
+            ):
+                removed.write(b"removed")
+                removed.flush()
+                (server.path / "removed").unlink()
+                for number in range(3):
+                    file.write(b"%d" % number)
+                    succeeds("upgrade", server.path)
+                    assert os.pread(file.fileno(), 10, 0) == b"012"[: number + 1]
+                    assert os.pread(removed.fileno(), 10, 0) == b"removed"
+                    assert os.listdir() == []
+                fcntl.flock(file, fcntl.LOCK_EX)
+                removed.write(b" and written to")
+                removed.flush()
+                assert os.fstat(removed.fileno()).st_size == 22
+
+        Child(client).result(TIMEOUT)
+
+
+@pytest.mark.parametrize("command", ["reload", "upgrade"])
+def test_requests_are_finished_that_workers_die_in(ext4: Path, command: str) -> None:
+    """Workers die before and after each system call of MKDIR, while others and the supervisor are replaced."""
+    with crash_ground(ext4, "auto") as ground:
+        finished = 0
+        for point in range(0, 60, 4):
+            served, _ = ground.directories()
+            ground.kill_at("mkdir", point)
+            taking_over = subprocess.Popen([sys.executable, "-m", "handlefs", command, str(ground.server.path)])
+            try:
+                assert outcome(ground.bounded, (served / "new").mkdir) is None
+                assert outcome(ground.bounded, (served / "new").mkdir) == "EEXIST"
+            finally:
+                assert taking_over.wait(TIMEOUT) == 0
+            if not ground.was_killed():
+                break
+            finished += 1
+        assert finished > 3
+        assert (
+            ground.server.status()["finished_in_flight"] >= finished - 1
+        )  # the first point is before the request counts
 
 
 def test_reload_runs_the_code_on_disk(code: Code, ext4: Path) -> None:
@@ -140,22 +203,49 @@ def test_reload_runs_the_code_on_disk(code: Code, ext4: Path) -> None:
         assert (server.path / "other").readlink() == Path("new code")
 
 
+def test_upgrade_runs_the_code_on_disk(code: Code, ext4: Path) -> None:
+    with serving(ext4) as server:
+        pid = server.pid
+        with code.changed("__init__", r"^__version__ = .*$", '__version__ = "99.1"'):
+            assert succeeds("upgrade", server.path) == "upgraded to handlefs 99.1; 4 workers replaced\n"
+            status = server.status()
+            assert (status["version"], status["pid"], status["upgrades"]) == ("99.1", pid, 1)
+        succeeds("umount", server.path)
+
+
+def test_signals_after_an_upgrade(ext4: Path) -> None:
+    """SIGTERM unmounts, as before."""
+    with serving(ext4) as server:
+        succeeds("upgrade", server.path)
+        pidfd = os.pidfd_open(server.pid)
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            assert select.select([pidfd], [], [], TIMEOUT)[0]
+        finally:
+            os.close(pidfd)
+        assert not is_mounted(server.path)
+
+
+@pytest.mark.parametrize("command", ["reload", "upgrade"])
 @pytest.mark.parametrize(
     ("module", "old", "new", "message"),
     [
         ("worker", r"\Z", "def", "SyntaxError: invalid syntax"),
         ("layout", r"^LAYOUT = 1$", "LAYOUT = 99", "another layout (99) than the processes that run (1)"),
         ("opening", r"return HandleMap.*$", "raise OSError(5, 'no luck')", "cannot read the handle map"),
+        ("supervisor", r"^class Supervisor", "import nothing_like_it\n\n\nclass Supervisor", "No module named"),
     ],
 )
-def test_new_code_that_does_not_start(code: Code, ext4: Path, module: str, old: str, new: str, message: str) -> None:
+def test_new_code_that_does_not_start(
+    code: Code, ext4: Path, command: str, module: str, old: str, new: str, message: str
+) -> None:
     with serving(ext4) as server:
         before = workers(server)
         with code.changed(module, old, new):
-            assert message in fails("reload", server.path)
+            assert message in fails(command, server.path)
         assert workers(server) == before
         (server.path / "directory").mkdir()
-        succeeds("reload", server.path)
+        succeeds(command, server.path)
         assert not set(before) & set(workers(server))
 
 
@@ -187,8 +277,20 @@ def test_a_worker_that_hangs_is_killed(ext4: Path) -> None:
         assert server.status()["finished_in_flight"] > 0
 
 
-def test_pyfuse3_has_nothing_to_reload(ext4: Path) -> None:
-    source = ext4 / "pyfuse3-reload"
+@pytest.mark.parametrize("command", ["reload", "upgrade"])
+def test_pyfuse3_has_nothing_to_reload(ext4: Path, command: str) -> None:
+    source = ext4 / f"pyfuse3-{command}"
     source.mkdir()
     with mounted(source, None, "--transport=pyfuse3") as server:
-        assert "use handlefs restart" in fails("reload", server.path)
+        assert "use handlefs restart" in fails(command, server.path)
+
+
+@pytest.mark.parametrize("command", ["reload", "upgrade"])
+def test_one_at_a_time(ext4: Path, command: str) -> None:
+    with serving(ext4) as server:
+        argv = [sys.executable, "-m", "handlefs", command, str(server.path)]
+        both = [subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        said = [process.communicate(timeout=TIMEOUT)[1] for process in both]
+        for process, message in zip(both, said, strict=True):
+            assert process.returncode == 0 or "is under way already" in message
+        assert 0 in [process.returncode for process in both]

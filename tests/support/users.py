@@ -44,7 +44,9 @@ class Child(Generic[T]):
     def result(self, timeout: float | None = None) -> T:
         """What the function has returned; its exception is raised here. Raises TimeoutError, and leaves the child behind,
         if nothing has come of it after `timeout` seconds."""
-        if not select.select([self._reader], [], [], timeout)[0]:
+        poll = select.poll()  # select(2) takes no descriptor above 1023
+        poll.register(self._reader, select.POLLIN)
+        if not poll.poll(None if timeout is None else timeout * 1000):
             raise TimeoutError(f"the child {self._pid} has no result after {timeout} s")
         with os.fdopen(self._reader, "rb") as pipe:
             answer = pipe.read()
