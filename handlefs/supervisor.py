@@ -46,7 +46,7 @@ KILL_TIMEOUT = 1.0
 """Seconds that those which are killed then get: one that waits for a disk does not even die."""
 REPLY_TIMEOUT = 10.0
 """Seconds that a worker gets to answer a command."""
-START_TIMEOUT = 30.0
+START_TIMEOUT = 20.0
 """Seconds after which a worker that has been ordered must be ready."""
 
 _TICK = 1.0
@@ -347,11 +347,12 @@ class Supervisor:
         StartupError if the mount has not been served yet."""
         if not self._is_ready:
             raise StartupError(why)
+        if time.monotonic() < self._next_start:
+            return  # it was started together with one that has failed
         log.log(level, "%s", why)
         self._look_who_serves()
-        if time.monotonic() >= self._next_start:  # else it was started together with one that has failed
-            self._failed_starts += 1
-            self._next_start = time.monotonic() + pause(self._failed_starts)
+        self._failed_starts += 1
+        self._next_start = time.monotonic() + pause(self._failed_starts)
 
     def _fill_slots(self) -> None:
         """Put spare workers into vacant slots."""

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -30,7 +31,7 @@ from handlefs.metrics import Counters
 from handlefs.openfiles import OpenFiles
 from handlefs.opening import open_map, open_source, state_dir_of
 from handlefs.operations import Operations
-from handlefs.process import set_name
+from handlefs.process import die_with, set_name
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated
 from handlefs.removed import hand_over
@@ -251,7 +252,7 @@ def _serve_slot(
     dispatcher = Dispatcher(operations, negotiated, backing, assignment.config)
     attendant = Attendant(commands, operations, drops)
     source.cache.more_room = attendant.make_room
-    threading.Thread(target=attendant.run, name="attendant", daemon=True).start()
+    attendant.start()
     replay = Replay(operations, negotiated, dispatcher.answer)
     gc.freeze()  # what is here by now stays; the collector need not look at it again and again
     Worker(assignment.device, slot, dispatcher, replay, counters, busy=assignment.slot_count == 1).run()
@@ -269,12 +270,32 @@ class Attendant:
         self._commands = commands
         self._operations = operations
         self._drops = drops
+        self._started = threading.Event()
 
-    def run(self) -> None:
-        """Until the supervisor closes its end of the socket."""
+    def start(self) -> None:
+        """Run, in a thread of its own, as long as the process."""
+        threading.Thread(target=self._run, name="attendant", daemon=True).start()
+        self._started.wait()
+
+    def _run(self) -> None:
+        """A process without its attendant would keep open what nobody needs any more, so it is to be replaced, too."""
+        try:
+            die_with(os.getppid())  # this thread acts for nobody else, so this stays in force
+            self._started.set()
+            self._attend()
+        except BaseException:
+            log.exception("the attendant failed")
+        finally:
+            logging.shutdown()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _attend(self) -> None:
+        """Until the supervisor is dead."""
+        poll = select.poll()
+        poll.register(self._commands, select.POLLIN)
         dropped = time.monotonic()
         while True:
-            if select.select([self._commands], [], [], DROP_INTERVAL)[0]:
+            if poll.poll(DROP_INTERVAL * 1000):
                 line = _receive(self._commands)
                 if not line:
                     return

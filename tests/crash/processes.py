@@ -49,9 +49,9 @@ def name(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
-def template(server: Mounted) -> int:
-    """The process that forks the workers."""
-    (pid,) = (child for child in children(server.pid) if name(child) == "handlefs-tmpl")
+def template(supervisor: int) -> int:
+    """The process that forks the workers: it leads their process group."""
+    (pid,) = (child for child in children(supervisor) if os.getpgid(child) == child and state(child) != "Z")
     return pid
 
 

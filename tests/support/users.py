@@ -45,7 +45,7 @@ class Child(Generic[T]):
 
     def has_result(self, timeout: float | None) -> bool:
         """Whether `result` has something to return or raise, within so many seconds."""
-        poll = select.poll()
+        poll = select.poll()  # select(2) takes no descriptor above 1023
         poll.register(self._reader, select.POLLIN)
         return bool(poll.poll(None if timeout is None else timeout * 1000))
 
