@@ -1,5 +1,5 @@
 # Thin wrappers; the scripts say more with --help.
-.PHONY: install test lint quickstart bench
+.PHONY: install test lint quickstart bench torture
 VENV ?= $(or $(HANDLEFS_VENV),.venv)
 
 install quickstart test:
@@ -7,6 +7,9 @@ install quickstart test:
 
 bench: # make bench BENCH='--quick --markdown FILE'
 	$(VENV)/bin/python -m bench.transports $(BENCH)
+
+torture: # make torture TORTURE='--minutes 10 --fs ext4 --seed 1'
+	$(VENV)/bin/python -m tests.torture $(TORTURE)
 
 lint:
 	$(VENV)/bin/ruff check .

@@ -6,6 +6,7 @@ import ctypes
 import os
 import pickle
 import select
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,17 +41,31 @@ class Child(Generic[T]):
         if self._pid == 0:
             _run_child(lambda: function(*args), user, umask, writer)
         os.close(writer)
+        self._has_ended = False
+
+    def has_result(self, timeout: float | None) -> bool:
+        """Whether `result` has something to return or raise, within so many seconds."""
+        poll = select.poll()  # select(2) takes no descriptor above 1023
+        poll.register(self._reader, select.POLLIN)
+        return bool(poll.poll(None if timeout is None else timeout * 1000))
+
+    def end(self) -> None:
+        """Kill it, unless `result` was called; one that cannot be killed now is left behind."""
+        if not self._has_ended:
+            self._has_ended = True
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, os.WNOHANG)
+            os.close(self._reader)
 
     def result(self, timeout: float | None = None) -> T:
         """What the function has returned; its exception is raised here. Raises TimeoutError, and leaves the child behind,
         if nothing has come of it after `timeout` seconds."""
-        poll = select.poll()  # select(2) takes no descriptor above 1023
-        poll.register(self._reader, select.POLLIN)
-        if not poll.poll(None if timeout is None else timeout * 1000):
+        if not self.has_result(timeout):
             raise TimeoutError(f"the child {self._pid} has no result after {timeout} s")
         with os.fdopen(self._reader, "rb") as pipe:
             answer = pipe.read()
         _, status = os.waitpid(self._pid, 0)
+        self._has_ended = True
         if not answer:
             raise RuntimeError(f"the child ended with status {status} and no answer")
         succeeded, value = pickle.loads(answer)

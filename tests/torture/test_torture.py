@@ -1,0 +1,120 @@
+"""Torture for some seconds on each file system; and what is wrong is found, by clients that are right."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ..support.filesystems import FileSystems
+from ..support.server import mounted
+from ..support.users import ALICE, ROOT, Child, User
+from .client import FEATURES, Assignment, Client, Report
+from .run import PATIENCE, Plan, check_competition, torture
+from .tree import File, WrongResult
+
+SEED = 20261121
+
+
+@pytest.fixture
+def kind(request: pytest.FixtureRequest) -> str:
+    if request.param not in request.config.getoption("--fs").split(","):
+        pytest.skip(f"{request.param} is not among --fs")
+    return str(request.param)
+
+
+on_each = pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"], indirect=True)
+
+
+@on_each
+@pytest.mark.parametrize("passthrough", ["off", "auto"])
+def test_clients_do_not_notice(
+    kind: str, passthrough: str, filesystems: FileSystems, pytestconfig: pytest.Config
+) -> None:
+    source = filesystems[kind] / f"torture-{passthrough}"
+    source.mkdir()
+    with mounted(source, None, "--transport=direct", f"--passthrough={passthrough}") as server:
+        seconds = float(pytestconfig.getoption("--stress-seconds"))
+        figures = torture(Plan(server.path, source, SEED, peace=2, disturbed=seconds))
+    print(*figures.lines(), sep="\n")
+    assert figures.restarts > 0
+    assert figures.finished > 0
+
+
+def work(base: Path, user: User, seconds: float) -> Report:
+    """What a client does in `base`, without a server."""
+    for name in ("own", "shared"):
+        (base / name).mkdir(parents=True)
+        (base / name).chmod(0o777)
+    os.chown(base / "own", user.uid, user.gid)
+    for name in ("log", "counter"):
+        (base / "shared" / name).touch()
+        (base / "shared" / name).chmod(0o666)
+    client = Client(Assignment(0, SEED, user, base / "own", base / "shared", frozenset(FEATURES)))
+    return Child(functools.partial(client.work, [time.monotonic() + seconds]), user=user).result(PATIENCE)
+
+
+@on_each
+@pytest.mark.parametrize("user", [ROOT, ALICE], ids=["root", "alice"])
+def test_clients_are_right_without_a_server(kind: str, user: User, filesystems: FileSystems) -> None:
+    """The control: what they take for right is what a file system does."""
+    base = filesystems[kind] / f"control-{user.uid}"
+    report = work(base, user, 2)
+    report.tree.check_all(base / "own", xattrs=True)
+    check_competition(base / "shared", [report])
+    assert report.steps.total() > 500
+
+
+def other_content(path: Path) -> None:
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+WRONG: dict[str, Callable[[Path], object]] = {
+    "content": other_content,
+    "longer": lambda path: os.truncate(path, path.stat().st_size + 1),
+    "mode": lambda path: path.chmod(0o711),
+    "owner": lambda path: os.chown(path, 4711, -1),
+    "time": lambda path: os.utime(path, ns=(1, 1)),
+    "link": lambda path: os.link(path, f"/proc/self/fd/{os.open(path.parent.parent, os.O_PATH)}/another"),
+    "attribute": lambda path: os.setxattr(path, "user.other", b""),
+    "missing": lambda path: path.unlink(),
+    "renamed": lambda path: path.rename(path.with_name("other")),
+    "more": lambda path: path.with_name("more").touch(),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_found(wrong: str, ext4: Path) -> None:
+    base = ext4 / f"wrong-{wrong}"
+    tree = work(base, ROOT, 0.5).tree
+    name = next(name for name, node in tree.entries.items() if isinstance(node, File) and node.content)
+    os.utime(base / "own" / name, ns=(1, 2))
+    tree.entries[name].mtime = 2
+    tree.check_all(base / "own", xattrs=True)
+    WRONG[wrong](base / "own" / name)
+    with pytest.raises(WrongResult):
+        tree.check_all(base / "own", xattrs=True)
+
+
+@pytest.mark.parametrize("number", [3, 4])
+@pytest.mark.parametrize("wrong", ["made twice", "removed twice", "taken twice", "lost"])
+def test_a_double_success_is_found(wrong: str, number: int, ext4: Path) -> None:
+    base = ext4 / f"double-{wrong}-{number}"
+    report = work(base, ROOT, 1)
+    other = Report(report.tree)
+    check_competition(base / "shared", [report, other])
+    if wrong == "lost":
+        os.rename(base / f"shared/made-{number}", base / "gone")
+    else:
+        {"made": other.made, "removed": other.removed, "taken": other.taken}[wrong.split(maxsplit=1)[0]].add(number)
+        {"made": report.made, "removed": report.removed, "taken": report.taken}[wrong.split(maxsplit=1)[0]].add(number)
+    with pytest.raises(WrongResult):
+        check_competition(base / "shared", [report, other])
