@@ -40,6 +40,9 @@ UNMOUNT_TIME = 1.0
 class Serving(Protocol):
     """What serves the requests of one mount."""
 
+    start_time: float
+    """Of time.monotonic()."""
+
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises OSError, StartupError."""
 
@@ -57,6 +60,7 @@ class SingleProcess:
     """Serves in this process, through pyfuse3."""
 
     def __init__(self, config: Config, source: Source) -> None:
+        self.start_time = time.monotonic()
         self._config = config
         self._source = source
         self._operations = Operations(source, read_only=config.options.read_only)
@@ -105,7 +109,6 @@ class Server:
         actions = {"reload": self.reload, "upgrade": self.upgrade}
         self._control = ControlServer(self.status, self.evict, config, actions)
         self._metrics = None if config.metrics is None else _metrics_server(config.metrics, self.status)
-        self._started = time.monotonic()
         self._rate = Rate(self._operations_total)
 
     def _operations_total(self) -> int:
@@ -192,7 +195,7 @@ class Server:
             "map": {"entries": self.source.map.count(), "bytes": self.source.map.bytes_on_disk()},
             "read_only": self.config.options.read_only,
             "metrics": None if self._metrics is None else self._metrics.url,
-            "uptime": time.monotonic() - self._started,
+            "uptime": time.monotonic() - self.serving.start_time,
             "operations_per_second": self._rate.per_second(),
             **Totals(self.serving.counters()).status(),
             **self.serving.status(),

@@ -224,6 +224,7 @@ class Supervisor:
         self._vacant = dict.fromkeys(range(self._count), 0.0)  # slot → when it may be filled
         self._deaths: dict[int, tuple[int, int]] = {}  # slot → (request, workers that it killed)
         self._groups: set[int] = set()  # of processes: each template's, with its workers
+        self.start_time = time.monotonic()
         self._restarts = 0
         self._upgrades = 0
         self._inherited_workers: list[_Worker] = []
@@ -583,7 +584,7 @@ class Supervisor:
             removed=self._removed.kept(),
             restarts=self._restarts,
             upgrades=self._upgrades + 1,
-            start_time=self._start_time,
+            start_time=self.start_time,
         )
 
     def _execute(self, control: int, client: int, prepared: contextlib.AbstractContextManager[None]) -> None:
@@ -599,7 +600,7 @@ class Supervisor:
     def _take_over(self, state: handover.State) -> None:
         """Go on with what the predecessor had."""
         self.mount_device = state.mount_device
-        self._restarts, self._upgrades, self._start_time = state.restarts, state.upgrades, state.start_time
+        self._restarts, self._upgrades, self.start_time = state.restarts, state.upgrades, state.start_time
         self._groups.update(state.groups)
         for kept in state.removed:
             os.set_inheritable(kept.fd, False)
