@@ -1,9 +1,7 @@
 """One server: a source, its handle map, the operations, a transport and the control socket, put together."""
 
-import errno
 import logging
 import os
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,18 +11,17 @@ from handlefs.accelerator import native
 from handlefs.config import Config
 from handlefs.control import ControlServer
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
+from handlefs.daemon import raise_descriptor_limit
 from handlefs.errors import ConnectionAborted, StartupError
-from handlefs.handlemap import HandleMap, how_to_replace
 from handlefs.metrics import OperationMetrics
-from handlefs.mount import mount_at, mounts
+from handlefs.mount import mount_at
+from handlefs.opening import default_cache_size, open_map, open_source, state_dir_of
 from handlefs.operations import Operations
 from handlefs.protocol.init import ProtocolError
-from handlefs.source import Source
 from handlefs.transport import direct
 
 log = logging.getLogger(__name__)
 
-LARGEST_DEFAULT_CACHE = 16384
 UNMOUNT_TIME = 1.0
 """Seconds that umount(8) may take between cutting the connection and unmounting."""
 
@@ -39,7 +36,7 @@ class Server:
             raise StartupError(
                 "passthrough=on needs the direct transport: use --transport=direct, or --passthrough=auto"
             )
-        limit = _raise_descriptor_limit()
+        limit = raise_descriptor_limit()
         cache_size = default_cache_size(limit) if config.cache_size is None else config.cache_size
         self.source = open_source(config.source, cache_size, config)
         self.state_dir = state_dir_of(self.source, config.state_dir)
@@ -140,92 +137,3 @@ def _stays(mountpoint: str, device: tuple[int, int]) -> bool:
             return True
         time.sleep(0.01)
     return False
-
-
-def open_source(path: str, cache_size: int, config: Config) -> Source:
-    """The source at `path`; StartupError if it is not there or has no file handles."""
-    try:
-        return Source(path, cache_size=cache_size, submounts=config.submounts)
-    except OSError as error:
-        raise StartupError(_cannot_open(path, error)) from error
-
-
-def _cannot_open(path: str, error: OSError) -> str:
-    if error.errno in (errno.EOPNOTSUPP, errno.ESTALE, errno.EOVERFLOW):
-        kind = filesystem_type(path)
-        remedy = _WITHOUT_HANDLES.get(kind.removeprefix("fuse."), _WITHOUT_HANDLES.get(kind.partition(".")[0], ""))
-        return (
-            f"source {path} is on a file system of type {kind}, which has no file handles to be opened by "
-            f"(name_to_handle_at(2) or open_by_handle_at(2): {error.strerror}). {remedy}"
-            "Serve a directory on ext4, XFS, btrfs or tmpfs; `handlefs check` tells what a directory can do."
-        )
-    if error.errno == errno.EPERM:
-        return f"source {path}: not permitted. Opening files by handle needs root (CAP_DAC_READ_SEARCH)."
-    return f"source {path}: {error.strerror}"
-
-
-_WITHOUT_HANDLES = {
-    "overlay": "Mount the overlay with -o index=on,nfs_export=on. ",
-    "fuse": "Its server would have to support NFS export. ",
-}
-
-
-def filesystem_type(path: str) -> str:
-    """The type of the file system that `path` is on, as in /proc/self/mountinfo."""
-    device = os.stat(path).st_dev
-    matches = [mount.fstype for mount in mounts() if mount.dev == (os.major(device), os.minor(device))]
-    return matches[-1] if matches else "unknown"
-
-
-def state_root() -> Path:
-    """The directory below which each source has its state: /var/lib/handlefs for root, else by the XDG specification."""
-    if os.geteuid() == 0:
-        return Path("/var/lib/handlefs")
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "handlefs"
-
-
-def state_dir_of(source: Source, given: str | None) -> Path:
-    """The state directory of `source`: `given`, or one of its own; StartupError if it is inside the source."""
-    path = Path(given) if given else state_root() / source.identity.source_id
-    _refuse_inside(source, path, "state directory", "--state-dir")
-    return path
-
-
-def _refuse_inside(source: Source, path: Path, role: str, option: str) -> None:
-    root = os.fstat(source.root.fd)
-    resolved = path.resolve()
-    for parent in (resolved, *resolved.parents):
-        if parent.exists() and os.path.samestat(parent.stat(), root):
-            raise StartupError(
-                f"the {role} {path} is inside the source {source.path}: clients could read the key in it. "
-                f"Give one outside with {option}."
-            )
-
-
-def open_map(state_dir: Path, source: Source, key_file: Path | None = None) -> HandleMap:
-    """The handle map of `source` in `state_dir`; StartupError if it is another source's or cannot be used."""
-    if key_file is not None:
-        _refuse_inside(source, key_file, "key file", "--key-file")
-    try:
-        return HandleMap(state_dir, source.identity, key_file=key_file)
-    except OSError as error:
-        if error.errno == errno.EIO:
-            raise StartupError(
-                f"cannot read the handle map in {state_dir}: {error.strerror}. {how_to_replace(state_dir)}"
-            ) from error
-        raise StartupError(
-            f"cannot open the handle map in {state_dir}: {error.strerror}. Free space there, or give another --state-dir "
-            "(a new map has a new key: handles given out so far become stale unless --key-file holds the old one)."
-        ) from error
-
-
-def default_cache_size(descriptor_limit: int) -> int:
-    """Inodes to cache: a quarter of the descriptors, since open files and directories need theirs too."""
-    return min(descriptor_limit // 4, LARGEST_DEFAULT_CACHE)
-
-
-def _raise_descriptor_limit() -> int:
-    """Use as many descriptors as the hard limit allows; returns that number."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard

@@ -12,7 +12,7 @@ from pathlib import Path
 from handlefs import control, nfs
 from handlefs.config import Config
 from handlefs.credentials import CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, has_capability
-from handlefs.daemon import in_background, set_up_logging, unmount_on_signals
+from handlefs.daemon import in_background, set_up_logging, stop_on_signals, unmount_on_signals
 from handlefs.errors import StartupError
 from handlefs.mount import mount_at, unmount
 
@@ -31,6 +31,9 @@ def missing_capabilities() -> list[str]:
 
 def launch(config: Config, *, foreground: bool = False) -> None:
     """Check, then serve: until unmounted in the foreground, else return when the mount answers. Raises StartupError."""
+    if config.socket:
+        launch_socket(config, foreground=foreground)
+        return
     check_privileges()
     replace_dead_mount(config.mountpoint)
     check_directories(config)
@@ -46,6 +49,33 @@ def launch(config: Config, *, foreground: bool = False) -> None:
             on_ready()
 
         Server(config).serve(ready)
+
+    if foreground:
+        serve(lambda: None)
+    else:
+        in_background(serve)
+
+
+def launch_socket(config: Config, *, foreground: bool) -> None:
+    """The same for a server on a Unix socket: until a signal ends it, or return when peers can connect."""
+    if not has_capability(CAP_DAC_READ_SEARCH):
+        name, use = CAPABILITIES[CAP_DAC_READ_SEARCH]
+        raise StartupError(f"not permitted: run it as root; needed: {name} (to {use})")
+    check_source(config)
+
+    def serve(on_ready: Callable[[], None]) -> None:
+        os.chdir("/")
+        set_up_logging(config.log_file, foreground=foreground)
+        from handlefs.unixserver import UnixServer  # noqa: PLC0415 - not before the fork: it brings LMDB
+
+        server = UnixServer(config)
+
+        def ready() -> None:
+            stop_on_signals(server.stop)
+            log.info("serving %s at the socket %s", config.source, config.mountpoint)
+            on_ready()
+
+        server.serve(ready)
 
     if foreground:
         serve(lambda: None)

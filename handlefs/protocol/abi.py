@@ -208,6 +208,18 @@ fuse_statx_head = Struct(
 )  # attr_valid attr_valid_nsec flags spare[2]; a struct fuse_statx of 256 bytes follows
 fuse_statx_ino = Struct("=Q")  # at 32 in struct fuse_statx as in struct statx
 
+# -- the LOOKUP_HANDLE dialect (docs/lookup-handle.md); the numbers are ours, no kernel's ---------------------------------
+
+FUSE_LOOKUP_HANDLE = 3900
+OPCODE_NAMES[FUSE_LOOKUP_HANDLE] = "lookup_handle"
+FUSE_SERVER_HANDLES = 1 << 62
+"""Flag of INIT."""
+FUSE_HANDLE_MAX = 128
+"""Bytes of data in the largest handle."""
+
+fuse_handle = Struct("=HH")  # size reserved, then the data, padded to 8
+fuse_handle_init = Struct("=II")  # size max_handle
+
 FUSE_DEV_IOC_CLONE = 0x8004E500
 FUSE_DEV_IOC_BACKING_OPEN = 0x4010E501
 FUSE_DEV_IOC_BACKING_CLOSE = 0x4004E502

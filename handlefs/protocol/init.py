@@ -56,8 +56,11 @@ class Negotiated:
         return max(8192, self.max_write + 4096)
 
 
-def negotiate(payload: bytes | memoryview, *, passthrough: bool = False) -> tuple[Negotiated, bytes]:
-    """Answer the INIT request with this `payload`: what was agreed on, and the reply's payload.
+def negotiate(
+    payload: bytes | memoryview, *, passthrough: bool = False, also: int = 0, largest_write: int = MAX_WRITE
+) -> tuple[Negotiated, bytes]:
+    """Answer the INIT request with this `payload`: what was agreed on, and the reply's payload. The flags in `also` are taken
+    beside those `WANTED`; `largest_write` is in bytes, and a multiple of `PAGE_SIZE`.
 
     Raises ProtocolError if the kernel is older than 7.31 or does not know file handles on FUSE.
     """
@@ -73,8 +76,8 @@ def negotiate(payload: bytes | memoryview, *, passthrough: bool = False) -> tupl
         offered |= abi.fuse_init_in.unpack_from(payload)[4] << 32
     if not offered & abi.FUSE_EXPORT_SUPPORT:
         raise ProtocolError("the kernel's FUSE has no export support")
-    flags = offered & (WANTED | (abi.FUSE_PASSTHROUGH if passthrough else 0))
-    max_write = MAX_WRITE if flags & abi.FUSE_MAX_PAGES else 32 * PAGE_SIZE
+    flags = offered & (WANTED | also | (abi.FUSE_PASSTHROUGH if passthrough else 0))
+    max_write = min(largest_write, MAX_WRITE if flags & abi.FUSE_MAX_PAGES else 32 * PAGE_SIZE)
     agreed = Negotiated(min(minor, abi.FUSE_KERNEL_MINOR_VERSION), flags, max_write)
     reply = abi.fuse_init_out.pack(
         abi.FUSE_KERNEL_VERSION,

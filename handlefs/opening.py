@@ -1,0 +1,95 @@
+"""Opening a source and its handle map, with errors that say what is wrong and what to do."""
+
+import errno
+import os
+from pathlib import Path
+
+from handlefs.config import Config
+from handlefs.errors import StartupError
+from handlefs.handlemap import HandleMap, how_to_replace
+from handlefs.mount import mounts
+from handlefs.source import Source
+
+LARGEST_DEFAULT_CACHE = 16384
+
+
+def open_source(path: str, cache_size: int, config: Config) -> Source:
+    """The source at `path`; StartupError if it is not there or has no file handles."""
+    try:
+        return Source(path, cache_size=cache_size, submounts=config.submounts)
+    except OSError as error:
+        raise StartupError(_cannot_open(path, error)) from error
+
+
+def _cannot_open(path: str, error: OSError) -> str:
+    if error.errno in (errno.EOPNOTSUPP, errno.ESTALE, errno.EOVERFLOW):
+        kind = filesystem_type(path)
+        remedy = _WITHOUT_HANDLES.get(kind.removeprefix("fuse."), _WITHOUT_HANDLES.get(kind.partition(".")[0], ""))
+        return (
+            f"source {path} is on a file system of type {kind}, which has no file handles to be opened by "
+            f"(name_to_handle_at(2) or open_by_handle_at(2): {error.strerror}). {remedy}"
+            "Serve a directory on ext4, XFS, btrfs or tmpfs; `handlefs check` tells what a directory can do."
+        )
+    if error.errno == errno.EPERM:
+        return f"source {path}: not permitted. Opening files by handle needs root (CAP_DAC_READ_SEARCH)."
+    return f"source {path}: {error.strerror}"
+
+
+_WITHOUT_HANDLES = {
+    "overlay": "Mount the overlay with -o index=on,nfs_export=on. ",
+    "fuse": "Its server would have to support NFS export. ",
+}
+
+
+def filesystem_type(path: str) -> str:
+    """The type of the file system that `path` is on, as in /proc/self/mountinfo."""
+    device = os.stat(path).st_dev
+    matches = [mount.fstype for mount in mounts() if mount.dev == (os.major(device), os.minor(device))]
+    return matches[-1] if matches else "unknown"
+
+
+def state_root() -> Path:
+    """The directory below which each source has its state: /var/lib/handlefs for root, else by the XDG specification."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/handlefs")
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "handlefs"
+
+
+def state_dir_of(source: Source, given: str | None) -> Path:
+    """The state directory of `source`: `given`, or one of its own; StartupError if it is inside the source."""
+    path = Path(given) if given else state_root() / source.identity.source_id
+    _refuse_inside(source, path, "state directory", "--state-dir")
+    return path
+
+
+def _refuse_inside(source: Source, path: Path, role: str, option: str) -> None:
+    root = os.fstat(source.root.fd)
+    resolved = path.resolve()
+    for parent in (resolved, *resolved.parents):
+        if parent.exists() and os.path.samestat(parent.stat(), root):
+            raise StartupError(
+                f"the {role} {path} is inside the source {source.path}: clients could read the key in it. "
+                f"Give one outside with {option}."
+            )
+
+
+def open_map(state_dir: Path, source: Source, key_file: Path | None = None) -> HandleMap:
+    """The handle map of `source` in `state_dir`; StartupError if it is another source's or cannot be used."""
+    if key_file is not None:
+        _refuse_inside(source, key_file, "key file", "--key-file")
+    try:
+        return HandleMap(state_dir, source.identity, key_file=key_file)
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise StartupError(
+                f"cannot read the handle map in {state_dir}: {error.strerror}. {how_to_replace(state_dir)}"
+            ) from error
+        raise StartupError(
+            f"cannot open the handle map in {state_dir}: {error.strerror}. Free space there, or give another --state-dir "
+            "(a new map has a new key: handles given out so far become stale unless --key-file holds the old one)."
+        ) from error
+
+
+def default_cache_size(descriptor_limit: int) -> int:
+    """Inodes to cache: a quarter of the descriptors, since open files and directories need theirs too."""
+    return min(descriptor_limit // 4, LARGEST_DEFAULT_CACHE)

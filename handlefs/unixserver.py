@@ -1,0 +1,252 @@
+"""One server on a Unix socket, put together: a source, a listener, a thread for each peer, and the control socket."""
+
+import errno
+import itertools
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from handlefs import __version__
+from handlefs.accelerator import native
+from handlefs.config import Config
+from handlefs.control import ControlServer
+from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
+from handlefs.daemon import raise_descriptor_limit
+from handlefs.metrics import OperationMetrics
+from handlefs.nodetable import HandleCodec, NodeTable, new_numbers
+from handlefs.opening import default_cache_size, open_map, open_source, state_dir_of
+from handlefs.operations import Operations
+from handlefs.protocol import abi
+from handlefs.protocol.init import ProtocolError
+from handlefs.source import Source
+from handlefs.transport.backing import BackingFiles
+from handlefs.transport.direct import Dispatcher
+from handlefs.transport.handles import HandleDispatcher
+from handlefs.transport.seqpacket import Agreed, answer_init, listen, peer_uid, serve
+
+log = logging.getLogger(__name__)
+
+MOST_PEERS = 64
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED)
+_PAUSE = 0.1  # seconds
+
+
+class UnixServer:
+    """A server for one socket; `serve` runs it once."""
+
+    def __init__(self, config: Config) -> None:
+        """Open the source and its map, which holds the key. Raises StartupError with what is wrong and what to do."""
+        self.config = config
+        limit = raise_descriptor_limit()
+        # Each peer has a cache of its own.
+        self._cache_size = default_cache_size(limit) // MOST_PEERS if config.cache_size is None else config.cache_size
+        source = open_source(config.source, 0, config)
+        self.state_dir = state_dir_of(source, config.state_dir)
+        self._map = open_map(self.state_dir, source, Path(config.key_file) if config.key_file else None)
+        self._source = source
+        self.node_ids = self._map.nodeids
+        self.codec = HandleCodec(self._map.key)
+        self.numbers = new_numbers()
+        self.metrics = OperationMetrics()
+        self._peers: dict[int, Peer] = {}
+        self._lock = threading.Lock()
+        self._listener: socket.socket | None = None
+        self._stopping = False
+
+    def serve(self, on_ready: Callable[[], None]) -> None:
+        """Listen and serve until `stop`; calls `on_ready` when peers can connect. Raises StartupError if it cannot."""
+        drop_capability(CAP_SYS_RESOURCE)  # as for a mount: data must not be exempt from disk quotas
+        control = ControlServer(self.status, self.evict, self.config)
+        try:
+            self._listener = listen(self.config.mountpoint)
+            try:
+                control.start()
+                on_ready()
+                self._accept(self._listener)
+            finally:
+                control.stop()
+                self._close()
+        finally:
+            self._map.close()
+        log.info("%s is closed", self.config.mountpoint)
+
+    def stop(self) -> None:
+        """End `serve`, from any thread or a signal handler."""
+        self._stopping = True
+        if self._listener is not None:
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept(2)
+
+    def _accept(self, listener: socket.socket) -> None:
+        for number in itertools.count():
+            try:
+                connection, _ = listener.accept()
+            except OSError as error:
+                if self._stopping:
+                    return
+                if error.errno not in _PASSING:
+                    raise
+                log.warning("no peer can be let in: %s", error)
+                time.sleep(_PAUSE)
+                continue
+            uid = peer_uid(connection)
+            with self._lock:
+                full = len(self._peers) >= MOST_PEERS
+            if uid != 0 or full:
+                reason = f"there are {MOST_PEERS} already" if full else f"user {uid} is not root"
+                log.warning("a peer was turned away: %s", reason)
+                connection.close()
+                continue
+            threading.Thread(
+                target=self._serve_peer, args=(number, connection), name=f"peer-{number}", daemon=True
+            ).start()
+
+    def _serve_peer(self, number: int, connection: socket.socket) -> None:
+        with connection:
+            try:
+                agreed = answer_init(connection)
+                if agreed is None:
+                    return
+                peer = Peer(self, connection, agreed)
+            except ProtocolError as error:
+                log.warning("a peer was turned away: %s", error)
+                return
+            except OSError as error:
+                log.error("a peer could not be served: %s", error)
+                return
+            with self._lock:
+                self._peers[number] = peer
+            try:
+                serve(connection, agreed.negotiated.buffer_size, peer.answer)
+            except OSError:
+                log.exception("the connection to a peer failed")
+            finally:
+                with self._lock:
+                    del self._peers[number]
+
+    def _close(self) -> None:
+        """Remove the socket, and cut the connections."""
+        assert self._listener is not None
+        os.unlink(self.config.mountpoint)
+        self._listener.close()
+        for peer in self._all_peers():
+            peer.close()
+
+    def _all_peers(self) -> "list[Peer]":
+        with self._lock:
+            return list(self._peers.values())
+
+    def open_source(self) -> Source:
+        """The source once more, with a cache of its own: a peer's node IDs mean nothing to another. OSError if it has gone."""
+        source = Source(self.config.source, cache_size=self._cache_size, submounts=self.config.submounts)
+        if source.identity != self._source.identity:
+            raise OSError(errno.ESTALE, "something else has taken the source's place", self.config.source)
+        source.attach_map(self._map)
+        return source
+
+    def status(self) -> dict[str, object]:
+        """What `handlefs status` shows; docs/control.md lists the keys."""
+        peers = self._all_peers()
+        caches = [peer.operations.source.cache.statistics() for peer in peers]
+        opened = [peer.operations.open_files.counts() for peer in peers]
+        tables = [peer.nodes for peer in peers if peer.nodes is not None]
+        filesystem = self._source.volumes.root.filesystem
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "source": self.config.source,
+            "mountpoint": self.config.mountpoint,
+            "transport": "socket",
+            "accelerator": native is not None,
+            "filesystem": filesystem._asdict(),
+            "source_id": self._source.identity.source_id,
+            "nodeids": self.config.nodeids,
+            "state_dir": os.fspath(self.state_dir),
+            "cache": {
+                "size": sum(cache.size for cache in caches),
+                "capacity": sum(cache.capacity for cache in caches),
+                "hits": sum(cache.hits for cache in caches),
+                "misses": sum(cache.misses for cache in caches),
+                "evictions": sum(cache.evictions for cache in caches),
+            },
+            "map": {"entries": self._map.count(), "bytes": self._map.bytes_on_disk()},
+            "open_files": sum(files for files, _ in opened),
+            "open_dirs": sum(directories for _, directories in opened),
+            "read_only": self.config.options.read_only,
+            "peers": len(peers),
+            "plain_peers": len(peers) - len(tables),
+            "node_table": {
+                "size": sum(len(table) for table in tables),
+                "capacity": self.config.node_table,
+                "given": sum(table.given for table in tables),
+                "forgotten": sum(table.forgotten for table in tables),
+            },
+            **self.metrics.snapshot(),
+        }
+
+    def evict(self, count: int | None) -> int:
+        """Drop up to `count` of the node IDs of each peer that were not used for longest, or everything (None), their
+        descriptors too; returns how many node IDs were dropped."""
+        return sum(peer.evict(count) for peer in self._all_peers())
+
+
+class Peer:
+    """One connection: its own source, node IDs and open files, which end with it. A plain peer has the node IDs of a mount."""
+
+    def __init__(self, server: UnixServer, connection: socket.socket, agreed: Agreed) -> None:
+        """Raises OSError if the source cannot be opened."""
+        self._connection = connection
+        self._metrics = server.metrics
+        config = server.config
+        source = server.open_source()
+        self.operations = Operations(source, read_only=config.options.read_only)
+        self._busy = threading.Lock()
+        """Held while a request is served: node IDs are dropped between requests only."""
+        self.nodes: NodeTable | None = None
+        if agreed.largest_handle is None:
+            backing = BackingFiles(-1, None)
+            self._dispatcher = Dispatcher(self.operations, agreed.negotiated, backing, config)
+            return
+        self.nodes = NodeTable(
+            server.node_ids,
+            server.codec,
+            config.node_table,
+            numbers=server.numbers if config.nodeids == "ephemeral" else None,
+            largest_handle=agreed.largest_handle,
+            forget_chance=config.forget_chance,
+        )
+        source.attach_nodes(self.nodes)
+        self._dispatcher = HandleDispatcher(self.operations, agreed.negotiated, self.nodes, config)
+
+    def answer(self, message: memoryview) -> Sequence[bytes] | None:
+        """The reply to one message; None if there is none to give."""
+        with self._busy:
+            reply = self._dispatcher.answer(message)
+            if self.nodes is not None:
+                self._drop(self.nodes.prune())
+        _, opcode, *_ = abi.fuse_in_header.unpack_from(message) if len(message) >= abi.fuse_in_header.size else (0, 0)
+        failed = reply is not None and abi.fuse_out_header.unpack(reply[0])[1] != 0
+        self._metrics.count(abi.OPCODE_NAMES.get(opcode, "unknown"), failed=failed)
+        return reply
+
+    def evict(self, count: int | None) -> int:
+        """As `UnixServer.evict`, for this peer."""
+        with self._busy:
+            if self.nodes is None:
+                cache = self.operations.source.cache
+                return self.operations.source.evict_all() if count is None else cache.evict(count)
+            stale = self.nodes.evict(len(self.nodes) if count is None else count)
+            self._drop(stale)
+            return len(stale)
+
+    def _drop(self, stale: Sequence[int]) -> None:
+        """What is cached under a stale node ID would only be in the way."""
+        for nodeid in stale:
+            self.operations.source.cache.forget(nodeid)
+
+    def close(self) -> None:
+        """Cut the connection; its thread ends after the request it serves."""
+        self._connection.shutdown(socket.SHUT_RDWR)
