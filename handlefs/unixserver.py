@@ -4,6 +4,7 @@ import errno
 import itertools
 import logging
 import os
+import select
 import socket
 import threading
 import time
@@ -78,15 +79,19 @@ class UnixServer:
         """End `serve`, from any thread or a signal handler."""
         self._stopping = True
         if self._listener is not None:
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept(2)
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for peers
 
     def _accept(self, listener: socket.socket) -> None:
+        ready = select.poll()
+        ready.register(listener, select.POLLIN)
         for number in itertools.count():
+            while not ready.poll(1000):  # milliseconds; not for ever, so that this thread runs signal handlers
+                pass
+            if self._stopping:
+                return
             try:
                 connection, _ = listener.accept()
             except OSError as error:
-                if self._stopping:
-                    return
                 if error.errno not in _PASSING:
                     raise
                 log.warning("no peer can be let in: %s", error)
