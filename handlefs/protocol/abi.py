@@ -152,10 +152,12 @@ fuse_out_header = Struct("=IiQ")  # len error unique
 
 _ATTR = "QQQqqqIIIIIIIIII"
 # ino size blocks atime mtime ctime atimensec mtimensec ctimensec mode nlink uid gid rdev blksize flags
+fuse_attr = Struct("=" + _ATTR)
 fuse_attr_out = Struct("=QII" + _ATTR)  # attr_valid attr_valid_nsec dummy attr
 fuse_entry_out = Struct(
     "=QQQQII" + _ATTR
 )  # nodeid generation entry_valid attr_valid entry_valid_nsec attr_valid_nsec attr
+fuse_entry_head = Struct("=QQQQII")  # struct fuse_entry_out up to attr
 
 fuse_init_in_v6 = Struct("=IIII")  # major minor max_readahead flags
 fuse_init_in = Struct("=IIIII44x")  # major minor max_readahead flags flags2 unused[11]
