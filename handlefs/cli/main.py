@@ -10,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from handlefs import __version__
-from handlefs.cli import check, completion, evict, export, handle, maps, mount, restart, serve, status, umount
+from handlefs.cli import check, client, completion, evict, export, handle, maps, mount, restart, serve, status, umount
 from handlefs.control import ControlError
 from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.mount import OptionError
@@ -49,7 +49,7 @@ def cli() -> None:
     NFS and its server be restarted at any time without a client noticing."""
 
 
-for module in (mount, umount, restart, status, evict, check, handle, export, maps, serve, completion):
+for module in (mount, umount, restart, status, evict, check, handle, export, maps, serve, client, completion):
     cli.add_command(module.command)
 
 

@@ -41,10 +41,11 @@ class HandleDispatcher(Dispatcher):
 
     def _readdirplus(self, request: Request) -> Reply:
         fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
-        size = min(size, self.negotiated.buffer_size)
+        room = self.negotiated.buffer_size
+        size = min(size, room)
         records = []
         for dirent, entry in self._operations.readdirplus(request.nodeid, fh, offset, max(size // 6, 512)):
-            record = direntplus([(dirent, entry)], size, self._entry_timeout, self._attr_timeout)
+            record = direntplus([(dirent, entry)], room, self._entry_timeout, self._attr_timeout)
             record += NO_HANDLE if entry is None else self._handle(entry.nodeid)
             size -= len(record)
             if size < 0:

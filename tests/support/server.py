@@ -83,6 +83,11 @@ class Mounted:
         self._log_checked = 0
 
     @property
+    def address(self) -> str:
+        """What the server is asked by for its status."""
+        return str(self.path)
+
+    @property
     def argv(self) -> list[str]:
         limit = [] if self.nofile is None else ["prlimit", f"--nofile={self.nofile}"]
         own = ["--state-dir", str(self.state_dir), "--log-file", str(self.log)]
@@ -134,11 +139,11 @@ class Mounted:
             os.close(pidfd)
 
     def status(self) -> dict[str, Any]:
-        return control.request(str(self.path), {"op": "status"})
+        return control.request(self.address, {"op": "status"})
 
     def evict(self, count: int | None = None) -> int:
         """Drop `count` inodes from the server's cache, or all of them; returns how many there were."""
-        return int(control.request(str(self.path), {"op": "evict", "count": count})["evicted"])
+        return int(control.request(self.address, {"op": "evict", "count": count})["evicted"])
 
     @property
     def pid(self) -> int:
@@ -160,6 +165,51 @@ class Mounted:
             raise AssertionError(f"the server logged errors:\n{news}")
 
 
+class Bridged(Mounted):
+    """A server on a socket beside `path`, and the reference client mounted at `path`: `stop` ends both. `restart` and `kill`
+    are about the server only; the mount stays, and the client connects again."""
+
+    @property
+    def socket(self) -> Path:
+        return self.path.with_suffix(".socket")
+
+    @property
+    def address(self) -> str:
+        return str(self.socket)
+
+    @property
+    def argv(self) -> list[str]:
+        own = ["--state-dir", str(self.state_dir), "--log-file", str(self.log)]
+        return [sys.executable, "-m", "handlefs", "serve", "--socket", self.address, str(self.source), *own, *self.args]
+
+    def serve(self) -> None:
+        """Start the server."""
+        subprocess.run(self.argv, stdin=subprocess.DEVNULL, timeout=START_TIMEOUT, check=True)
+
+    def start(self) -> None:
+        self.serve()
+        client = [sys.executable, "-m", "handlefs", "client", self.address, "mount", str(self.path)]
+        subprocess.run(
+            [*client, "--log-file", str(self.log)], stdin=subprocess.DEVNULL, timeout=START_TIMEOUT, check=True
+        )
+
+    def stop(self) -> None:
+        run("umount", self.path)
+        with self._exit_awaited():
+            run(sys.executable, "-m", "handlefs", "umount", self.address)
+
+    def restart(self) -> None:
+        run(sys.executable, "-m", "handlefs", "restart", self.address)
+
+    def kill(self) -> None:
+        self.crash()
+        self.serve()
+
+    def crash(self, *, detach: bool = False) -> None:
+        with self._exit_awaited() as pid:
+            os.kill(pid, signal.SIGKILL)
+
+
 @contextmanager
 def mounted(
     source: Path,
@@ -168,6 +218,7 @@ def mounted(
     state_dir: Path | None = None,
     nofile: int | None = None,
     expected_log: str | None = None,
+    kind: type[Mounted] = Mounted,
 ) -> Iterator[Mounted]:
     """A server over `source` with the given command-line options, until the end of the block.
 
@@ -179,7 +230,7 @@ def mounted(
         if mountpoint is None:
             mountpoint = base / "mnt"
             mountpoint.mkdir()
-        server = Mounted(
+        server = kind(
             source,
             mountpoint,
             state_dir or base / "state",
@@ -200,5 +251,5 @@ def _end(server: Mounted) -> None:
             server.stop()
     finally:
         unmount(server.path)
-        control.forget(str(server.path))  # what a killed server leaves for `handlefs restart`
+        control.forget(server.address)  # what a killed server leaves for `handlefs restart`
     server.check_log()

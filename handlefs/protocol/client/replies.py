@@ -27,13 +27,14 @@ class Stat(NamedTuple):
 
 
 class EntryReply(NamedTuple):
-    """An entry as it came: the struct's fields, and the handle (empty: the root, or the peer has none)."""
+    """An entry as it came: fields of the struct, the handle (empty: the root, or the peer has none), and the struct itself."""
 
     nodeid: int
     valid: float
     """Seconds for which the name may be trusted."""
     stat: Stat
     handle: bytes
+    struct: bytes
 
 
 class Dirent(NamedTuple):
@@ -86,7 +87,8 @@ def _entry_at(payload: bytes, offset: int) -> tuple[EntryReply, int]:
         raise ProtocolError("a reply without the entry that belongs there")
     nodeid, _, valid, _, valid_nsec, _ = abi.fuse_entry_head.unpack_from(payload, offset)
     stat = attributes(payload, offset + abi.fuse_entry_head.size)
-    return EntryReply(nodeid, valid + valid_nsec / 10**9, stat, b""), offset + abi.fuse_entry_out.size
+    end = offset + abi.fuse_entry_out.size
+    return EntryReply(nodeid, valid + valid_nsec / 10**9, stat, b"", payload[offset:end]), end
 
 
 def _handle(payload: bytes, offset: int) -> tuple[bytes, int]:

@@ -172,7 +172,7 @@ class Session:
         for _ in range(_MOST_ATTEMPTS):
             sending = False
             try:
-                self._connect(patience=self._patience)
+                self._reconnect()
                 nodeids = [self._fresh(target) for target in targets]
                 sending = True
                 return self._exchange(opcode, nodeids, body, sender)
@@ -250,6 +250,14 @@ class Session:
             self.table.root.epoch = self.epoch
             self.statistics.connections += 1
         return self._link
+
+    def _reconnect(self) -> None:
+        """Make the connection again if it is lost. OSError(ENOTCONN) if nobody is there."""
+        try:
+            self._connect(patience=self._patience)
+        except OSError as error:
+            # Not what connect(2) says, ENOENT: the caller would take it for the answer to its request.
+            raise OSError(errno.ENOTCONN, f"the server is gone: {error.strerror}", self._path) from error
 
     def _lost(self) -> None:
         self.close()
