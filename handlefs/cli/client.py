@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import stat as st
 import sys
@@ -12,12 +13,13 @@ from typing import BinaryIO
 
 import click
 
-from handlefs.cli.params import DIRECTORY, json_option, print_json
+from handlefs.cli.params import DIRECTORY, json_option, print_json, progress
 from handlefs.daemon import in_background, set_up_logging, unmount_on_signals
 from handlefs.errors import StartupError
 from handlefs.mount import canonical
 from handlefs.protocol.client import Client
 from handlefs.protocol.client.replies import Stat
+from handlefs.protocol.client.stress import Stress, WrongResult
 from handlefs.protocol.init import ProtocolError
 
 PATIENCE = 10.0
@@ -167,6 +169,34 @@ def rm(socket: str, path: str) -> None:
     with _client(socket, path) as client:
         is_directory = st.S_ISDIR(client.lstat(path).st_mode)
         client.rmdir(path) if is_directory else client.unlink(path)
+
+
+@command.command("stress")
+@click.option("--files", type=click.IntRange(min=10), default=1000, show_default=True, help="How many files.")
+@click.option("--seconds", type=click.FloatRange(min=0), default=10, show_default=True, help="How long to work.")
+@click.option("--seed", type=int, help="Do the same again.")
+@click.pass_obj
+def stress(socket: str, files: int, seconds: float, seed: int | None) -> None:
+    """Work on many files at random, and check every result.
+
+    Do what you like to the server meanwhile: evict, restart, kill -9 and start
+    it again. Afterwards all files are removed.
+    """
+    seed = secrets.randbits(32) if seed is None else seed
+    base = f"/stress-{seed}"
+    with _client(socket, base) as client:
+        client.mkdir(base)
+        work = Stress(client, base, seed)
+        try:
+            with progress("making files", files) as made:
+                work.prepare(files, made)
+            work.run(seconds)
+            with progress("checking files", len(work.files)) as checked:
+                work.verify(told=checked)
+        except WrongResult as error:
+            raise click.ClickException(f"WRONG: {error} (seed {seed}; the files are in {base})") from error
+        work.remove()
+    click.echo(f"All results were right: {work.report()}")
 
 
 @command.command("mount")

@@ -93,6 +93,10 @@ class Mounted:
         own = ["--state-dir", str(self.state_dir), "--log-file", str(self.log)]
         return [*limit, sys.executable, "-m", "handlefs", str(self.source), str(self.path), *own, *self.args]
 
+    @property
+    def running(self) -> bool:
+        return is_mounted(self.path)
+
     def start(self) -> None:
         """Start the server; it is in the background and the mount answers when this returns."""
         done = subprocess.run(
@@ -165,9 +169,8 @@ class Mounted:
             raise AssertionError(f"the server logged errors:\n{news}")
 
 
-class Bridged(Mounted):
-    """A server on a socket beside `path`, and the reference client mounted at `path`: `stop` ends both. `restart` and `kill`
-    are about the server only; the mount stays, and the client connects again."""
+class Served(Mounted):
+    """A server on a socket beside `path`, where nothing is mounted."""
 
     @property
     def socket(self) -> Path:
@@ -182,32 +185,47 @@ class Bridged(Mounted):
         own = ["--state-dir", str(self.state_dir), "--log-file", str(self.log)]
         return [sys.executable, "-m", "handlefs", "serve", "--socket", self.address, str(self.source), *own, *self.args]
 
-    def serve(self) -> None:
-        """Start the server."""
-        subprocess.run(self.argv, stdin=subprocess.DEVNULL, timeout=START_TIMEOUT, check=True)
+    @property
+    def running(self) -> bool:
+        record = control.record(self.address)
+        return record is not None and record.alive()
 
     def start(self) -> None:
-        self.serve()
-        client = [sys.executable, "-m", "handlefs", "client", self.address, "mount", str(self.path)]
-        subprocess.run(
-            [*client, "--log-file", str(self.log)], stdin=subprocess.DEVNULL, timeout=START_TIMEOUT, check=True
+        done = subprocess.run(
+            self.argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_TIMEOUT, check=False
         )
+        if done.returncode != 0:
+            raise RuntimeError(f"handlefs serve did not start: {done.stderr}{done.stdout}\n{self.read_log()}")
 
     def stop(self) -> None:
-        run("umount", self.path)
         with self._exit_awaited():
             run(sys.executable, "-m", "handlefs", "umount", self.address)
 
     def restart(self) -> None:
         run(sys.executable, "-m", "handlefs", "restart", self.address)
 
-    def kill(self) -> None:
-        self.crash()
-        self.serve()
-
     def crash(self, *, detach: bool = False) -> None:
         with self._exit_awaited() as pid:
             os.kill(pid, signal.SIGKILL)
+
+
+class Bridged(Served):
+    """A server on a socket, and the reference client mounted at `path`: `stop` ends both. `restart` and `kill` are about the
+    server only; the mount stays, and the client connects again."""
+
+    def start(self) -> None:
+        super().start()
+        if is_mounted(self.path):  # the client has survived the server
+            return
+        run(*self.client_argv, "mount", self.path, "--log-file", self.log, timeout=START_TIMEOUT)
+
+    @property
+    def client_argv(self) -> list[str]:
+        return [sys.executable, "-m", "handlefs", "client", self.address]
+
+    def stop(self) -> None:
+        run("umount", self.path)
+        super().stop()
 
 
 @contextmanager
@@ -247,7 +265,7 @@ def mounted(
 def _end(server: Mounted) -> None:
     """Stop the server if it runs, leave no mount behind whatever happens, and look at the whole log."""
     try:
-        if is_mounted(server.path):
+        if server.running:
             server.stop()
     finally:
         unmount(server.path)

@@ -59,12 +59,20 @@ class Link:
         Raises OSError if there is none, ProtocolError if it does not speak FUSE as expected.
         """
         self._unique = 0
-        self._socket = _connected(path, patience)
-        try:
-            self._init(offer)
-        except BaseException:
-            self._socket.close()
-            raise
+        deadline = time.monotonic() + patience
+        while True:
+            self._socket = _connected(path, deadline)
+            try:
+                self._init(offer)
+                return
+            except LinkLost as loss:  # killed meanwhile, or it has turned us away
+                self._socket.close()
+                if time.monotonic() >= deadline:
+                    raise OSError(errno.EACCES, "the server does not let this user in", path) from loss
+            except BaseException:
+                self._socket.close()
+                raise
+            time.sleep(_RETRY_INTERVAL)
 
     def _init(self, offer: Offer) -> None:
         flags = offer.flags | abi.FUSE_INIT_EXT
@@ -74,10 +82,7 @@ class Link:
         if flags & abi.FUSE_SERVER_HANDLES:
             body += pack_handle_init(offer.max_handle)
         self._buffer = bytearray(_INIT_REPLY)
-        try:
-            payload = self.exchange(abi.FUSE_INIT, 0, body)
-        except LinkLost as error:
-            raise OSError(errno.EACCES, "the server does not let this user in", self._socket.getpeername()) from error
+        payload = self.exchange(abi.FUSE_INIT, 0, body)
         if len(payload) < abi.fuse_init_out.size:
             raise ProtocolError("the server's answer to INIT is too short")
         major, self.minor, _, low, _, _, max_write, _, _, _, high, _, _ = abi.fuse_init_out.unpack_from(payload)
@@ -135,8 +140,7 @@ class Link:
         self._socket.close()
 
 
-def _connected(path: str, patience: float) -> socket.socket:
-    deadline = time.monotonic() + patience
+def _connected(path: str, deadline: float) -> socket.socket:
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
