@@ -12,7 +12,11 @@ from handlefs.volumes import Submounts
 Transport = Literal["auto", "direct", "pyfuse3"]
 Passthrough = Literal["auto", "on", "off"]
 
+NodeIds = Literal["ephemeral", "stable"]
+
 MAX_WORKERS = 64
+SMALLEST_NODE_TABLE = 8
+"""Node IDs. A request needs two at most, and a client may have some requests under way."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,11 @@ class Config:
     workers: int = 4
     metrics: str | None = None
     log_file: str | None = None
+    socket: bool = False
+    """Serve a Unix socket at `mountpoint` instead of a mount."""
+    nodeids: NodeIds = "ephemeral"
+    node_table: int = 16384
+    forget_chance: float = 0.0
 
     def with_options(self, own: Mapping[str, str]) -> "Config":
         """This configuration with handlefs's own mount options (``cache-size=…``) applied. Raises OptionError."""
@@ -50,9 +59,11 @@ class Config:
 
     def to_argv(self) -> list[str]:
         """The arguments of the ``handlefs`` command that start this server."""
-        argv = [self.source, self.mountpoint]
-        if options := self.options.to_argument():
-            argv += ["-o", options]
+        if self.socket:
+            argv = ["serve", "--socket", self.mountpoint, self.source, *(["--ro"] if self.options.read_only else [])]
+        else:
+            options = self.options.to_argument()
+            argv = [self.source, self.mountpoint, *(["-o", options] if options else [])]
         for name, (attribute, _) in _OPTIONS.items():
             value = getattr(self, attribute)
             if value != _DEFAULTS[attribute]:
@@ -118,6 +129,27 @@ def _address(name: str, text: str) -> str:
     return text
 
 
+def _nodeids(name: str, text: str) -> NodeIds:
+    return cast(NodeIds, _choice(name, text, get_args(NodeIds)))
+
+
+def _node_table(name: str, text: str) -> int:
+    number = _whole(name, text)
+    if number < SMALLEST_NODE_TABLE:
+        raise OptionError(f"bad {name} '{text}': expected {SMALLEST_NODE_TABLE} or more")
+    return number
+
+
+def _probability(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise OptionError(f"bad {name} '{text}': expected a probability, from 0 to less than 1")
+    return value
+
+
 def _choice(name: str, text: str, choices: tuple[str, ...]) -> str:
     if text not in choices:
         raise OptionError(f"bad {name} '{text}': expected {' or '.join(choices)}")
@@ -140,4 +172,7 @@ _OPTIONS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = {
     "workers": ("workers", _workers),
     "metrics": ("metrics", _address),
     "log-file": ("log_file", _path),
+    "nodeids": ("nodeids", _nodeids),
+    "node-table": ("node_table", _node_table),
+    "forget-chance": ("forget_chance", _probability),
 }

@@ -1,9 +1,10 @@
-"""Going to the background: the parent leaves when the mount answers, or with the child's error; logging; signals."""
+"""Going to the background: the parent leaves when the mount answers, or with the child's error; logging; signals; limits."""
 
 import contextlib
 import logging
 import logging.handlers
 import os
+import resource
 import signal
 import sys
 import threading
@@ -167,3 +168,23 @@ def unmount_on_signals(mountpoint: str) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+
+
+def stop_on_signals(stop: Callable[[], None]) -> None:
+    """On SIGTERM or SIGINT call `stop`. A second signal ends the process at once. Call it in the main thread."""
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        log.info("%s: ending", signal.Signals(number).name)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+
+
+def raise_descriptor_limit() -> int:
+    """Use as many descriptors as the hard limit allows; returns that number."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard

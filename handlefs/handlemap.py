@@ -104,6 +104,16 @@ class HandleMap:
         value = self._find(nodeid.to_bytes(8, "big"))
         return None if value is None else MappedHandle.unpack(value)
 
+    def resolve(self, nodeid: int) -> MappedHandle:
+        """What the mapped `nodeid` stands for; OSError(ESTALE) if it was never given out, or its entry is damaged."""
+        item = self.get(nodeid)
+        if item is None:
+            raise OSError(errno.ESTALE, "unknown node ID")
+        if self.chain(nodeid, item) is None:
+            log.error("the handle map has a damaged entry for node %#x: run handlefs map compact", nodeid)
+            raise OSError(errno.ESTALE, "damaged entry in the handle map")
+        return item
+
     def assign(self, items: Sequence[MappedHandle]) -> list[int]:
         """The node IDs of `items`, giving out new ones where needed, all in one transaction."""
         found = [self._assigned(item.pack(), item) for item in items]

@@ -155,7 +155,9 @@ class Operations:
         fd = self._open_path(file.fd, os.O_PATH)
         handle, mount_id = handle_of(fd)
         volume = self.source.volumes.of_mount(mount_id)
-        return Inode(fd, nodeid, volume.id, volume.ino_mask(os.fstat(fd).st_dev, handle))
+        # An ephemeral node ID that is stale (and in use all the same, with the file's fh) must not get into a reply.
+        current = self.source.nodeid(volume, handle)
+        return Inode(fd, current, volume.id, volume.ino_mask(os.fstat(fd).st_dev, handle))
 
     def forget(self, nodeids: Iterable[int]) -> list[Inode]:
         """FORGET and BATCH_FORGET: the kernel has dropped the nodes, so their descriptors are not likely to be wanted, and
@@ -187,15 +189,14 @@ class Operations:
             os.chown(path, uid, gid)
         if changes.size is not None:
             with _without_fsetid(kill_suidgid):
-                self._truncate(inode, changes.size, fh)
+                self._truncate(inode, changes.size, None if fh is None else self.open_files.get(nodeid, fh))
         if changes.mode is not None:
             os.chmod(path, st.S_IMODE(changes.mode))
         if changes.atime is not Moment.OMIT or changes.mtime is not Moment.OMIT:
             utimens(inode.fd, changes.atime, changes.mtime)
         return self.source.attributes(inode)
 
-    def _truncate(self, inode: Inode, size: int, fh: int | None) -> None:
-        file = None if fh is None else self.open_files.get(inode.nodeid, fh)
+    def _truncate(self, inode: Inode, size: int, file: OpenFile | None) -> None:
         if file is not None:
             os.ftruncate(file.fd, size)
         else:

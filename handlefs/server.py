@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import resource
 import signal
 import socket
 import threading
@@ -17,6 +16,7 @@ from handlefs.accelerator import native
 from handlefs.config import Config
 from handlefs.control import ControlError, ControlServer, send_reply
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
+from handlefs.daemon import raise_descriptor_limit
 from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.handover import State
 from handlefs.inodecache import InodeCache
@@ -94,7 +94,7 @@ class Server:
             raise StartupError(
                 "passthrough=on needs the direct transport: use --transport=direct, or --passthrough=auto"
             )
-        limit = _raise_descriptor_limit()
+        limit = raise_descriptor_limit()
         cache_size = default_cache_size(limit) if config.cache_size is None else config.cache_size
         self.source = open_source(config.source, cache_size, config)
         self.state_dir = state_dir_of(self.source, config.state_dir)
@@ -264,10 +264,3 @@ def _stays(mountpoint: str, device: tuple[int, int]) -> bool:
             return True
         time.sleep(0.01)
     return False
-
-
-def _raise_descriptor_limit() -> int:
-    """Use as many descriptors as the hard limit allows; returns that number."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard

@@ -5,12 +5,11 @@ and no window in which a name may come to mean something else.
 """
 
 import errno
-import logging
 import os
 import stat as st
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from handlefs.accelerator import Stat, fstat
 from handlefs.filesystem import SourceIdentity
@@ -23,12 +22,11 @@ from handlefs.nodeid import (
     MAPPED_BIT,
     ROOT_NODEID,
     InlineFormat,
+    NodeIds,
     has_wildcard_generation,
     inline_format,
 )
 from handlefs.volumes import Submounts, Volume, Volumes
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -58,6 +56,18 @@ class _Found(NamedTuple):
     volume: Volume
     handle: FileHandle
     stat: Stat
+
+
+class NodeMap(Protocol):
+    """Where the node IDs come from that are not inline: the handle map, or a table of ephemeral ones."""
+
+    nodeids: NodeIds
+
+    def resolve(self, nodeid: int) -> MappedHandle:
+        """What `nodeid` stands for; OSError(ESTALE) if it is not known."""
+
+    def assign(self, items: Sequence[MappedHandle]) -> list[int]:
+        """The node IDs of `items`, giving out new ones where needed."""
 
 
 def with_descriptors(cache: InodeCache, work: Callable[[], T]) -> T:
@@ -95,10 +105,17 @@ class Source:
             root = self.volumes.root
             self.inline_nodes = InlineNodes(self.inline, mount_id=root.mount_id, device=root.device, root_ino=root_ino)
         self._map: HandleMap | None = None
+        self._nodes: NodeMap
 
     def attach_map(self, handle_map: HandleMap) -> None:
-        """Use `handle_map`, which was opened for this source's `identity`. Needed before anything is looked up."""
-        self._map = handle_map
+        """Use `handle_map`, which was opened for this source's `identity`. This, or `attach_nodes`, is needed before anything
+        is looked up."""
+        self._map = self._nodes = handle_map
+
+    def attach_nodes(self, nodes: "NodeMap") -> None:
+        """Have all node IDs but the root's from `nodes`; none is inline then."""
+        self.inline = self._inline_nodes = None
+        self._nodes = nodes
 
     @property
     def map(self) -> HandleMap:
@@ -124,13 +141,9 @@ class Source:
         if nodeid == ROOT_NODEID:
             return self.volumes.root, self.handle
         if nodeid & MAPPED_BIT:
-            mapped = self.map.get(nodeid)
-            if mapped is not None:
-                if self.map.chain(nodeid, mapped) is None:
-                    log.error("the handle map has a damaged entry for node %#x: run handlefs map compact", nodeid)
-                    raise OSError(errno.ESTALE, "damaged entry in the handle map")
-                return self.volumes.by_id(mapped.volume), mapped.handle
-        elif self.inline is not None and nodeid >> 32:
+            mapped = self._nodes.resolve(nodeid)
+            return self.volumes.by_id(mapped.volume), mapped.handle
+        if self.inline is not None and nodeid >> 32:
             return self.volumes.root, self.inline.decode(nodeid)
         raise OSError(errno.ESTALE, "unknown node ID")
 
@@ -268,7 +281,7 @@ class Source:
     def nodeid(self, volume: Volume, handle: FileHandle) -> int:
         """The node ID of `handle` on `volume`, given out now if it had none; OSError(ENOSPC) if the map's disk is full."""
         nodeid = self._unmapped(volume, handle)
-        return self.map.assign([MappedHandle(volume.id, handle)])[0] if nodeid is None else nodeid
+        return self._nodes.assign([MappedHandle(volume.id, handle)])[0] if nodeid is None else nodeid
 
     def _nodeids(self, items: Sequence["_Found"]) -> list[int]:
         """`nodeid` of many, with one transaction for all that have to be mapped."""
@@ -278,7 +291,7 @@ class Source:
             for item, nodeid in zip(items, unmapped, strict=True)
             if nodeid is None
         ]
-        assigned = iter(self.map.assign(mapped))
+        assigned = iter(self._nodes.assign(mapped))
         return [next(assigned) if nodeid is None else nodeid for nodeid in unmapped]
 
     def _unmapped(self, volume: Volume, handle: FileHandle) -> int | None:
@@ -293,7 +306,7 @@ class Source:
 
     def entry(self, inode: Inode) -> Entry:
         """The reply for a look-up that found `inode`."""
-        return Entry(inode.nodeid, self.map.nodeids.generation(inode.nodeid), self.attributes(inode))
+        return Entry(inode.nodeid, self._nodes.nodeids.generation(inode.nodeid), self.attributes(inode))
 
     def entry_of(self, fd: int, made: tuple[FileHandle, int]) -> Entry:
         """The reply for the new object that is open as `fd`, given its handle and mount ID."""
@@ -302,7 +315,7 @@ class Source:
         nodeid = self.nodeid(volume, handle)
         stat = fstat(fd)
         ino = stat.st_ino ^ volume.ino_mask(stat.st_dev, handle)
-        return Entry(nodeid, self.map.nodeids.generation(nodeid), Attributes(ino, stat))
+        return Entry(nodeid, self._nodes.nodeids.generation(nodeid), Attributes(ino, stat))
 
     @staticmethod
     def attributes(inode: Inode) -> Attributes:
@@ -323,10 +336,10 @@ class Source:
 
     def _entry(self, found: "_Found", nodeid: int) -> Entry:
         ino = found.stat.st_ino ^ found.volume.ino_mask(found.stat.st_dev, found.handle)
-        return Entry(nodeid, self.map.nodeids.generation(nodeid), Attributes(ino, found.stat))
+        return Entry(nodeid, self._nodes.nodeids.generation(nodeid), Attributes(ino, found.stat))
 
     def _inline_entry(self, nodeid: int, stat: Stat) -> Entry:
-        return Entry(nodeid, self.map.nodeids.generation(nodeid), Attributes(stat.st_ino, stat))
+        return Entry(nodeid, self._nodes.nodeids.generation(nodeid), Attributes(stat.st_ino, stat))
 
     def _peek(self, directory_fd: int, name: bytes) -> "_Found | None":
         """Handle and attributes of one and the same object: taken again if the name was given to another in between.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from handlefs import control, nfs, notify
 from handlefs.config import Config
 from handlefs.credentials import CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, has_capability
-from handlefs.daemon import in_background, set_up_logging, unmount_on_signals
+from handlefs.daemon import in_background, set_up_logging, stop_on_signals, unmount_on_signals
 from handlefs.errors import StartupError
 from handlefs.mount import mount_at, unmount
 
@@ -35,6 +35,9 @@ def missing_capabilities() -> list[str]:
 
 def launch(config: Config, *, foreground: bool = False) -> None:
     """Check, then serve: until unmounted in the foreground, else return when the mount answers. Raises StartupError."""
+    if config.socket:
+        launch_socket(config, foreground=foreground)
+        return
     check_privileges()
     inherited = _inherited(config) if foreground else None
     if inherited is None:
@@ -69,6 +72,33 @@ def _inherited(config: Config) -> "State | None":
     from handlefs import service  # noqa: PLC0415 - it brings LMDB
 
     return service.inherited(config)
+
+
+def launch_socket(config: Config, *, foreground: bool) -> None:
+    """The same for a server on a Unix socket: until a signal ends it, or return when peers can connect."""
+    if not has_capability(CAP_DAC_READ_SEARCH):
+        name, use = CAPABILITIES[CAP_DAC_READ_SEARCH]
+        raise StartupError(f"not permitted: run it as root; needed: {name} (to {use})")
+    check_source(config)
+
+    def serve(on_ready: Callable[[], None]) -> None:
+        os.chdir("/")
+        set_up_logging(config.log_file, foreground=foreground)
+        from handlefs.unixserver import UnixServer  # noqa: PLC0415 - not before the fork: it brings LMDB
+
+        server = UnixServer(config)
+
+        def ready() -> None:
+            stop_on_signals(server.stop)
+            log.info("serving %s at the socket %s", config.source, config.mountpoint)
+            on_ready()
+
+        server.serve(ready)
+
+    if foreground:
+        serve(lambda: None)
+    else:
+        in_background(serve)
 
 
 def check_privileges() -> None:

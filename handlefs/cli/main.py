@@ -12,6 +12,7 @@ from click.shell_completion import CompletionItem
 from handlefs import __version__
 from handlefs.cli import (
     check,
+    client,
     completion,
     evict,
     export,
@@ -20,6 +21,7 @@ from handlefs.cli import (
     mount,
     reload,
     restart,
+    serve,
     status,
     top,
     umount,
@@ -63,7 +65,10 @@ def cli() -> None:
     NFS and its server be restarted at any time without a client noticing."""
 
 
-for module in (mount, umount, reload, upgrade, restart, status, top, evict, check, handle, export, maps, completion):
+_COMMANDS = (
+    mount, umount, reload, upgrade, restart, status, top, evict, check, handle, export, maps, serve, client, completion,
+)  # fmt: skip
+for module in _COMMANDS:
     cli.add_command(module.command)
 
 

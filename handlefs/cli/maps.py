@@ -1,19 +1,15 @@
 """``handlefs map``: the handle map of a source, looked after while it is served or not."""
 
-import contextlib
 import os
 import shlex
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from handlefs import mapcheck
 from handlefs.cli.lookup import config_for, opened
-from handlefs.cli.params import DIRECTORY, json_option, print_json
+from handlefs.cli.params import DIRECTORY, json_option, print_json, progress
 from handlefs.config import Config
 from handlefs.mount import mount_at
 
@@ -58,8 +54,8 @@ def stats(place: str, state_dir: str | None, as_json: bool) -> None:
 def verify(place: str, state_dir: str | None, as_json: bool) -> int:
     """Check every entry. The status is 1 when some are damaged."""
     config = config_for(place, state_dir)
-    with opened(config) as source, _progress("verifying", source.map.count()) as progress:
-        report = mapcheck.verify(source, progress)
+    with opened(config) as source, progress("verifying", source.map.count()) as advance:
+        report = mapcheck.verify(source, advance)
     counts = {
         "live": report.live,
         "unmounted": report.unmounted,
@@ -90,8 +86,8 @@ def rebuild(place: str, state_dir: str | None, key_file: str | None) -> None:
             raise click.ClickException(f"key file {key_file} does not exist")
         config = replace(config, key_file=os.path.abspath(key_file))
     with opened(config, create=config.key_file is not None) as source:
-        with _progress("rebuilding", _files(config)) as progress:
-            seen = mapcheck.rebuild(source, progress)
+        with progress("rebuilding", _files(config)) as advance:
+            seen = mapcheck.rebuild(source, advance)
         click.echo(f"{seen:,} files and directories seen, {source.map.count():,} entries in the map")
 
 
@@ -102,8 +98,8 @@ def compact(place: str, state_dir: str | None) -> None:
     """Drop the entries of removed files, and free space unless a server uses the map."""
     with opened(config_for(place, state_dir)) as source:
         before = source.map.bytes_on_disk()
-        with _progress("compacting", source.map.count()) as progress:
-            dropped, rewritten = mapcheck.compact(source, progress)
+        with progress("compacting", source.map.count()) as advance:
+            dropped, rewritten = mapcheck.compact(source, advance)
         after = source.map.bytes_on_disk()
     click.echo(f"{dropped:,} entries of removed files dropped")
     if rewritten:
@@ -123,13 +119,3 @@ def _files(config: Config) -> int | None:
         return None
     status = os.statvfs(config.source)
     return status.f_files - status.f_ffree or None
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, if that is a terminal."""
-    columns = (SpinnerColumn(), TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.advance(task, done)

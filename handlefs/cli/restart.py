@@ -13,7 +13,7 @@ import click
 from handlefs import control, nfs
 from handlefs.cli.launch import check_privileges, check_source, launch
 from handlefs.cli.params import MOUNTPOINT, word_option
-from handlefs.cli.umount import stop
+from handlefs.cli.umount import end_socket, stop
 from handlefs.config import Config, Transport
 from handlefs.mount import canonical, mount_at
 
@@ -33,6 +33,10 @@ def command(mountpoint: str, transport: str | None) -> None:
             f"no handlefs server is known for {mountpoint}: mount it with handlefs SOURCE {shlex.quote(mountpoint)}"
         )
     config = known.config.with_options({"transport": transport} if transport else {})
+    if config.socket:
+        end_socket(mountpoint)
+        launch(config)
+        return
     check_privileges()
     check_source(config)
     importlib.import_module("handlefs.server")  # now: clients are going to wait for the rest

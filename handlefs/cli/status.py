@@ -43,7 +43,8 @@ def _details(mountpoint: str) -> dict[str, Any]:
             f"bring it back with handlefs restart {shlex.quote(mountpoint)}"
         ) from error
     del reply["ok"]
-    return reply | {"state": _state(mountpoint, True), "exported": nfs.exported(mountpoint)}
+    state = _state(mountpoint, True, socket=reply["transport"] == "socket")
+    return reply | {"state": state, "exported": nfs.exported(mountpoint)}
 
 
 def _summary(record: control.Record) -> dict[str, Any]:
@@ -51,13 +52,15 @@ def _summary(record: control.Record) -> dict[str, Any]:
         "mountpoint": record.mountpoint,
         "source": record.config.source,
         "pid": record.pid,
-        "state": _state(record.mountpoint, record.alive()),
+        "state": _state(record.mountpoint, record.alive(), socket=record.config.socket),
     }
 
 
-def _state(mountpoint: str, alive: bool) -> str:
+def _state(mountpoint: str, alive: bool, *, socket: bool) -> str:
     if not alive:
         return "killed"
+    if socket:
+        return "serving"
     # After a lazy unmount the server stays for those who still use the mount.
     return "serving" if mount_at(mountpoint) else "detached"
 
@@ -85,6 +88,7 @@ def _rows(details: dict[str, Any]) -> list[tuple[str, str]]:
     rest = dict(details)
     filesystem, cache, handle_map = rest.pop("filesystem"), rest.pop("cache"), rest.pop("map")
     uptime, per_second, total = rest.pop("uptime"), rest.pop("operations_per_second"), rest.pop("operations_total")
+    nodes = rest.pop("node_table", None)
     asked = cache["hits"] + cache["misses"]
     hits = f", {cache['hits'] / asked:.1%} hits" if asked else ""
     rows = [(name.replace("_", " "), _plain(rest.pop(name))) for name in ("mountpoint", "source", "state", "pid")]
@@ -102,6 +106,9 @@ def _rows(details: dict[str, Any]) -> list[tuple[str, str]]:
     if rest.get("metrics") is None:
         rest.pop("metrics", None)
     rows += [("worker", _worker(worker)) for worker in rest.pop("workers", ())]
+    if nodes is not None:
+        counts = f"{nodes['given']:,} given, {nodes['forgotten']:,} forgotten"
+        rows.append(("node table", f"{nodes['size']:,} of {nodes['capacity']:,} for each peer, {counts}"))
     return rows + [(name.replace("_", " "), _plain(value)) for name, value in rest.items()]
 
 

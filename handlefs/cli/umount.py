@@ -4,6 +4,7 @@ import errno
 import os
 import select
 import shlex
+import signal
 import time
 
 import click
@@ -21,13 +22,16 @@ BUSY_RETRY = 1.0  # seconds
 @click.argument("mountpoint", type=MOUNTPOINT)
 @click.option("-l", "--lazy", is_flag=True, help="Detach now; the server ends when the mount's last user is gone.")
 def command(mountpoint: str, lazy: bool) -> None:
-    """Unmount MOUNTPOINT, and wait until its server has ended.
+    """Unmount MOUNTPOINT, and wait until its server has ended; or end the server
+    of a socket.
 
     When the mount is in use, say by whom, and change nothing.
     """
     mountpoint = canonical(mountpoint)
     if mount_at(mountpoint) is None and _forget_killed(mountpoint):
         click.echo(f"{mountpoint} was not mounted any more; its killed server is forgotten")
+    elif serves_socket(mountpoint):
+        end_socket(mountpoint)
     else:
         stop(mountpoint, lazy=lazy)
 
@@ -66,6 +70,27 @@ def stop(mountpoint: str, *, lazy: bool = False) -> None:
         else:
             _unmount_now(mount)
             _wait(server, mountpoint)
+    finally:
+        os.close(server)
+
+
+def serves_socket(path: str) -> bool:
+    """Whether *path* is the socket of a server, dead or alive, and not a mount point."""
+    record = control.record(path)
+    return record is not None and record.config.socket
+
+
+def end_socket(path: str) -> None:
+    """End the server of the socket *path*, if it lives, and wait for its end."""
+    try:
+        pid = control.server_pid(path)
+        server = os.pidfd_open(pid)
+    except (control.NoServer, ProcessLookupError):
+        control.forget(path)
+        return
+    try:
+        signal.pidfd_send_signal(server, signal.SIGTERM)
+        _wait(server, path)
     finally:
         os.close(server)
 
@@ -116,4 +141,4 @@ def _wait(server: int, mountpoint: str) -> None:
     poll = select.poll()
     poll.register(server, select.POLLIN)
     if not poll.poll(EXIT_TIMEOUT * 1000):
-        raise click.ClickException(f"{mountpoint} is unmounted, but its server still runs; see its log")
+        raise click.ClickException(f"the server of {mountpoint} was told to end, but still runs; see its log")

@@ -155,10 +155,12 @@ fuse_out_header = Struct("=IiQ")  # len error unique
 
 _ATTR = "QQQqqqIIIIIIIIII"
 # ino size blocks atime mtime ctime atimensec mtimensec ctimensec mode nlink uid gid rdev blksize flags
+fuse_attr = Struct("=" + _ATTR)
 fuse_attr_out = Struct("=QII" + _ATTR)  # attr_valid attr_valid_nsec dummy attr
 fuse_entry_out = Struct(
     "=QQQQII" + _ATTR
 )  # nodeid generation entry_valid attr_valid entry_valid_nsec attr_valid_nsec attr
+fuse_entry_head = Struct("=QQQQII")  # struct fuse_entry_out up to attr
 
 fuse_init_in_v6 = Struct("=IIII")  # major minor max_readahead flags
 fuse_init_in = Struct("=IIIII44x")  # major minor max_readahead flags flags2 unused[11]
@@ -211,6 +213,18 @@ fuse_statx_head = Struct(
     "=QII16x"
 )  # attr_valid attr_valid_nsec flags spare[2]; a struct fuse_statx of 256 bytes follows
 fuse_statx_ino = Struct("=Q")  # at 32 in struct fuse_statx as in struct statx
+
+# -- the LOOKUP_HANDLE dialect (docs/lookup-handle.md); the numbers are ours, no kernel's ---------------------------------
+
+FUSE_LOOKUP_HANDLE = 3900
+OPCODE_NAMES[FUSE_LOOKUP_HANDLE] = "lookup_handle"
+FUSE_SERVER_HANDLES = 1 << 62
+"""Flag of INIT."""
+FUSE_HANDLE_MAX = 128
+"""Bytes of data in the largest handle."""
+
+fuse_handle = Struct("=HH")  # size reserved, then the data, padded to 8
+fuse_handle_init = Struct("=II")  # size max_handle
 
 FUSE_DEV_IOC_CLONE = 0x8004E500
 FUSE_DEV_IOC_BACKING_OPEN = 0x4010E501

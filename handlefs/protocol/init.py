@@ -56,11 +56,9 @@ class Negotiated:
         return max(8192, self.max_write + 4096)
 
 
-def negotiate(payload: bytes | memoryview, *, passthrough: bool = False) -> tuple[Negotiated, bytes]:
-    """Answer the INIT request with this `payload`: what was agreed on, and the reply's payload.
-
-    Raises ProtocolError if the kernel is older than 7.31 or does not know file handles on FUSE.
-    """
+def read_init(payload: bytes | memoryview) -> tuple[int, int, int]:
+    """What the INIT request with this `payload` offers: the minor version, max_readahead in bytes, and the flags. Raises
+    ProtocolError if the kernel is older than 7.31."""
     if len(payload) < abi.fuse_init_in_v6.size:
         raise ProtocolError("the kernel's INIT is too short")
     major, minor, max_readahead, low = abi.fuse_init_in_v6.unpack_from(payload)
@@ -71,24 +69,40 @@ def negotiate(payload: bytes | memoryview, *, passthrough: bool = False) -> tupl
     offered = low
     if low & abi.FUSE_INIT_EXT and len(payload) >= abi.fuse_init_in.size:
         offered |= abi.fuse_init_in.unpack_from(payload)[4] << 32
+    return minor, max_readahead, offered
+
+
+def negotiate(
+    payload: bytes | memoryview, *, passthrough: bool = False, also: int = 0, largest_write: int = MAX_WRITE
+) -> tuple[Negotiated, bytes]:
+    """Answer the INIT request with this `payload`: what was agreed on, and the reply's payload. The flags in `also` are taken
+    beside those `WANTED`; `largest_write` is in bytes, and a multiple of `PAGE_SIZE`.
+
+    Raises ProtocolError if the kernel is older than 7.31 or does not know file handles on FUSE.
+    """
+    minor, max_readahead, offered = read_init(payload)
     if not offered & abi.FUSE_EXPORT_SUPPORT:
         raise ProtocolError("the kernel's FUSE has no export support")
-    flags = offered & (WANTED | (abi.FUSE_PASSTHROUGH if passthrough else 0))
-    max_write = MAX_WRITE if flags & abi.FUSE_MAX_PAGES else 32 * PAGE_SIZE
+    flags = offered & (WANTED | also | (abi.FUSE_PASSTHROUGH if passthrough else 0))
+    max_write = min(largest_write, MAX_WRITE if flags & abi.FUSE_MAX_PAGES else 32 * PAGE_SIZE)
     agreed = Negotiated(min(minor, abi.FUSE_KERNEL_MINOR_VERSION), flags, max_write)
-    reply = abi.fuse_init_out.pack(
+    return agreed, init_reply(agreed, max_readahead)
+
+
+def init_reply(agreed: Negotiated, max_readahead: int) -> bytes:
+    """The payload of the reply to INIT that says what was agreed on. `max_readahead` (bytes) is the kernel's own."""
+    return abi.fuse_init_out.pack(
         abi.FUSE_KERNEL_VERSION,
         agreed.minor,
         max_readahead,
-        flags & 0xFFFFFFFF,
+        agreed.flags & 0xFFFFFFFF,
         64,  # max_background
         48,  # congestion_threshold
-        max_write,
+        agreed.max_write,
         1,  # time_gran: nanoseconds
-        max_write // PAGE_SIZE,
+        agreed.max_write // PAGE_SIZE,
         0,
-        flags >> 32,
-        2 if flags & abi.FUSE_PASSTHROUGH else 0,  # max_stack_depth: the source may itself be stacked once
+        agreed.flags >> 32,
+        2 if agreed.has(abi.FUSE_PASSTHROUGH) else 0,  # max_stack_depth: the source may itself be stacked once
         0,  # request_timeout: none, the server may be away for any time
     )
-    return agreed, reply

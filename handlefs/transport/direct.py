@@ -326,12 +326,16 @@ class Dispatcher:
         caller = Caller(request.uid, request.gid, request.pid, umask, request.groups)
         name = _name(request.body[abi.fuse_create_in.size :])
         entry, fh = self._operations.create(request.nodeid, name, mode, flags, caller)
-        return self._entry(entry) + self._opened(entry.nodeid, fh, flags)
+        return self._created(entry, fh, flags)
 
     def _tmpfile(self, request: Request) -> Reply:
         flags, mode, umask, _ = abi.fuse_create_in.unpack_from(request.body)
         caller = Caller(request.uid, request.gid, request.pid, umask, request.groups)
         entry, fh = self._operations.tmpfile(request.nodeid, mode, flags, caller)
+        return self._created(entry, fh, flags)
+
+    def _created(self, entry: Entry, fh: int, flags: int) -> bytes:
+        """The reply to CREATE and TMPFILE."""
         return self._entry(entry) + self._opened(entry.nodeid, fh, flags)
 
     def _read(self, request: Request) -> Reply:

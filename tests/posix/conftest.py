@@ -14,16 +14,19 @@ from typing import TypeVar
 import pytest
 
 from ..support.filesystems import KINDS, FileSystems
-from ..support.modes import MODES, NATIVE, TRANSPORTS
-from ..support.server import Mounted, Native, mounted
+from ..support.modes import CLIENT_MODES, MODES, NATIVE, TRANSPORTS
+from ..support.server import Bridged, Mounted, Native, mounted
 from ..support.users import root_again
 
 T = TypeVar("T")
 
 STORM_INTERVAL = 0.004
 # The first file system gets every mode; the others the two ends of the scale, and the other transport.
-MODES_OF = {"ext4": tuple(MODES), "btrfs": ("default", "nopass-storm", "pyfuse3", "pyfuse3-storm")}
-OTHER_MODES = ("default", "nopass-storm", "pyfuse3")
+MODES_OF = {
+    "ext4": (*MODES, *CLIENT_MODES),
+    "btrfs": ("default", "nopass-storm", "pyfuse3", "pyfuse3-storm", "client-storm"),
+}
+OTHER_MODES = ("default", "nopass-storm", "pyfuse3", "client-storm")
 
 _numbers = itertools.count()
 
@@ -46,13 +49,15 @@ class TestTree:
 
     @property
     def direct(self) -> bool:
-        """Whether the direct transport serves it."""
+        """Whether the direct transport serves it, or the client, which carries the same operations."""
         return isinstance(self.server, Mounted) and "--transport=pyfuse3" not in self.server.args
 
     @property
     def passthrough(self) -> bool:
         """Whether the kernel maps the source's own files, where it can."""
-        return isinstance(self.server, Mounted) and self.direct and "--passthrough=off" not in self.server.args
+        if not isinstance(self.server, Mounted) or isinstance(self.server, Bridged):
+            return False
+        return self.direct and "--passthrough=off" not in self.server.args
 
     def agree(self, scenario: Callable[[Path], T]) -> T:
         """Run the scenario in the served directory and in the control; both must come to the same result."""
@@ -160,7 +165,9 @@ def open_ground(filesystems: FileSystems, name: str) -> Iterator[Ground]:
     with ExitStack() as stack:
         server: Mounted | Native = Native(source)
         if mode != NATIVE:
-            server = stack.enter_context(mounted(source, None, *MODES[mode]))
+            server_type = Bridged if mode in CLIENT_MODES else Mounted
+            options = CLIENT_MODES[mode] if mode in CLIENT_MODES else MODES[mode]
+            server = stack.enter_context(mounted(source, None, *options, kind=server_type))
             if "storm" in mode:
                 stack.enter_context(evict_storm(server))
         yield Ground(kind, server, root)

@@ -83,10 +83,19 @@ class Mounted:
         self._log_checked = 0
 
     @property
+    def address(self) -> str:
+        """What the server is asked by for its status."""
+        return str(self.path)
+
+    @property
     def argv(self) -> list[str]:
         limit = [] if self.nofile is None else ["prlimit", f"--nofile={self.nofile}"]
         own = ["--state-dir", str(self.state_dir), "--log-file", str(self.log)]
         return [*limit, sys.executable, "-m", "handlefs", str(self.source), str(self.path), *own, *self.args]
+
+    @property
+    def running(self) -> bool:
+        return is_mounted(self.path)
 
     def start(self) -> None:
         """Start the server; it is in the background and the mount answers when this returns."""
@@ -134,11 +143,11 @@ class Mounted:
             os.close(pidfd)
 
     def status(self) -> dict[str, Any]:
-        return control.request(str(self.path), {"op": "status"})
+        return control.request(self.address, {"op": "status"})
 
     def evict(self, count: int | None = None) -> int:
         """Drop `count` inodes from the server's cache, or all of them; returns how many there were."""
-        return int(control.request(str(self.path), {"op": "evict", "count": count})["evicted"])
+        return int(control.request(self.address, {"op": "evict", "count": count})["evicted"])
 
     @property
     def pid(self) -> int:
@@ -160,6 +169,65 @@ class Mounted:
             raise AssertionError(f"the server logged errors:\n{news}")
 
 
+class Served(Mounted):
+    """A server on a socket beside `path`, where nothing is mounted."""
+
+    @property
+    def socket(self) -> Path:
+        return self.path.with_suffix(".socket")
+
+    @property
+    def address(self) -> str:
+        return str(self.socket)
+
+    @property
+    def argv(self) -> list[str]:
+        own = ["--state-dir", str(self.state_dir), "--log-file", str(self.log)]
+        return [sys.executable, "-m", "handlefs", "serve", "--socket", self.address, str(self.source), *own, *self.args]
+
+    @property
+    def running(self) -> bool:
+        record = control.record(self.address)
+        return record is not None and record.alive()
+
+    def start(self) -> None:
+        done = subprocess.run(
+            self.argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_TIMEOUT, check=False
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"handlefs serve did not start: {done.stderr}{done.stdout}\n{self.read_log()}")
+
+    def stop(self) -> None:
+        with self._exit_awaited():
+            run(sys.executable, "-m", "handlefs", "umount", self.address)
+
+    def restart(self) -> None:
+        run(sys.executable, "-m", "handlefs", "restart", self.address)
+
+    def crash(self, *, detach: bool = False) -> None:
+        with self._exit_awaited() as pid:
+            os.kill(pid, signal.SIGKILL)
+
+
+class Bridged(Served):
+    """A server on a socket, and the reference client mounted at `path`: `stop` ends both. `restart` and `kill` are about the
+    server only; the mount stays, and the client connects again."""
+
+    def start(self) -> None:
+        super().start()
+        if is_mounted(self.path):  # the client has survived the server
+            return
+        run(*self.client_argv, "mount", self.path, "--log-file", self.log, timeout=START_TIMEOUT)
+
+    @property
+    def client_argv(self) -> list[str]:
+        return [sys.executable, "-m", "handlefs", "client", self.address]
+
+    def stop(self) -> None:
+        run("umount", self.path)
+        super().stop()
+
+
 @contextmanager
 def mounted(
     source: Path,
@@ -168,6 +236,7 @@ def mounted(
     state_dir: Path | None = None,
     nofile: int | None = None,
     expected_log: str | None = None,
+    kind: type[Mounted] = Mounted,
 ) -> Iterator[Mounted]:
     """A server over `source` with the given command-line options, until the end of the block.
 
@@ -179,7 +248,7 @@ def mounted(
         if mountpoint is None:
             mountpoint = base / "mnt"
             mountpoint.mkdir()
-        server = Mounted(
+        server = kind(
             source,
             mountpoint,
             state_dir or base / "state",
@@ -196,9 +265,9 @@ def mounted(
 def _end(server: Mounted) -> None:
     """Stop the server if it runs, leave no mount behind whatever happens, and look at the whole log."""
     try:
-        if is_mounted(server.path):
+        if server.running:
             server.stop()
     finally:
         unmount(server.path)
-        control.forget(str(server.path))  # what a killed server leaves for `handlefs restart`
+        control.forget(server.address)  # what a killed server leaves for `handlefs restart`
     server.check_log()

@@ -1,0 +1,125 @@
+"""FUSE over a Unix SEQPACKET socket: each packet is one message. The peer plays the kernel's part.
+
+As a kernel does, the peer checks permissions, and says in whose name it asks: it is believed. So only root is let in.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat as st
+import struct
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from handlefs.errors import StartupError
+from handlefs.protocol import abi
+from handlefs.protocol.handles import pack_handle_init, unpack_handle_init
+from handlefs.protocol.init import PAGE_SIZE, Negotiated, ProtocolError, negotiate
+
+log = logging.getLogger(__name__)
+
+LARGEST_WRITE = 128 * 1024
+"""Bytes of data in one message, where the socket's buffer is not smaller still: a packet must fit into it."""
+_OVERHEAD = 4096  # headers, and what the kernel counts (unix_dgram_sendmsg: the buffer's size less 32)
+_WAITING = 16
+
+
+class Agreed(NamedTuple):
+    """The outcome of a peer's INIT."""
+
+    negotiated: Negotiated
+    largest_handle: int | None
+    """Bytes of data in a handle, if the LOOKUP_HANDLE dialect was agreed on."""
+
+
+def listen(path: str) -> socket.socket:
+    """A socket that listens at `path`, mode 0600, in the place of what a dead server has left. Raises StartupError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        try:
+            _bind(listener, path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            _remove_stale(path)
+            _bind(listener, path)
+        listener.listen(_WAITING)
+    except (OSError, StartupError) as error:
+        listener.close()
+        if isinstance(error, OSError):
+            raise StartupError(f"cannot listen at {path}: {error.strerror or error}") from error
+        raise
+    return listener
+
+
+def _bind(listener: socket.socket, path: str) -> None:
+    umask = os.umask(0o177)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(umask)
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket at `path` if nobody listens there. Raises StartupError."""
+    if not st.S_ISSOCK(os.lstat(path).st_mode):
+        raise StartupError(f"{path} exists and is not a socket: remove it, or give another --socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError as error:
+            raise StartupError(f"{path} is in use ({error.strerror}): give another --socket") from error
+    raise StartupError(f"somebody listens at {path} already: give another --socket")
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """The user whom the kernel knows the peer to be."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    return int(uid)
+
+
+def answer_init(connection: socket.socket) -> Agreed | None:
+    """Answer the peer's first message, which must be INIT: what was agreed on; None if the peer has gone. Raises ProtocolError
+    for anything that is not INIT as it should be; the peer then has its answer."""
+    message = connection.recv(PAGE_SIZE)
+    if not message:
+        return None
+    if len(message) < abi.fuse_in_header.size:
+        raise ProtocolError("the first message is shorter than its header")
+    _, opcode, unique, *_ = abi.fuse_in_header.unpack_from(message)
+    try:
+        if opcode != abi.FUSE_INIT:
+            raise ProtocolError("the first request is not INIT")
+        agreed, payload = _agree(connection, memoryview(message)[abi.fuse_in_header.size :])
+    except ProtocolError:
+        connection.send(abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.EPROTO, unique))
+        raise
+    connection.send(abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique) + payload)
+    return agreed
+
+
+def _agree(connection: socket.socket, body: memoryview) -> tuple[Agreed, bytes]:
+    buffer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    largest = min(LARGEST_WRITE, (buffer - _OVERHEAD) // PAGE_SIZE * PAGE_SIZE)
+    negotiated, payload = negotiate(body, also=abi.FUSE_SERVER_HANDLES, largest_write=largest)
+    if not negotiated.has(abi.FUSE_SERVER_HANDLES):
+        return Agreed(negotiated, None), payload
+    largest_handle = unpack_handle_init(body, abi.fuse_init_in.size)
+    return Agreed(negotiated, largest_handle), payload + pack_handle_init(largest_handle)
+
+
+def serve(connection: socket.socket, buffer_size: int, answer: Callable[[memoryview], Sequence[bytes] | None]) -> None:
+    """Give each message to `answer` and send what it says, until the peer or `shutdown(2)` ends the connection."""
+    buffer = bytearray(buffer_size)
+    view = memoryview(buffer)
+    with contextlib.suppress(ConnectionError):
+        while size := connection.recv_into(buffer):
+            reply = answer(view[:size])
+            if reply is not None:
+                connection.sendmsg(reply)

@@ -1,0 +1,263 @@
+"""One server on a Unix socket, put together: a source, a listener, a thread for each peer, and the control socket."""
+
+import errno
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from handlefs import __version__
+from handlefs.accelerator import native
+from handlefs.config import Config
+from handlefs.control import ControlServer
+from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
+from handlefs.daemon import raise_descriptor_limit
+from handlefs.inodecache import InodeCache
+from handlefs.metrics import Counters, Rate, Totals
+from handlefs.nodetable import HandleCodec, NodeTable, new_numbers
+from handlefs.opening import default_cache_size, open_map, open_source, state_dir_of
+from handlefs.operations import Operations
+from handlefs.protocol import abi
+from handlefs.protocol.init import ProtocolError
+from handlefs.source import Source
+from handlefs.transport.backing import BackingFiles
+from handlefs.transport.direct import Dispatcher
+from handlefs.transport.handles import HandleDispatcher
+from handlefs.transport.seqpacket import Agreed, answer_init, listen, peer_uid, serve
+
+log = logging.getLogger(__name__)
+
+MOST_PEERS = 64
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED)
+_PAUSE = 0.1  # seconds
+
+
+class UnixServer:
+    """A server for one socket; `serve` runs it once."""
+
+    def __init__(self, config: Config) -> None:
+        """Open the source and its map, which holds the key. Raises StartupError with what is wrong and what to do."""
+        self.config = config
+        limit = raise_descriptor_limit()
+        # Each peer has a cache of its own.
+        self._cache_size = default_cache_size(limit) // MOST_PEERS if config.cache_size is None else config.cache_size
+        source = open_source(config.source, 0, config)
+        self.state_dir = state_dir_of(source, config.state_dir)
+        self._map = open_map(self.state_dir, source, Path(config.key_file) if config.key_file else None)
+        self._source = source
+        self.node_ids = self._map.nodeids
+        self.codec = HandleCodec(self._map.key)
+        self.numbers = new_numbers()
+        self._start_time = time.monotonic()
+        self._peers: dict[int, Peer] = {}
+        self._counters = [Counters() for _ in range(MOST_PEERS)]
+        """One for each place that a peer may take, one peer after the other."""
+        self._vacant = set(range(MOST_PEERS))
+        self._rate = Rate(lambda: sum(counters.total() for counters in self._counters))
+        self._lock = threading.Lock()
+        self._listener: socket.socket | None = None
+        self._stopping = False
+
+    def serve(self, on_ready: Callable[[], None]) -> None:
+        """Listen and serve until `stop`; calls `on_ready` when peers can connect. Raises StartupError if it cannot."""
+        drop_capability(CAP_SYS_RESOURCE)  # as for a mount: data must not be exempt from disk quotas
+        control = ControlServer(self.status, self.evict, self.config)
+        try:
+            self._listener = listen(self.config.mountpoint)
+            try:
+                control.start()
+                on_ready()
+                self._accept(self._listener)
+            finally:
+                control.stop()
+                self._close()
+        finally:
+            self._map.close()
+        log.info("%s is closed", self.config.mountpoint)
+
+    def stop(self) -> None:
+        """End `serve`, from any thread or a signal handler."""
+        self._stopping = True
+        if self._listener is not None:
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for peers
+
+    def _accept(self, listener: socket.socket) -> None:
+        ready = select.poll()
+        ready.register(listener, select.POLLIN)
+        while True:
+            while not ready.poll(1000):  # milliseconds; not for ever, so that this thread runs signal handlers
+                pass
+            if self._stopping:
+                return
+            try:
+                connection, _ = listener.accept()
+            except OSError as error:
+                if error.errno not in _PASSING:
+                    raise
+                log.warning("no peer can be let in: %s", error)
+                time.sleep(_PAUSE)
+                continue
+            uid = peer_uid(connection)
+            if uid != 0 or not self._vacant:
+                reason = f"user {uid} is not root" if uid != 0 else f"there are {MOST_PEERS} already"
+                log.warning("a peer was turned away: %s", reason)
+                connection.close()
+                continue
+            place = self._vacant.pop()
+            threading.Thread(
+                target=self._serve_peer, args=(place, connection), name=f"peer-{place}", daemon=True
+            ).start()
+
+    def _serve_peer(self, place: int, connection: socket.socket) -> None:
+        try:
+            self._serve_connection(place, connection)
+        finally:
+            self._vacant.add(place)
+
+    def _serve_connection(self, place: int, connection: socket.socket) -> None:
+        with connection:
+            try:
+                agreed = answer_init(connection)
+                if agreed is None:
+                    return
+                peer = Peer(self, connection, agreed, self._counters[place])
+            except ProtocolError as error:
+                log.warning("a peer was turned away: %s", error)
+                return
+            except OSError as error:
+                log.error("a peer could not be served: %s", error)
+                return
+            with self._lock:
+                self._peers[place] = peer
+            try:
+                serve(connection, agreed.negotiated.buffer_size, peer.answer)
+            except OSError:
+                log.exception("the connection to a peer failed")
+            finally:
+                with self._lock:
+                    del self._peers[place]
+                peer.forget_all()
+
+    def _close(self) -> None:
+        """Remove the socket, and cut the connections."""
+        assert self._listener is not None
+        os.unlink(self.config.mountpoint)
+        self._listener.close()
+        for peer in self._all_peers():
+            peer.close()
+
+    def _all_peers(self) -> "list[Peer]":
+        with self._lock:
+            return list(self._peers.values())
+
+    def open_source(self) -> Source:
+        """The source once more, with a cache of its own: a peer's node IDs mean nothing to another. OSError if it has gone."""
+        source = Source(self.config.source, cache_size=self._cache_size, submounts=self.config.submounts)
+        if source.identity != self._source.identity:
+            raise OSError(errno.ESTALE, "something else has taken the source's place", self.config.source)
+        source.attach_map(self._map)
+        return source
+
+    def status(self) -> dict[str, object]:
+        """What `handlefs status` shows; docs/control.md lists the keys."""
+        peers = self._all_peers()
+        tables = [peer.nodes for peer in peers if peer.nodes is not None]
+        filesystem = self._source.volumes.root.filesystem
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "source": self.config.source,
+            "mountpoint": self.config.mountpoint,
+            "transport": "socket",
+            "accelerator": native is not None,
+            "filesystem": filesystem._asdict(),
+            "source_id": self._source.identity.source_id,
+            "nodeids": self.config.nodeids,
+            "state_dir": os.fspath(self.state_dir),
+            "map": {"entries": self._map.count(), "bytes": self._map.bytes_on_disk()},
+            "read_only": self.config.options.read_only,
+            "peers": len(peers),
+            "plain_peers": len(peers) - len(tables),
+            "node_table": {
+                "size": sum(len(table) for table in tables),
+                "capacity": self.config.node_table,
+                "given": sum(table.given for table in tables),
+                "forgotten": sum(table.forgotten for table in tables),
+            },
+            "uptime": time.monotonic() - self._start_time,
+            "operations_per_second": self._rate.per_second(),
+            **Totals(self._counters).status(),
+        }
+
+    def evict(self, count: int | None) -> int:
+        """Drop up to `count` of the node IDs of each peer that were not used for longest, or everything (None), their
+        descriptors too; returns how many node IDs were dropped."""
+        return sum(peer.evict(count) for peer in self._all_peers())
+
+
+class Peer:
+    """One connection: its own source, node IDs and open files, which end with it. A plain peer has the node IDs of a mount."""
+
+    def __init__(self, server: UnixServer, connection: socket.socket, agreed: Agreed, counters: Counters) -> None:
+        """Raises OSError if the source cannot be opened."""
+        self._connection = connection
+        self._counters = counters
+        config = server.config
+        source = server.open_source()
+        source.cache = InodeCache(source.cache.statistics().capacity, counters.cache)
+        self.operations = Operations(source, read_only=config.options.read_only)
+        self._busy = threading.Lock()
+        """Held while a request is served: node IDs are dropped between requests only."""
+        self.nodes: NodeTable | None = None
+        if agreed.largest_handle is None:
+            backing = BackingFiles(-1, None)
+            self._dispatcher = Dispatcher(self.operations, agreed.negotiated, backing, config)
+            return
+        self.nodes = NodeTable(
+            server.node_ids,
+            server.codec,
+            config.node_table,
+            numbers=server.numbers if config.nodeids == "ephemeral" else None,
+            largest_handle=agreed.largest_handle,
+            forget_chance=config.forget_chance,
+        )
+        source.attach_nodes(self.nodes)
+        self._dispatcher = HandleDispatcher(self.operations, agreed.negotiated, self.nodes, config)
+
+    def answer(self, message: memoryview) -> Sequence[bytes] | None:
+        """The reply to one message; None if there is none to give."""
+        with self._busy:
+            self._counters.begin()
+            reply = self._dispatcher.answer(message)
+            if self.nodes is not None:
+                self._drop(self.nodes.prune())
+            opcode = abi.fuse_in_header.unpack_from(message)[1] if len(message) >= abi.fuse_in_header.size else 0
+            self._counters.answered(opcode, -abi.fuse_out_header.unpack(reply[0])[1] if reply else 0)
+        return reply
+
+    def evict(self, count: int | None) -> int:
+        """As `UnixServer.evict`, for this peer."""
+        with self._busy:
+            if self.nodes is None:
+                cache = self.operations.source.cache
+                return self.operations.source.evict_all() if count is None else cache.evict(count)
+            stale = self.nodes.evict(len(self.nodes) if count is None else count)
+            self._drop(stale)
+            return len(stale)
+
+    def _drop(self, stale: Sequence[int]) -> None:
+        """What is cached under a stale node ID would only be in the way."""
+        for nodeid in stale:
+            self.operations.source.cache.forget(nodeid)
+
+    def forget_all(self) -> None:
+        """Its end: what it has cached is not counted any more."""
+        self.operations.source.cache.evict_all()
+
+    def close(self) -> None:
+        """Cut the connection; its thread ends after the request it serves."""
+        self._connection.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,32 @@
+"""The stress test of pruning, in its short form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ..support.filesystems import FileSystems
+from .pruning import torture
+
+SEED = 20260101
+FILES = 10_000
+SECONDS = 20
+FLAT = 4096  # KiB
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["ext4", "btrfs"])
+def test_no_wrong_file_ever(kind: str, filesystems: FileSystems) -> None:
+    """A server that knows 64 node IDs of thousands, forgets them and is killed: each request gets its own file, or ESTALE
+    if that is gone."""
+    source: Path = filesystems[kind] / "pruning"
+    source.mkdir()
+    report = torture(source, FILES, SECONDS, SEED, sample=1000)
+    print(report)
+    assert report.kills >= 3
+    assert report.recovered > 1000
+    assert report.gone > 10
+    assert kind != "ext4" or report.reused > 10  # btrfs does not use inode numbers again
+    assert max(report.descriptors) < 32 + 50 + 40  # cached, open, its own
+    assert max(report.memory) - report.memory[0] < FLAT
