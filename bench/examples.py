@@ -1,0 +1,77 @@
+"""libfuse's own examples of a mirror, built from the sources that Debian ships with the library."""
+
+import gzip
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.errors import BenchError, UnavailableError
+
+DIRECTORY = Path("/usr/share/doc/libfuse3-dev/examples")
+
+
+@dataclass(frozen=True)
+class Example:
+    """How to build one: the compiler's command, and the source files, the first of which is compiled."""
+
+    compiler: tuple[str, ...]
+    sources: tuple[str, ...]
+
+
+EXAMPLES: Mapping[str, Example] = {
+    "passthrough_ll": Example(("gcc", "-O2"), ("passthrough_ll.c", "passthrough_helpers.h")),
+    "passthrough_fh": Example(("gcc", "-O2"), ("passthrough_fh.c", "passthrough_helpers.h")),
+    # Not among the examples of Debian 12.
+    "passthrough_hp": Example(("g++", "-O2", "-std=c++17"), ("passthrough_hp.cc", "passthrough_helpers.h")),
+}
+
+
+def version() -> str:
+    """Of the libfuse that they are built with."""
+    return _pkg_config("--modversion")[0]
+
+
+def build(name: str, directory: Path) -> None:
+    """Build the example *name* as *directory*/*name*. Raises UnavailableError if its source, a compiler or the library is
+    not here."""
+    example = EXAMPLES[name]
+    stored = [_stored(source) for source in example.sources]
+    if shutil.which(example.compiler[0]) is None or shutil.which("pkg-config") is None:
+        raise UnavailableError(
+            f"no {example.compiler[0]} or no pkg-config: apt install {example.compiler[0]} pkg-config"
+        )
+    for path in stored:
+        _unpack(path, directory)
+    libraries = _pkg_config("--cflags", "--libs")
+    command = [*example.compiler, str(directory / example.sources[0]), "-o", str(directory / name), *libraries]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BenchError(f"{shlex.join(command)} failed:\n{done.stderr}")
+
+
+def _stored(name: str) -> Path:
+    """Where the package has *name*; it compresses its larger files in some releases."""
+    for path in (DIRECTORY / name, DIRECTORY / f"{name}.gz"):
+        if path.exists():
+            return path
+    raise UnavailableError(
+        f"no {DIRECTORY / name}: apt install libfuse3-dev (slim container images leave out /usr/share/doc: see "
+        "path-exclude in /etc/dpkg/dpkg.cfg.d; not every release has all examples)"
+    )
+
+
+def _unpack(stored: Path, directory: Path) -> None:
+    if stored.suffix == ".gz":
+        (directory / stored.stem).write_bytes(gzip.decompress(stored.read_bytes()))
+    else:
+        shutil.copyfile(stored, directory / stored.name)
+
+
+def _pkg_config(*options: str) -> list[str]:
+    done = subprocess.run(["pkg-config", *options, "fuse3"], check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UnavailableError("pkg-config does not know fuse3: apt install libfuse3-dev")
+    return done.stdout.split()

@@ -1,0 +1,123 @@
+"""Pictures of the figures, as PNG files."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+from bench.contestants import HANDLEFS
+from bench.figures import NATIVE, Figure, Part, by_cell, columns, rows
+from bench.statistics import Spread, paired_speed
+
+mpl.use("agg")  # no display
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Picture
+
+DPI = 110
+
+
+def draw_all(parts: Mapping[str, Part], directory: Path) -> dict[str, str]:
+    """Draw what *parts* have figures for; the names of the files in *directory*, by part."""
+    files = {}
+    for name, draw in PICTURES.items():
+        picture = draw(parts[name]) if name in parts else None
+        if picture is not None:
+            files[name] = f"performance-{name}.png"
+            picture.savefig(directory / files[name], dpi=DPI, metadata={"Software": None})
+            plt.close(picture)
+    return files
+
+
+def _speed(part: Part) -> Picture | None:
+    """Everybody beside the directory itself, one client; a mark for each row."""
+    figures = part.tables().get("speed", [])
+    cells, labels = by_cell(figures), rows(figures)
+    names = [name for name in columns(figures) if name != NATIVE]
+    if not names or NATIVE not in columns(figures):
+        return None
+    picture, axes = plt.subplots(figsize=(9, 1.2 + 0.38 * len(labels)), layout="constrained")
+    for number, name in enumerate(names):
+        height = (number - (len(names) - 1) / 2) * 0.8 / len(names)
+        for line, row in enumerate(labels):
+            own, native = cells.get((row, name)), cells.get((row, NATIVE))
+            speed = paired_speed(own.samples, native.samples) if own and native else None
+            if speed is not None:
+                _mark(axes, speed, line + height, number, label=name if line == 0 else "")
+    axes.set_yticks(range(len(labels)), list(labels.values()))
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="speed relative to the directory itself (median and quartiles of the rounds)")
+    axes.grid(axis="x", which="both", alpha=0.25)
+    _legend(axes)
+    return picture
+
+
+def _mark(axes: Axes, speed: Spread, height: float, number: int, label: str) -> None:
+    low, high = speed.median - speed.lower, speed.upper - speed.median
+    axes.errorbar(
+        [speed.median], [height], xerr=[[low], [high]], fmt="o", markersize=4, color=f"C{number}", label=label or None
+    )
+
+
+def _growth(part: Part) -> Picture | None:
+    """Memory and descriptors of each server over the number of inodes; a cross where one failed."""
+    shown = {"growth-memory": "MiB of the server's own memory", "growth-descriptors": "open descriptors of the server"}
+    picture, places = plt.subplots(1, len(shown), figsize=(11, 4.2), layout="constrained")
+    for axes, (table, label) in zip(places, shown.items(), strict=True):
+        _lines(axes, part.tables().get(table, []), "inodes that a client has visited", label)
+        axes.set_yscale("log")
+    _legend(places[0])
+    return picture
+
+
+def _map(part: Part) -> Picture | None:
+    """Time for a look-up and a new entry over the number of entries."""
+    picture, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    timed = [figure for figure in part.tables().get("map", []) if figure.unit == "µs"]
+    _lines(axes, timed, "entries in the handle map", "µs")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+    return picture
+
+
+def _restart(part: Part) -> Picture | None:
+    """The longest pauses of a client, each as a point."""
+    pauses = [figure for figure in part.tables().get("restart", []) if figure.unit == "ms" and figure.samples]
+    if not pauses:
+        return None
+    picture, axes = plt.subplots(figsize=(6.5, 0.9 + 0.5 * len(pauses)), layout="constrained")
+    for line, figure in enumerate(pauses):
+        axes.plot(figure.samples, [line] * len(figure.samples), "o", alpha=0.4, color=f"C{line}")
+    axes.set_yticks(range(len(pauses)), [figure.title for figure in pauses])
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="longest time without an answer, ms", ylim=(len(pauses) - 0.5, -0.5))
+    axes.grid(axis="x", alpha=0.25)
+    return picture
+
+
+def _lines(axes: Axes, figures: Sequence[Figure], xlabel: str, ylabel: str) -> None:
+    """A line for each column over the rows, which are numbers."""
+    for number, name in enumerate(columns(figures)):
+        known = [figure for figure in figures if figure.column == name and figure.samples]
+        points = [(int(figure.row), Spread.of(figure.samples).median) for figure in known]
+        failed = any(figure.failure for figure in figures if figure.column == name)
+        width = 2.4 if name == HANDLEFS else 1.2
+        x, y = [x for x, _ in points], [y for _, y in points]
+        axes.plot(x, y, "o-", markersize=4, color=f"C{number}", label=name, linewidth=width)
+        if failed and points:
+            axes.plot(*points[-1], "X", markersize=11, color=f"C{number}")
+    axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.25)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(fontsize="small")
+
+
+PICTURES: Mapping[str, Callable[[Part], Picture | None]] = {
+    "speed": _speed,
+    "growth": _growth,
+    "map": _map,
+    "restart": _restart,
+}
