@@ -98,28 +98,32 @@ def workplace(directory: Path) -> Iterator[Path]:
         yield Path(made).resolve()
 
 
-def measure(arguments: argparse.Namespace, console: Console) -> None:
-    """Measure part by part, and keep each at once: what has been measured is not lost if a later one fails."""
+def measure(arguments: argparse.Namespace, console: Console) -> bool:
+    """Measure part by part, and keep each at once: what has been measured is not lost if a later one fails. False if one
+    failed; one that is not possible on this machine does not count."""
     wanted, sizes = chosen(arguments), sizes_of(arguments)
     requirements.check_machine()
     requirements.check_space(arguments.directory, sizes, len(wanted))
     figures.check_writable(arguments.results)
     requirements.raise_descriptor_limit(sizes)
+    failed = False
     with workplace(arguments.directory) as work:
         ready, left_out = contestants.prepare(wanted, work / "bin")
         for name in arguments.only or PARTS:
             bar = Bar(console, name)
             part_work = work / name
             part_work.mkdir()
-            plan = Plan(part_work, work / "bin", ready, sizes, bar, arguments.workload, dict(left_out))
+            plan = Plan(part_work, work / "bin", ready, sizes, bar, arguments.workload, left_out)
             try:
                 with bar.shown():
                     part = PARTS[name](plan)
-            except UnavailableError as error:
-                console.print(f"{name}: left out: {error}", highlight=False, markup=False)
+            except BenchError as error:
+                failed |= not isinstance(error, UnavailableError)
+                console.print(f"{name}: not measured: {error}", highlight=False, markup=False)
                 continue
             figures.save(arguments.results, {name: part})
             show(console, name, part)
+    return not failed
 
 
 def show(console: Console, name: str, part: Part) -> None:
@@ -146,13 +150,12 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     try:
-        measure(arguments, Console(stderr=True))
+        return 0 if measure(arguments, Console(stderr=True)) else 1
     except (BenchError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

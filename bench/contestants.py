@@ -58,7 +58,7 @@ class Contestant:
     def shown(self) -> str:
         """The command with the program's name and not its path, which is nobody's business elsewhere."""
         words = shlex.split(self.command or "")
-        return " ".join([Path(words[0]).name, *words[1:]]) if words else "the directory itself"
+        return " ".join([Path(words[0]).name, *words[1:]])
 
 
 def handlefs(*options: str) -> str:

@@ -58,8 +58,8 @@ def _stored(name: str) -> Path:
         if path.exists():
             return path
     raise UnavailableError(
-        f"no {DIRECTORY / name}: apt install libfuse3-dev (slim container images leave out /usr/share/doc: see "
-        "path-exclude in /etc/dpkg/dpkg.cfg.d; not every release has all examples)"
+        f"no {name} in {DIRECTORY}: apt install libfuse3-dev (not every release has all examples, and slim container "
+        "images leave out /usr/share/doc: path-exclude in /etc/dpkg/dpkg.cfg.d)"
     )
 
 

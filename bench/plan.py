@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -75,12 +75,15 @@ class Plan:
     steps: Steps
     workloads: Sequence[str] = ()
     """Names of the workloads to measure; all if there are none."""
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+    """Contestants that would take part if they were on this machine, and what is missing."""
     left_out: dict[str, str] = field(default_factory=dict)
     _mount_options: dict[str, str] = field(default_factory=dict)
     _commands: dict[str, str] = field(default_factory=dict)
 
     def contestants(self, *, variants: bool = True) -> list[Contestant]:
         """Those that take part, with or without the variants of one."""
+        self.left_out.update(self.unavailable)
         return [one for one in self.everybody if variants or not one.variant]
 
     @property
@@ -99,8 +102,8 @@ class Plan:
         while home.exists():
             home, number = self.work / f"{contestant.name}-server-{number}", number + 1
         with contestants.served(contestant, home, source, self.binaries) as place:
-            self._commands[contestant.name] = contestant.shown()
             if place.pid is not None:
+                self._commands[contestant.name] = contestant.shown()
                 self._mount_options[contestant.name] = kernel.mount_options(place.directory)
             yield place
 

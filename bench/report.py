@@ -38,7 +38,7 @@ SECTIONS: Mapping[str, Section] = {
         "Evicted inodes", "A request for an inode that the server has forgotten, beside one in its cache."
     ),
     "map": Section("The handle map", "[handle-map.md](handle-map.md) tells what is in it."),
-    "restart": Section("Restarts", "What a client notices that asks without a pause."),
+    "restart": Section("Restarts", "What a client notices that asks 3,000 times a second, of one worker."),
     "nfs": Section(
         "Over NFS",
         "A directory that knfsd exports, beside the same with handlefs in between. All of it on one slow CPU: only the "
@@ -52,7 +52,7 @@ TITLES = {
     "applications": "Applications",
     "listing": "Time for an entry",
     "growth-memory": "The server's own memory",
-    "growth-descriptors": "Its open descriptors",
+    "growth-descriptors": "Held by the server",
     "growth-time": "Time for an inode, so far",
     "nodes": "Time for a call",
     "map": "Size and time",
