@@ -32,7 +32,7 @@ WORSE, BETTER, SAME, UNKNOWN, BROKEN, MENDED = "worse", "better", "same", "too f
 
 @dataclass(frozen=True)
 class Change:
-    """One cell in both runs; `native` is what became of the directory itself, 1 if that is not known."""
+    """One cell in both runs; `native` is what became of the directory itself, 1 if that is not known or this is it."""
 
     old: Figure
     new: Figure
@@ -64,9 +64,10 @@ def changes(old: Mapping[str, Part], new: Mapping[str, Part]) -> Iterator[Change
     for key, figure in after.items():
         if key in before and (before[key].samples or figure.samples):
             earlier = before[key]
-            table, row, _ = key
+            table, row, column = key
             native = _ratio(before.get((table, row, NATIVE)), after.get((table, row, NATIVE)))
-            yield Change(earlier, figure, _ratio(earlier, figure), native.estimate if native else 1.0)
+            everybody = native.estimate if native is not None and column != NATIVE else 1.0
+            yield Change(earlier, figure, _ratio(earlier, figure), everybody)
 
 
 def differences(old: Mapping[str, Part], new: Mapping[str, Part]) -> Iterator[str]:

@@ -23,10 +23,17 @@ def draw_all(parts: Mapping[str, Part], directory: Path) -> dict[str, str]:
     for name, draw in PICTURES.items():
         picture = draw(parts[name]) if name in parts else None
         if picture is not None:
+            picture.suptitle(_label(parts[name]), fontsize="small", color="0.35")
             files[name] = f"performance-{name}.png"
             picture.savefig(directory / files[name], dpi=DPI, metadata={"Software": None})
             plt.close(picture)
     return files
+
+
+def _label(part: Part) -> str:
+    """On what was measured."""
+    facts = part.conditions.facts
+    return f"Linux {facts['kernel']}, {facts['file system']}, {facts['machine']}"
 
 
 def _speed(part: Part) -> Picture | None:
@@ -44,19 +51,23 @@ def _speed(part: Part) -> Picture | None:
             speed = paired_speed(own.samples, native.samples) if own and native else None
             if speed is not None:
                 _mark(axes, speed, line + height, number, label=name if line == 0 else "")
+    for line in range(0, len(labels), 2):
+        axes.axhspan(line - 0.5, line + 0.5, color="0.95", zorder=0)
     axes.set_yticks(range(len(labels)), list(labels.values()))
-    axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="speed relative to the directory itself (median and quartiles of the rounds)")
-    axes.grid(axis="x", which="both", alpha=0.25)
-    _legend(axes)
+    xlabel = "speed relative to the directory itself (median and quartiles of the rounds)"
+    axes.set(xscale="log", xlabel=xlabel, ylim=(len(labels) - 0.5, -0.5))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(axis="x", alpha=0.4)
+    picture.legend(loc="outside upper center", ncols=5, fontsize="small")
     return picture
 
 
 def _mark(axes: Axes, speed: Spread, height: float, number: int, label: str) -> None:
     low, high = speed.median - speed.lower, speed.upper - speed.median
+    color, size = f"C{number}", 4 if number else 7
     axes.errorbar(
-        [speed.median], [height], xerr=[[low], [high]], fmt="o", markersize=4, color=f"C{number}", label=label or None
+        [speed.median], [height], xerr=[[low], [high]], fmt="o", markersize=size, color=color, label=label or None
     )
 
 
@@ -67,17 +78,20 @@ def _growth(part: Part) -> Picture | None:
     for axes, (table, label) in zip(places, shown.items(), strict=True):
         _lines(axes, part.tables().get(table, []), "inodes that a client has visited", label)
         axes.set_yscale("log")
-    _legend(places[0])
+        axes.yaxis.set_major_formatter("{x:,g}")
+    picture.legend(*places[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
     return picture
 
 
 def _map(part: Part) -> Picture | None:
     """Time for a look-up and a new entry over the number of entries."""
-    picture, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     timed = [figure for figure in part.tables().get("map", []) if figure.unit == "µs"]
+    if not timed:
+        return None
+    picture, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     _lines(axes, timed, "entries in the handle map", "µs")
     axes.set_ylim(bottom=0)
-    _legend(axes)
+    axes.legend(fontsize="small")
     return picture
 
 
@@ -90,7 +104,7 @@ def _restart(part: Part) -> Picture | None:
     for line, figure in enumerate(pauses):
         axes.plot(figure.samples, [line] * len(figure.samples), "o", alpha=0.4, color=f"C{line}")
     axes.set_yticks(range(len(pauses)), [figure.title for figure in pauses])
-    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xscale="log", xlabel="longest time without an answer, ms", ylim=(len(pauses) - 0.5, -0.5))
     axes.grid(axis="x", alpha=0.25)
     return picture
@@ -108,11 +122,9 @@ def _lines(axes: Axes, figures: Sequence[Figure], xlabel: str, ylabel: str) -> N
         if failed and points:
             axes.plot(*points[-1], "X", markersize=11, color=f"C{number}")
     axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.25)
-
-
-def _legend(axes: Axes) -> None:
-    axes.legend(fontsize="small")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("")
+    axes.grid(alpha=0.4)
 
 
 PICTURES: Mapping[str, Callable[[Part], Picture | None]] = {
