@@ -15,7 +15,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from bench import contestants, figures, growth, handlemap, nfs, nodes, profile, report, requirements, restart, speed
+from bench import contestants, figures, growth, handlemap, nfs, nodes, profile, requirements, restart, sections, speed
 from bench.contestants import STANDARD, Contestant, parse_peer
 from bench.errors import BenchError, UnavailableError
 from bench.figures import Part
@@ -60,7 +60,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--only", action="append", default=[], choices=PARTS, metavar="PART",
         help=f"only this part; may be repeated. One of: {', '.join(PARTS)}")  # fmt: skip
     add("--directory", type=Path, default=Path(), help="measure the file system of this directory (default: .)")
-    add("--results", type=Path, default=report.DEFAULT_FILE, metavar="FILE",
+    add("--results", type=Path, default=figures.DEFAULT_FILE, metavar="FILE",
         help="write there, in place of the same parts of an earlier run (default: %(default)s)")  # fmt: skip
     add("--peer", type=peer, action="append", default=[], metavar="NAME='COMMAND'",
         help="another contestant: a command that serves {source} at {mount} in the foreground")  # fmt: skip
@@ -128,9 +128,9 @@ def measure(arguments: argparse.Namespace, console: Console) -> bool:
 
 def show(console: Console, name: str, part: Part) -> None:
     """Print a part's tables."""
-    for line in report.conditions(part.conditions, {}):
+    for line in sections.conditions(part.conditions, {}):
         console.print(line, highlight=False, markup=False)
-    for grid in report.grids_of(report.SECTIONS[name], part):
+    for grid in sections.grids_of(sections.SECTIONS[name], part):
         console.print(grid.rich())
     for line in failures(part.figures):
         console.print(line, highlight=False, markup=False)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from bench.errors import BenchError
 from bench.figures import NATIVE, Figure, Part, load
-from bench.report import title_of
+from bench.sections import title_of
 from bench.statistics import CONFIDENCE, Ratio, Spread, ratio
 from bench.tables import number
 

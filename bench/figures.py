@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.errors import BenchError
 
+DEFAULT_FILE = Path("bench-results.json")
 FORMAT = 1
 NATIVE = "native"
 """The column of the directory itself, to which the others are compared."""

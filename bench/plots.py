@@ -45,12 +45,18 @@ def _speed(part: Part) -> Picture | None:
         return None
     picture, axes = plt.subplots(figsize=(9, 1.2 + 0.38 * len(labels)), layout="constrained")
     for number, name in enumerate(names):
-        height = (number - (len(names) - 1) / 2) * 0.8 / len(names)
-        for line, row in enumerate(labels):
-            own, native = cells.get((row, name)), cells.get((row, NATIVE))
-            speed = paired_speed(own.samples, native.samples) if own and native else None
-            if speed is not None:
-                _mark(axes, speed, line + height, number, label=name if line == 0 else "")
+        shift = (number - (len(names) - 1) / 2) * 0.8 / len(names)
+        speeds = {
+            line + shift: speed
+            for line, row in enumerate(labels)
+            if (speed := _relative(cells.get((row, name)), cells.get((row, NATIVE)))) is not None
+        }
+        spreads = [
+            [speed.median - speed.lower for speed in speeds.values()],
+            [speed.upper - speed.median for speed in speeds.values()],
+        ]
+        medians, size = [speed.median for speed in speeds.values()], 7 if name == HANDLEFS else 4
+        axes.errorbar(medians, list(speeds), xerr=spreads, fmt="o", markersize=size, color=f"C{number}", label=name)
     for line in range(0, len(labels), 2):
         axes.axhspan(line - 0.5, line + 0.5, color="0.95", zorder=0)
     axes.set_yticks(range(len(labels)), list(labels.values()))
@@ -59,16 +65,12 @@ def _speed(part: Part) -> Picture | None:
     axes.set(xscale="log", xlabel=xlabel, ylim=(len(labels) - 0.5, -0.5))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(axis="x", alpha=0.4)
-    picture.legend(loc="outside upper center", ncols=5, fontsize="small")
+    picture.legend(loc="outside lower center", ncols=5, fontsize="small")
     return picture
 
 
-def _mark(axes: Axes, speed: Spread, height: float, number: int, label: str) -> None:
-    low, high = speed.median - speed.lower, speed.upper - speed.median
-    color, size = f"C{number}", 4 if number else 7
-    axes.errorbar(
-        [speed.median], [height], xerr=[[low], [high]], fmt="o", markersize=size, color=color, label=label or None
-    )
+def _relative(own: Figure | None, native: Figure | None) -> Spread | None:
+    return None if own is None or native is None else paired_speed(own.samples, native.samples)
 
 
 def _growth(part: Part) -> Picture | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, tables
+from bench import report, sections, tables
 from bench.errors import BenchError
 from bench.figures import save
 from bench.plots import PICTURES
@@ -83,8 +83,8 @@ def test_every_part_has_a_section() -> None:
     """And every picture belongs to one."""
     from bench.__main__ import PARTS  # noqa: PLC0415 - needs all of the bench
 
-    assert list(PARTS) == list(report.SECTIONS)
-    assert PICTURES.keys() <= report.SECTIONS.keys()
+    assert list(PARTS) == list(sections.SECTIONS)
+    assert PICTURES.keys() <= sections.SECTIONS.keys()
 
 
 def test_the_projects_page_has_the_markers() -> None:
