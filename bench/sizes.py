@@ -80,7 +80,7 @@ SCALES: Mapping[str, Sizes] = {
         listing_rounds=1,
         entries=(1000, 3000),
         nodes=20,
-        repeats=2,
-        pauses=2,
+        repeats=1,
+        pauses=1,
     ),
 }
