@@ -8,24 +8,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.errors import BenchError, UnavailableError
+from bench.errors import UnavailableError
 
 DIRECTORY = Path("/usr/share/doc/libfuse3-dev/examples")
 
 
 @dataclass(frozen=True)
 class Example:
-    """How to build one: the compiler's command, and the source files, the first of which is compiled."""
+    """How to build one: the compiler's command, and the source file. It may include any header beside it."""
 
     compiler: tuple[str, ...]
-    sources: tuple[str, ...]
+    source: str
 
 
 EXAMPLES: Mapping[str, Example] = {
-    "passthrough_ll": Example(("gcc", "-O2"), ("passthrough_ll.c", "passthrough_helpers.h")),
-    "passthrough_fh": Example(("gcc", "-O2"), ("passthrough_fh.c", "passthrough_helpers.h")),
-    # Not among the examples of Debian 12.
-    "passthrough_hp": Example(("g++", "-O2", "-std=c++17"), ("passthrough_hp.cc", "passthrough_helpers.h")),
+    "passthrough_ll": Example(("gcc", "-O2"), "passthrough_ll.c"),
+    "passthrough_fh": Example(("gcc", "-O2"), "passthrough_fh.c"),
+    "passthrough_hp": Example(("g++", "-O2", "-std=c++17"), "passthrough_hp.cc"),  # not in Debian 12
 }
 
 
@@ -36,34 +35,29 @@ def version() -> str:
 
 def build(name: str, directory: Path) -> None:
     """Build the example *name* as *directory*/*name*. Raises UnavailableError if its source, a compiler or the library is
-    not here."""
+    not here, or do not fit together."""
     example = EXAMPLES[name]
-    stored = [_stored(source) for source in example.sources]
     if shutil.which(example.compiler[0]) is None or shutil.which("pkg-config") is None:
         raise UnavailableError(
             f"no {example.compiler[0]} or no pkg-config: apt install {example.compiler[0]} pkg-config"
         )
-    for path in stored:
-        _unpack(path, directory)
-    libraries = _pkg_config("--cflags", "--libs")
-    command = [*example.compiler, str(directory / example.sources[0]), "-o", str(directory / name), *libraries]
+    for pattern in (example.source, f"{example.source}.gz", "*.h", "*.h.gz", "*.hpp", "*.hpp.gz"):
+        for stored in DIRECTORY.glob(pattern):
+            _unpack(stored, directory)
+    source = directory / example.source
+    if not source.exists():
+        raise UnavailableError(
+            f"no {example.source} in {DIRECTORY}: apt install libfuse3-dev (not every release has all examples, and slim "
+            "container images leave out /usr/share/doc: path-exclude in /etc/dpkg/dpkg.cfg.d)"
+        )
+    command = [*example.compiler, str(source), "-o", str(directory / name), *_pkg_config("--cflags", "--libs")]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode != 0:
-        raise BenchError(f"{shlex.join(command)} failed:\n{done.stderr}")
-
-
-def _stored(name: str) -> Path:
-    """Where the package has *name*; it compresses its larger files in some releases."""
-    for path in (DIRECTORY / name, DIRECTORY / f"{name}.gz"):
-        if path.exists():
-            return path
-    raise UnavailableError(
-        f"no {name} in {DIRECTORY}: apt install libfuse3-dev (not every release has all examples, and slim container "
-        "images leave out /usr/share/doc: path-exclude in /etc/dpkg/dpkg.cfg.d)"
-    )
+        raise UnavailableError(f"{shlex.join(command)} failed:\n{done.stderr}")
 
 
 def _unpack(stored: Path, directory: Path) -> None:
+    """The package compresses its larger files in some releases."""
     if stored.suffix == ".gz":
         (directory / stored.stem).write_bytes(gzip.decompress(stored.read_bytes()))
     else:

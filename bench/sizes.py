@@ -15,7 +15,7 @@ class Sizes:
     changes: int = 1000  # files created, renamed, unlinked; directories made and removed
     data_mib: int = 256  # MiB in fio's file
     random: int = 8192  # random reads or writes, 4 KiB each
-    sources: int = 200  # C files in the project that is cloned and built
+    sources: int = 80  # C files in the project that is cloned and built
     clients: tuple[int, ...] = (1, 4, 16)
     rounds: int = 9
     minutes: float = 17.0  # begin no round that would not end within

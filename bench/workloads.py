@@ -316,7 +316,7 @@ WORKLOADS = (
         State.COLD_NAMES,
         _listing("large", lambda sizes: sizes.large, attributes=True),
     ),
-    Workload("open", "open, close", State.AS_IS, _warm_calls(_open), parallel=True),
+    Workload("open", "open, close", State.AS_IS, _warm_calls(_open)),
     Workload("create", "create, close", State.AS_IS, _in_batches(_create), parallel=True),
     Workload("rename", "rename", State.AS_IS, _in_batches(_rename)),
     Workload("unlink", "unlink", State.AS_IS, _in_batches(_unlink)),

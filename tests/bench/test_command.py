@@ -111,8 +111,8 @@ def check_speed(tables: dict[str, list[Figure]]) -> None:
 def check_growth(tables: dict[str, list[Figure]]) -> None:
     """One keeps a descriptor for each inode, and the other does not."""
     held = {(figure.column, figure.row): figure.samples[0] for figure in tables["growth-descriptors"]}
-    assert held["passthrough_ll", "300"] >= 300
-    assert held["direct", "300"] < 100
+    assert held["passthrough_ll", "300"] - held["passthrough_ll", "100"] > 50  # some are looked up ahead
+    assert held["direct", "300"] - held["direct", "100"] < 50
     memory = {figure.column: figure.samples[0] for figure in tables["growth-memory"]}
     assert 1 < memory["direct"] < 200
 
