@@ -5,8 +5,8 @@ VENV ?= $(or $(HANDLEFS_VENV),.venv)
 install quickstart test:
 	scripts/$@
 
-bench: # make bench BENCH='--quick --markdown FILE'
-	$(VENV)/bin/python -m bench.transports $(BENCH)
+bench: # make bench BENCH='--scale quick'
+	scripts/bench $(BENCH)
 
 torture: # make torture TORTURE='--minutes 10 --fs ext4 --seed 1'
 	$(VENV)/bin/python -m tests.torture $(TORTURE)

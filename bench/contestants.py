@@ -1,52 +1,99 @@
-"""Who is measured: a directory, and servers that mirror one, each with its own copy of the files."""
+"""Who is measured: a directory, and servers that mirror one."""
 
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import kernel, passthrough_ll
-from bench.errors import BenchError
+from bench import examples, kernel
+from bench.errors import BenchError, UnavailableError, WorkloadError
+from bench.figures import NATIVE
 
-NATIVE = "native"
-PYFUSE3 = "pyfuse3"
+HANDLEFS = "direct"
+"""The contestant that the reports are about."""
 START_SECONDS = 30
 END_SECONDS = 60  # a server may have 100,000 inodes to forget
-
-_HANDLEFS = (
-    f"{shlex.quote(sys.executable)} -m handlefs mount {{source}} {{mount}} --foreground"
-    " --entry-timeout 1 --attr-timeout 1 --state-dir {state}"
-)
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A name for tables and options, and the foreground command that serves {source} at {mount}; none for native."""
+    """A name for tables and options, and the foreground command that serves {source} at {mount}; none for native.
+
+    {state} and {bin} may stand in it too: a place for the server's own files, and the directory of built examples. A
+    `variant` is another one with other options, measured only where the options matter; a `quick` one is in the quick
+    mode too. `package` is the Debian package of the command.
+    """
 
     name: str
     command: str | None
+    variant: bool = False
+    quick: bool = False
+    package: str = ""
 
-    def arguments(self, **paths: Path) -> list[str]:
-        """The command as a list, with *paths* in place of what is in braces."""
+    def arguments(self, places: Mapping[str, Path]) -> list[str]:
+        """The command as a list, with *places* for what is in braces."""
         words = shlex.split(self.command or "")
-        for name, path in paths.items():
+        for name, path in places.items():
             words = [word.replace(f"{{{name}}}", str(path)) for word in words]
         return words
 
+    def prepare(self, binaries: Path) -> None:
+        """Build what has to be built, in *binaries*; UnavailableError if the command is not on this machine."""
+        if self.command is None:
+            return
+        program = shlex.split(self.command)[0]
+        if program.startswith("{bin}/"):
+            examples.build(program.removeprefix("{bin}/"), binaries)
+        elif shutil.which(program) is None:
+            advice = f": apt install {self.package}" if self.package else ""
+            raise UnavailableError(f"{program} is not installed{advice}")
 
+    def shown(self) -> str:
+        """The command with the program's name and not its path, which is nobody's business elsewhere."""
+        words = shlex.split(self.command or "")
+        return " ".join([Path(words[0]).name, *words[1:]])
+
+
+def handlefs(*options: str) -> str:
+    """A command for handlefs, of the Python that runs this."""
+    python = shlex.quote(sys.executable)
+    return f"{python} -m handlefs mount {{source}} {{mount}} --foreground --state-dir {{state}} {shlex.join(options)}"
+
+
+# All have timeouts of 1 s, the kernel check permissions, and let everybody in. mergerfs keeps its hands off the page
+# cache no more than the others, and takes a file system that is rather full.
+_ONE_SECOND = ("--entry-timeout=1", "--attr-timeout=1")
+_SHARED = "default_permissions,allow_other"
 STANDARD = (
-    Contestant(NATIVE, None),
-    Contestant("direct", f"{_HANDLEFS} --transport direct --passthrough on --workers 1"),
-    Contestant("direct-4", f"{_HANDLEFS} --transport direct --passthrough on --workers 4"),
-    Contestant("direct-nopass", f"{_HANDLEFS} --transport direct --passthrough off --workers 1"),
-    Contestant(PYFUSE3, f"{_HANDLEFS} --transport pyfuse3"),
-    Contestant(passthrough_ll.NAME, passthrough_ll.COMMAND),
+    Contestant(NATIVE, None, quick=True),
+    Contestant(HANDLEFS, handlefs(*_ONE_SECOND, "--transport=direct", "--passthrough=on", "--workers=1"), quick=True),
+    Contestant(
+        "direct-4", handlefs(*_ONE_SECOND, "--transport=direct", "--passthrough=on", "--workers=4"), variant=True
+    ),
+    Contestant(
+        "direct-nopass", handlefs(*_ONE_SECOND, "--transport=direct", "--passthrough=off", "--workers=1"), variant=True
+    ),
+    Contestant("pyfuse3", handlefs(*_ONE_SECOND, "--transport=pyfuse3")),
+    Contestant(
+        "passthrough_ll",
+        f"{{bin}}/passthrough_ll -f -o source={{source}},timeout=1,cache=auto,{_SHARED} {{mount}}",
+        quick=True,
+    ),
+    Contestant("passthrough_fh", f"{{bin}}/passthrough_fh -f -o modules=subdir,subdir={{source}},{_SHARED} {{mount}}"),
+    Contestant("passthrough_hp", "{bin}/passthrough_hp --foreground {source} {mount}"),
+    Contestant("bindfs", "bindfs -f -o entry_timeout=1,attr_timeout=1 {source} {mount}", package="bindfs"),
+    Contestant(
+        "mergerfs",
+        f"mergerfs -f -o cache.entry=1,cache.attr=1,cache.files=auto-full,minfreespace=0,{_SHARED} {{source}} {{mount}}",
+        package="mergerfs",
+    ),
 )
 
 
@@ -57,19 +104,40 @@ def parse_peer(text: str) -> Contestant:
         raise ValueError("expected NAME=COMMAND, the name of letters, digits and . _ -")
     if "{source}" not in command or "{mount}" not in command:
         raise ValueError("the command needs {source} and {mount}")
-    if not shlex.split(command):
-        raise ValueError("the command is empty")
-    return Contestant(name, command)
+    try:
+        shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"the command: {error}") from None
+    return Contestant(name, command, quick=True)
+
+
+def prepare(contestants: Sequence[Contestant], binaries: Path) -> tuple[list[Contestant], dict[str, str]]:
+    """Those that can be measured here, and why the others cannot."""
+    binaries.mkdir(exist_ok=True)
+    ready, left_out = [], {}
+    for contestant in contestants:
+        try:
+            contestant.prepare(binaries)
+            ready.append(contestant)
+        except UnavailableError as error:
+            left_out[contestant.name] = str(error)
+    return ready, left_out
 
 
 @dataclass(frozen=True)
 class Place:
-    """A contestant that is ready: where clients go, where the files are, and its server's process."""
+    """A contestant that is ready: where clients go, where the files are, its server's process and its log."""
 
     contestant: Contestant
     directory: Path
     source: Path
     server: "subprocess.Popen[bytes] | None" = None
+    log: Path = Path(os.devnull)
+
+    @property
+    def name(self) -> str:
+        """The contestant's."""
+        return self.contestant.name
 
     @property
     def pid(self) -> int | None:
@@ -79,37 +147,39 @@ class Place:
     def kill(self) -> None:
         """End the server at once; whoever waits for its answers gets errors."""
         if self.server is not None:
-            self.server.kill()
+            for process in reversed(kernel.processes(self.server.pid)):
+                kernel.kill(process)
 
     def check(self) -> None:
-        """Raise a `BenchError` if the server has ended."""
+        """Raise a WorkloadError if the server has ended."""
         if self.server is not None and self.server.poll() is not None:
-            raise BenchError(f"{self.contestant.name} has ended:\n{_end_of_log(self.source.parent)}")
+            raise WorkloadError(f"the server has ended with status {self.server.returncode}{_end_of(self.log)}")
 
 
 @contextmanager
-def served(contestant: Contestant, home: Path, binary: Path | None) -> Iterator[Place]:
-    """Serve *home*/source as long as the context lasts."""
-    source, mountpoint = home / "source", home / "mount"
+def served(contestant: Contestant, home: Path, source: Path, binaries: Path) -> Iterator[Place]:
+    """Serve *source* as long as the context lasts; *home* is for what the server needs, the mount point too."""
     if contestant.command is None:
         yield Place(contestant, source, source)
         return
-    mountpoint.mkdir()
-    arguments = contestant.arguments(source=source, mount=mountpoint, state=home / "state", binary=binary or home)
-    server = _start(contestant, arguments, home)
-    try:
-        place = Place(contestant, mountpoint, source, server)
+    mountpoint = home / "mount"
+    mountpoint.mkdir(parents=True)
+    places = {"source": source, "mount": mountpoint, "state": home / "state", "bin": binaries}
+    server = _start(contestant, contestant.arguments(places), home / "log")
+    with ExitStack() as stack:
+        stack.callback(_end, server, mountpoint)
+        place = Place(contestant, mountpoint, source, server, home / "log")
         _wait_until_mounted(place)
         yield place
-    finally:
-        _end(server, mountpoint)
 
 
-def _start(contestant: Contestant, arguments: list[str], home: Path) -> "subprocess.Popen[bytes]":
+def _start(contestant: Contestant, arguments: list[str], log: Path) -> "subprocess.Popen[bytes]":
     """Start the server, away from the terminal: Ctrl-C is for the measurement, which ends its servers in order."""
     try:
-        with (home / "log").open("wb") as log:
-            return subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
     except OSError as error:
         raise BenchError(f"{contestant.name}: cannot start {arguments[0]}: {error.strerror}") from error
 
@@ -117,14 +187,13 @@ def _start(contestant: Contestant, arguments: list[str], home: Path) -> "subproc
 def _wait_until_mounted(place: Place) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not kernel.is_mounted(place.directory):
-        place.check()
+        if place.server is not None and place.server.poll() is not None:
+            raise BenchError(f"{place.name} has ended without a mount{_end_of(place.log)}")
         if time.monotonic() > deadline:
-            raise BenchError(
-                f"{place.contestant.name} has not mounted after {START_SECONDS} s:\n{_end_of_log(place.source.parent)}"
-            )
+            raise BenchError(f"{place.name} has not mounted after {START_SECONDS} s{_end_of(place.log)}")
         time.sleep(0.05)
     if sorted(os.listdir(place.directory)) != sorted(os.listdir(place.source)):
-        raise BenchError(f"{place.contestant.name} does not show its source at {place.directory}")
+        raise BenchError(f"{place.name} does not show its source at {place.directory}")
 
 
 def _end(server: "subprocess.Popen[bytes]", mountpoint: Path) -> None:
@@ -148,6 +217,7 @@ def _umount(mountpoint: Path, *options: str) -> None:
     subprocess.run(["umount", *options, str(mountpoint)], check=False, capture_output=True, timeout=END_SECONDS)
 
 
-def _end_of_log(home: Path) -> str:
-    lines = (home / "log").read_text(errors="replace").splitlines()
-    return "\n".join(f"    {line}" for line in lines[-8:]) or "    (it said nothing)"
+def _end_of(log: Path) -> str:
+    """The last lines of a log, to stand behind a message."""
+    lines = log.read_text(errors="replace").splitlines()[-8:] if log.exists() else []
+    return ":\n" + "\n".join(f"    {line}" for line in lines) if lines else " (it said nothing)"

@@ -6,4 +6,8 @@ class BenchError(Exception):
 
 
 class WorkloadError(BenchError):
-    """A server cannot do one of the workloads; the others can be measured all the same."""
+    """A server cannot do one of the workloads, or not in time; the others can be measured all the same."""
+
+
+class UnavailableError(BenchError):
+    """Something is not on this machine, or not in this version of handlefs; the rest can be measured without it."""

@@ -1,9 +1,14 @@
 """What is asked of the kernel: to forget, to be quiet, and what it is."""
 
+import contextlib
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
+
+from bench.errors import BenchError
 
 NAMES = 2  # for drop_caches: directory entries and inodes
 NAMES_AND_DATA = 3
@@ -22,8 +27,53 @@ def drop_caches(what: int) -> None:
         Path("/proc/sys/vm/drop_caches").write_text(str(what))
 
 
+def processes(pid: int) -> list[int]:
+    """*pid* and its descendants: a server may have worker processes."""
+    found = [pid]
+    for parent in found:  # grows meanwhile
+        try:
+            for task in Path(f"/proc/{parent}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended
+    return found
+
+
+def kill(pid: int) -> None:
+    """SIGKILL, if the process is still there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_group(process: "subprocess.Popen[str]") -> None:
+    """SIGKILL to a process that leads a group and has not been waited for, and to its group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def memory(pid: int) -> float:
+    """MiB of a server's own memory: anonymous, that of its descendants too; what several share counts once."""
+    return sum(map(_proportional_anonymous, processes(pid))) / 1024
+
+
+def descriptors(pid: int) -> int:
+    """How many descriptors a server and its descendants have open."""
+    return sum(len(os.listdir(f"/proc/{process}/fd")) for process in processes(pid))
+
+
+def _proportional_anonymous(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss_Anon:"):
+            return int(line.split()[1])
+    raise BenchError("the kernel does not tell Pss_Anon in smaps_rollup; Linux 5.4 or newer is needed")
+
+
 def cpu_seconds(pid: int) -> float:
-    """CPU time of all threads of a process since its start, in seconds; 0 if it has ended."""
+    """CPU time of a server and its descendants since their start, in seconds; what has ended does not count."""
+    return sum(map(_cpu_clock, processes(pid)))
+
+
+def _cpu_clock(pid: int) -> float:
     # The kernel's number for the CPU clock of a process, as clock_getcpuclockid(3) computes it. /proc/PID/stat
     # counts in ticks of 10 ms, in which a C server handles thousands of FORGETs.
     clock = (~pid << 3) | 2
@@ -34,7 +84,8 @@ def cpu_seconds(pid: int) -> float:
 
 
 def wait_until_quiet(pids: Iterable[int]) -> None:
-    """Return when the servers have nothing left to do, such as the FORGETs that dropped caches cause."""
+    """Return when the servers have nothing left to do, such as the FORGETs that dropped caches cause; if they always have
+    something, after `PATIENCE_SECONDS`."""
     # FORGETs have no reply, so the kernel does not count them among the requests that wait.
     watched = list(pids)
     deadline = time.monotonic() + PATIENCE_SECONDS
@@ -66,12 +117,15 @@ def filesystem_type(directory: Path) -> str:
     return "unknown"
 
 
-def cpu_model() -> str:
-    """What the CPUs call themselves."""
+def machine() -> str:
+    """How many CPUs there are, what they call themselves, and how much memory."""
+    model = os.uname().machine
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith(("model name", "Model")):
-            return line.partition(":")[2].strip()
-    return os.uname().machine
+            model = line.partition(":")[2].strip()
+            break
+    gibibytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
+    return f"{os.cpu_count()} CPUs ({model}), {gibibytes:.0f} GiB"
 
 
 def _mount_fields(mountpoint: Path) -> list[str] | None:

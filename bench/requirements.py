@@ -3,45 +3,50 @@
 import os
 import resource
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from bench.errors import BenchError
+from bench.sizes import Sizes
 
-# For every program that is called, the Debian package that has it.
-PACKAGES = {"fio": "fio", "gcc": "gcc", "pkg-config": "pkg-config", "fusermount3": "fuse3", "umount": "mount"}
+PACKAGES = {"fio": "fio", "git": "git", "make": "make", "cc": "gcc", "umount": "mount", "fusermount3": "fuse3"}
+"""For every program that is called, the Debian package that has it. Without those of the peers, who are left out."""
+
+OTHER_DESCRIPTORS = 10_000
 
 
-def check_machine(programs: Sequence[str]) -> None:
-    """Raise a `BenchError` that names everything that is missing, not only the first of it."""
+def check_machine() -> None:
+    """Raise a BenchError that names everything that is missing, not only the first of it."""
     if os.geteuid() != 0:
-        raise BenchError("root is needed, to mount and to drop the kernel's caches; try sudo")
+        raise BenchError("root is needed, to mount and to drop the kernel's caches: try sudo")
     if not Path("/dev/fuse").exists():
-        raise BenchError("there is no /dev/fuse; try modprobe fuse")
-    missing = [program for program in programs if shutil.which(program) is None]
+        raise BenchError("there is no /dev/fuse: try modprobe fuse")
+    missing = [program for program in PACKAGES if shutil.which(program) is None]
     if missing:
-        packages = " ".join(sorted({PACKAGES[program] for program in missing}))
-        raise BenchError(f"not found: {', '.join(missing)}; try apt install {packages}")
+        packages = " ".join(PACKAGES[program] for program in missing)
+        raise BenchError(f"not found: {', '.join(missing)}; try apt install {packages}, or make bench")
 
 
-def check_space(directory: Path, size: int, files: int) -> None:
-    """Raise a `BenchError` unless *directory* has room for *files* more files with *size* bytes together."""
+def check_space(directory: Path, sizes: Sizes, contestants: int) -> None:
+    """Raise a BenchError unless *directory* has room for the largest part."""
     if not directory.is_dir():
         raise BenchError(f"{directory} is not a directory")
+    size = max(sizes.bytes * contestants, max(sizes.entries) * 500)
+    files = max(sizes.files * contestants, *sizes.inodes, sizes.listing)
     room = os.statvfs(directory)
     if room.f_bavail * room.f_frsize < size:
-        raise BenchError(f"{directory} has less than the {size >> 20} MiB that are needed; try --quick or --large")
+        raise BenchError(f"{directory} has less than the {size >> 20:,} MiB that are needed: try --scale quick")
     if room.f_files and room.f_favail < files:  # file systems without a table of inodes say 0
-        raise BenchError(f"{directory} has less than the {files} inodes that are needed; try --large {files // 20}")
+        raise BenchError(f"{directory} has less than the {files:,} inodes that are needed: try --scale quick")
 
 
-def raise_descriptor_limit(descriptors: int) -> int:
-    """Let this process and its children open *descriptors* files, or as many as are allowed; their number.
+def raise_descriptor_limit(sizes: Sizes) -> int:
+    """Let this process and its children open a file for each inode, or as many as are allowed; their number.
 
     passthrough_ll, for one, keeps a file open for each inode that the kernel knows.
     """
+    wanted = max(sizes.files, *sizes.inodes) + OTHER_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limits in ((descriptors, max(descriptors, hard)), (min(descriptors, hard), hard)):
+    for limits in ((wanted, max(wanted, hard)), (min(wanted, hard), hard)):
         if limits[0] <= soft:
             break
         try:

@@ -1,46 +1,26 @@
 """What is measured: each workload is a function that does its calls in a directory and tells how long they took.
 
-It runs in a process of its own (bench/client.py) and leaves the directory as it was.
+It runs in a process of its own (bench/client.py), or in several at the same time, of which each does its share. It leaves
+the directory as it was.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from bench import project
+from bench.sizes import Sizes
+
 BLOCK = bytes(4096)
 WARM_FILES = 100  # few, so that they are all looked up again within the second for which the kernel trusts them
 BATCH_FILES = 200  # likewise: what was made before the clock is started is still trusted when it runs
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much each workload does."""
-
-    small: int = 4000  # files
-    large: int = 100_000  # files
-    calls: int = 4000  # opens, or opens with a read or a write
-    changes: int = 2000  # files created, renamed, unlinked
-    data_mib: int = 256  # MiB in fio's file
-    random: int = 8192  # random reads or writes, 4 KiB each
-
-    @property
-    def files(self) -> int:
-        """All files that a contestant needs at the same time."""
-        return self.small + self.large + self.changes + 10
-
-    @property
-    def bytes(self) -> int:
-        """The room that a contestant needs, in bytes; 4 KiB for a small file, and some for an inode of the others."""
-        return (self.data_mib << 20) + self.small * 8192 + self.large * 1024
-
-
-QUICK = Sizes(large=8000, calls=1000, changes=400, data_mib=32, random=1000)
 
 
 @dataclass(frozen=True)
@@ -50,10 +30,23 @@ class Sample:
     seconds: float
     operations: int
 
-    @property
-    def microseconds(self) -> float:
-        """Time for an operation, in microseconds."""
-        return self.seconds / self.operations * 1e6
+    @classmethod
+    def together(cls, samples: Sequence["Sample"]) -> "Sample":
+        """What several clients did at the same time: all operations, in the time that they take at the sum of the rates."""
+        operations = sum(sample.operations for sample in samples)
+        return cls(operations / sum(sample.operations / sample.seconds for sample in samples), operations)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of several clients this one is, counted from 0."""
+
+    number: int = 0
+    clients: int = 1
+
+    def of(self, amount: int) -> int:
+        """This client's part of *amount* operations, at least one."""
+        return max(1, amount // self.clients)
 
 
 class State(Enum):
@@ -65,14 +58,27 @@ class State(Enum):
     WARM_DATA = "the source's data in the page cache"
 
 
+Run = Callable[[Path, Sizes, Share], Sample]
+
+
 @dataclass(frozen=True)
 class Workload:
-    """Something to measure; `name` is for options and JSON, `title` for tables."""
+    """Something to measure; `name` is for options and results, `title` for tables, of which `table` names one.
+
+    `parallel`: also with several clients. `unit`: of a sample, "µs" for each operation, or "s".
+    """
 
     name: str
     title: str
     state: State
-    run: Callable[[Path, Sizes], Sample]
+    run: Run
+    parallel: bool = False
+    table: str = "speed"
+    unit: str = "µs"
+
+    def value(self, sample: Sample) -> float:
+        """The time for an operation in `unit`."""
+        return sample.seconds / sample.operations * (1e6 if self.unit == "µs" else 1)
 
 
 class Stopwatch:
@@ -88,23 +94,32 @@ class Stopwatch:
         self.seconds += time.perf_counter() - started
 
 
+# -- what stands in the directory ------------------------------------------------------------------------------------------
+
+
 def prepare(source: Path, sizes: Sizes) -> None:
     """Make in *source* what the workloads need."""
     for name, files, content in (("small", sizes.small, BLOCK), ("large", sizes.large, b"")):
-        (source / name).mkdir()
-        for number in range(files):
-            _make_file(f"{source}/{name}/f{number:06}", content)
+        make_files(source / name, files, content)
     (source / "changes").mkdir()
     mebibyte = os.urandom(1 << 20)  # not zeros, which some file systems do not store
     with (source / "data").open("wb") as data:
         for _ in range(sizes.data_mib):
             data.write(mebibyte)
+    project.make_repository(source / "project", sizes.sources)
+
+
+def make_files(directory: Path, files: int, content: bytes = b"") -> None:
+    """Make a new directory with *files* files."""
+    directory.mkdir(parents=True)
+    for number in range(files):
+        _make_file(f"{directory}/f{number:06}", content)
 
 
 def restore(source: Path) -> None:
     """Remove what a workload that failed has left."""
-    for path in (source / "changes").iterdir():
-        path.unlink()
+    shutil.rmtree(source / "changes")
+    (source / "changes").mkdir()
 
 
 def _make_file(path: str, content: bytes = b"") -> None:
@@ -114,8 +129,11 @@ def _make_file(path: str, content: bytes = b"") -> None:
     os.close(descriptor)
 
 
-def _stat(directory: Path, sizes: Sizes) -> Sample:
-    paths = [f"{directory}/small/f{number:06}" for number in range(sizes.small)]
+# -- names ---------------------------------------------------------------------------------------------------------------
+
+
+def _stat(directory: Path, sizes: Sizes, share: Share) -> Sample:
+    paths = [f"{directory}/small/f{number:06}" for number in range(share.number, sizes.small, share.clients)]
     watch = Stopwatch()
     with watch.running():
         for path in paths:
@@ -123,119 +141,137 @@ def _stat(directory: Path, sizes: Sizes) -> Sample:
     return Sample(watch.seconds, len(paths))
 
 
-def _list(directory: Path, files: int) -> Sample:
-    watch, seen = Stopwatch(), 0
-    with watch.running(), os.scandir(directory) as entries:
-        for entry in entries:  # ls -l asks for the attributes while it reads, too
-            entry.stat(follow_symlinks=False)
-            seen += 1
-    if seen != files:
-        raise RuntimeError(f"{directory} shows {seen} files instead of {files}")
-    return Sample(watch.seconds, seen)
+def _listing(subdirectory: str, files: Callable[[Sizes], int], *, attributes: bool) -> Run:
+    """A workload that reads a directory, with the attributes of each entry or without."""
+
+    def run(directory: Path, sizes: Sizes, _: Share) -> Sample:
+        watch, seen = Stopwatch(), 0
+        with watch.running(), os.scandir(directory / subdirectory) as entries:
+            for entry in entries:  # ls -l asks for the attributes while it reads, too
+                if attributes:
+                    entry.stat(follow_symlinks=False)
+                seen += 1
+        if seen != files(sizes):
+            raise RuntimeError(f"{subdirectory} shows {seen} files instead of {files(sizes)}")
+        return Sample(watch.seconds, seen)
+
+    return run
 
 
-def _list_small(directory: Path, sizes: Sizes) -> Sample:
-    return _list(directory / "small", sizes.small)
+def _in_batches(step: Callable[[Stopwatch, list[str]], None]) -> Run:
+    """A workload in which *step* works on new names, a batch at a time."""
+
+    def run(directory: Path, sizes: Sizes, share: Share) -> Sample:
+        watch, names = Stopwatch(), share.of(sizes.changes)
+        for start in range(0, names, BATCH_FILES):
+            batch = range(start, min(start + BATCH_FILES, names))
+            step(watch, [f"{directory}/changes/c{share.number}n{number:04}" for number in batch])
+        return Sample(watch.seconds, names)
+
+    return run
 
 
-def _list_large(directory: Path, sizes: Sizes) -> Sample:
-    return _list(directory / "large", sizes.large)
-
-
-def _warm_calls(directory: Path, calls: int, call: Callable[[str], None]) -> Sample:
-    """Do *call* with few files, again and again."""
-    paths = [f"{directory}/small/f{number:06}" for number in range(WARM_FILES)]
-    for path in paths:
-        call(path)
-    watch, loops = Stopwatch(), max(1, calls // WARM_FILES)
+def _create(watch: Stopwatch, paths: list[str]) -> None:
     with watch.running():
-        for _ in range(loops):
-            for path in paths:
-                call(path)
-    return Sample(watch.seconds, loops * len(paths))
+        for path in paths:
+            _make_file(path)
+    for path in paths:
+        os.unlink(path)
 
 
-def _open(directory: Path, sizes: Sizes) -> Sample:
-    return _warm_calls(directory, sizes.calls, lambda path: os.close(os.open(path, os.O_RDONLY)))
+def _rename(watch: Stopwatch, paths: list[str]) -> None:
+    for path in paths:
+        _make_file(path)
+    with watch.running():
+        for path in paths:
+            os.rename(path, path + "renamed")
+    for path in paths:
+        os.unlink(path + "renamed")
 
 
-def _read(directory: Path, sizes: Sizes) -> Sample:
-    def read(path: str) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.pread(descriptor, len(BLOCK), 0)
-        os.close(descriptor)
-
-    return _warm_calls(directory, sizes.calls, read)
-
-
-def _write(directory: Path, sizes: Sizes) -> Sample:
-    def write(path: str) -> None:
-        descriptor = os.open(path, os.O_WRONLY)
-        os.pwrite(descriptor, BLOCK, 0)
-        os.close(descriptor)
-
-    return _warm_calls(directory, sizes.calls, write)
-
-
-def _in_batches(directory: Path, sizes: Sizes, step: Callable[[Stopwatch, list[str]], None]) -> Sample:
-    """Let *step* work on new names, a batch at a time."""
-    watch, batches = Stopwatch(), max(1, sizes.changes // BATCH_FILES)
-    for batch in range(batches):
-        step(watch, [f"{directory}/changes/b{batch}f{number:04}" for number in range(BATCH_FILES)])
-    return Sample(watch.seconds, batches * BATCH_FILES)
-
-
-def _create(directory: Path, sizes: Sizes) -> Sample:
-    def step(watch: Stopwatch, paths: list[str]) -> None:
-        with watch.running():
-            for path in paths:
-                _make_file(path)
+def _unlink(watch: Stopwatch, paths: list[str]) -> None:
+    for path in paths:
+        _make_file(path)
+    with watch.running():
         for path in paths:
             os.unlink(path)
 
-    return _in_batches(directory, sizes, step)
 
-
-def _rename(directory: Path, sizes: Sizes) -> Sample:
-    def step(watch: Stopwatch, paths: list[str]) -> None:
+def _mkdir(watch: Stopwatch, paths: list[str]) -> None:
+    with watch.running():
         for path in paths:
-            _make_file(path)
+            os.mkdir(path)
+    for path in paths:
+        os.rmdir(path)
+
+
+def _tree(watch: Stopwatch, paths: list[str]) -> None:
+    """Ten directories at a time, each in the one before; made and removed."""
+    chains = [paths[start : start + 10] for start in range(0, len(paths), 10)]
+    with watch.running():
+        for chain in chains:
+            nested = [
+                "/".join([chain[0], *(Path(path).name for path in chain[1:end])]) for end in range(1, len(chain) + 1)
+            ]
+            for path in nested:
+                os.mkdir(path)
+            for path in reversed(nested):
+                os.rmdir(path)
+
+
+# -- small files -----------------------------------------------------------------------------------------------------------
+
+
+def _warm_calls(call: Callable[[str], object]) -> Run:
+    """A workload that does *call* with few files, again and again."""
+
+    def run(directory: Path, sizes: Sizes, share: Share) -> Sample:
+        first = share.number * WARM_FILES % max(1, sizes.small - WARM_FILES)
+        paths = [f"{directory}/small/f{number:06}" for number in range(first, first + WARM_FILES)]
+        for path in paths:
+            call(path)
+        watch, loops = Stopwatch(), max(1, share.of(sizes.calls) // WARM_FILES)
         with watch.running():
-            for path in paths:
-                os.rename(path, path + "renamed")
-        for path in paths:
-            os.unlink(path + "renamed")
+            for _ in range(loops):
+                for path in paths:
+                    call(path)
+        return Sample(watch.seconds, loops * len(paths))
 
-    return _in_batches(directory, sizes, step)
-
-
-def _unlink(directory: Path, sizes: Sizes) -> Sample:
-    def step(watch: Stopwatch, paths: list[str]) -> None:
-        for path in paths:
-            _make_file(path)
-        with watch.running():
-            for path in paths:
-                os.unlink(path)
-
-    return _in_batches(directory, sizes, step)
+    return run
 
 
-def _fio(pattern: str) -> Callable[[Path, Sizes], Sample]:
+def _open(path: str) -> None:
+    os.close(os.open(path, os.O_RDONLY))
+
+
+def _read(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.pread(descriptor, len(BLOCK), 0)
+    os.close(descriptor)
+
+
+def _write(path: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    os.pwrite(descriptor, BLOCK, 0)
+    os.close(descriptor)
+
+
+# -- large files -----------------------------------------------------------------------------------------------------------
+
+
+def _fio(pattern: str) -> Run:
     """A workload in which fio reads or writes, with *pattern* for its option `rw`."""
-    amount = ["--bs=4k", "--io_size={}k"] if pattern.startswith("rand") else ["--bs=128k"]
 
-    def run(directory: Path, sizes: Sizes) -> Sample:
-        command = [
-            "fio",
-            "--name=bench",
-            f"--filename={directory}/data",
-            f"--rw={pattern}",
-            f"--size={sizes.data_mib}m",
-        ]
-        command += [option.format(sizes.random * 4) for option in amount]
+    def run(directory: Path, sizes: Sizes, share: Share) -> Sample:
+        amount = f"--bs=4k --io_size={share.of(sizes.random) * 4}k" if pattern.startswith("rand") else "--bs=128k"
         # No fallocate: not every server has it. No invalidation: it does not reach the source, drop_caches does.
-        command += ["--ioengine=psync", "--fallocate=none", "--invalidate=0", "--output-format=json"]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd="/")
+        command = (
+            f"fio --name=bench --rw={pattern} --size={sizes.data_mib}m {amount} --randseed={share.number + 1}"
+            " --ioengine=psync --fallocate=none --invalidate=0 --output-format=json"
+        )
+        done = subprocess.run(
+            [*command.split(), f"--filename={directory}/data"], check=False, capture_output=True, text=True, cwd="/"
+        )
         if done.returncode != 0:
             raise RuntimeError(f"fio failed: {done.stderr or done.stdout}")
         figures = json.loads(done.stdout)["jobs"][0]["write" if pattern.endswith("write") else "read"]
@@ -245,21 +281,63 @@ def _fio(pattern: str) -> Callable[[Path, Sizes], Sample]:
     return run
 
 
+# -- applications ----------------------------------------------------------------------------------------------------------
+
+
+def _clone(directory: Path, _sizes: Sizes, _share: Share) -> Sample:
+    watch, clone = Stopwatch(), directory / "changes" / "clone"
+    with watch.running():
+        project.clone(directory / "project", clone)
+    shutil.rmtree(clone)
+    return Sample(watch.seconds, 1)
+
+
+def _build(directory: Path, _sizes: Sizes, _share: Share) -> Sample:
+    watch, clone = Stopwatch(), directory / "changes" / "clone"
+    project.clone(directory / "project", clone)
+    with watch.running():
+        project.build(clone)
+    shutil.rmtree(clone)
+    return Sample(watch.seconds, 1)
+
+
 WORKLOADS = (
-    Workload("stat-cold", "stat, cold", State.COLD_NAMES, _stat),
-    Workload("ls-cold", "ls -l, {small:,} files, cold", State.COLD_NAMES, _list_small),
-    Workload("ls-large-cold", "ls -l, {large:,} files, cold", State.COLD_NAMES, _list_large),
-    Workload("open", "open, close", State.AS_IS, _open),
-    Workload("create", "create, close", State.AS_IS, _create),
-    Workload("rename", "rename", State.AS_IS, _rename),
-    Workload("unlink", "unlink", State.AS_IS, _unlink),
-    Workload("read-4k", "open, read 4 KiB, close", State.AS_IS, _read),
-    Workload("write-4k", "open, write 4 KiB, close", State.AS_IS, _write),
+    Workload("stat-cold", "stat, cold", State.COLD_NAMES, _stat, parallel=True),
+    Workload("stat-warm", "stat, warm", State.AS_IS, _warm_calls(os.stat)),
+    Workload(
+        "ls-cold",
+        "ls -l, {small:,} files, cold",
+        State.COLD_NAMES,
+        _listing("small", lambda sizes: sizes.small, attributes=True),
+    ),
+    Workload(
+        "ls-large-cold",
+        "ls -l, {large:,} files, cold",
+        State.COLD_NAMES,
+        _listing("large", lambda sizes: sizes.large, attributes=True),
+    ),
+    Workload("open", "open, close", State.AS_IS, _warm_calls(_open)),
+    Workload("create", "create, close", State.AS_IS, _in_batches(_create), parallel=True),
+    Workload("rename", "rename", State.AS_IS, _in_batches(_rename)),
+    Workload("unlink", "unlink", State.AS_IS, _in_batches(_unlink)),
+    Workload("mkdir", "mkdir", State.AS_IS, _in_batches(_mkdir)),
+    Workload("tree", "mkdir and rmdir, 10 nested", State.AS_IS, _in_batches(_tree)),
+    Workload("read-4k", "open, read 4 KiB, close", State.AS_IS, _warm_calls(_read), parallel=True),
+    Workload("write-4k", "open, write 4 KiB, close", State.AS_IS, _warm_calls(_write)),
     Workload("seq-read-cold", "sequential read, 128 KiB, cold", State.COLD, _fio("read")),
     Workload("rand-read-cold", "random read, 4 KiB, cold", State.COLD, _fio("randread")),
     Workload("seq-read", "sequential read, 128 KiB", State.WARM_DATA, _fio("read")),
-    Workload("rand-read", "random read, 4 KiB", State.WARM_DATA, _fio("randread")),
+    Workload("rand-read", "random read, 4 KiB", State.WARM_DATA, _fio("randread"), parallel=True),
     Workload("seq-write", "sequential write, 128 KiB", State.WARM_DATA, _fio("write")),
     Workload("rand-write", "random write, 4 KiB", State.WARM_DATA, _fio("randwrite")),
+    Workload("clone", "git clone, {sources:,} C files", State.AS_IS, _clone, table="applications", unit="s"),
+    Workload("build", "make, {sources:,} C files", State.AS_IS, _build, table="applications", unit="s"),
 )
-BY_NAME = {workload.name: workload for workload in WORKLOADS}
+NAMES = Workload(
+    "names",
+    "names, cold",
+    State.COLD_NAMES,
+    _listing("large", lambda sizes: sizes.large, attributes=False),
+    table="listing",
+)
+BY_NAME = {workload.name: workload for workload in (*WORKLOADS, NAMES)}

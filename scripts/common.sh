@@ -108,6 +108,15 @@ pip_install() { # pip_install VENV ARGS...
     quietly "$_venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" ||
         die "pip could not install $*: see above"
 }
+prepare_venv() { # prepare_venv DIR PYTHON: with the source tree in the current directory, and all of its tools
+    make_venv "$1" "$2"
+    _from="$top $(cat pyproject.toml setup.py handlefs/_native.c | cksum)"
+    if [ "$(cat "$1/.installed-from" 2> /dev/null)" != "$_from" ]; then
+        say "Installing the project and its test tools into $1"
+        pip_install "$1" --upgrade --editable '.[test,lint,bench]'
+        echo "$_from" > "$1/.installed-from"
+    fi
+}
 # All that the installed package is made from.
 package_files() {
     find handlefs docs/handlefs.8 pyproject.toml setup.py README.md LICENSE -type f ! -name '*.py[co]' ! -name '*.so'

@@ -198,7 +198,7 @@ class Client:
 
     def __init__(self, export: Export, version: str) -> None:
         self.version = version
-        self.path = PSEUDO_ROOT / f"client-{version}"
+        self.path = PSEUDO_ROOT / f"client-{export.path.name}-{version}"
         self.path.mkdir(exist_ok=True)
         remote = export.path.relative_to(PSEUDO_ROOT) if version.startswith("4") else str(export.path).lstrip("/")
         run("mount", "-t", "nfs", "-o", f"vers={version},proto=tcp,hard", f"{CLIENT}:/{remote}", self.path)

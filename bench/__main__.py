@@ -1,0 +1,162 @@
+"""How fast handlefs is beside a plain directory and other servers, and what it needs: all of it, or single parts.
+
+python -m bench [--scale full|quick|tiny] [--only PART] [--directory DIR] [--results FILE] [...]
+"""
+
+import argparse
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from bench import contestants, figures, growth, handlemap, nfs, nodes, profile, requirements, restart, sections, speed
+from bench.contestants import STANDARD, Contestant, parse_peer
+from bench.errors import BenchError, UnavailableError
+from bench.figures import Part
+from bench.plan import Bar, Plan
+from bench.sizes import SCALES, Sizes
+from bench.tables import failures
+from bench.workloads import WORKLOADS
+
+PARTS: Mapping[str, Callable[[Plan], Part]] = {
+    "speed": speed.measure,
+    "listing": speed.measure_listing,
+    "growth": growth.measure,
+    "nodes": nodes.measure,
+    "map": handlemap.measure,
+    "restart": restart.measure,
+    "nfs": nfs.measure,
+    "profile": profile.measure,
+}
+
+
+def positive(text: str) -> int:
+    """A number for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def peer(text: str) -> Contestant:
+    """A peer for argparse."""
+    try:
+        return parse_peer(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; exits with a usage message if it is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--scale", choices=SCALES, default="full", help="full: under 45 minutes; quick: under 3; tiny: to try it out")
+    add("--only", action="append", default=[], choices=PARTS, metavar="PART",
+        help=f"only this part; may be repeated. One of: {', '.join(PARTS)}")  # fmt: skip
+    add("--directory", type=Path, default=Path(), help="measure the file system of this directory (default: .)")
+    add("--results", type=Path, default=figures.DEFAULT_FILE, metavar="FILE",
+        help="write there, in place of the same parts of an earlier run (default: %(default)s)")  # fmt: skip
+    add("--peer", type=peer, action="append", default=[], metavar="NAME='COMMAND'",
+        help="another contestant: a command that serves {source} at {mount} in the foreground")  # fmt: skip
+    add("--without", action="append", default=[], metavar="NAME", help="leave out a contestant; may be repeated")
+    add("--workload", action="append", default=[], choices=[workload.name for workload in WORKLOADS], metavar="NAME",
+        help=f"part speed: only this one; may be repeated. One of: {', '.join(w.name for w in WORKLOADS)}")  # fmt: skip
+    add("--rounds", type=positive, metavar="N", help="samples of each figure in the parts with rounds")
+    add("--minutes", type=float, metavar="M", help="begin no round of a part that would not end within")
+    return parser.parse_args(argv)
+
+
+def chosen(arguments: argparse.Namespace) -> list[Contestant]:
+    """The contestants that are wanted."""
+    everybody = [one for one in STANDARD if one.quick or arguments.scale != "quick"] + arguments.peer
+    names = [contestant.name for contestant in everybody]
+    if len(set(names)) < len(names):
+        raise BenchError(f"two contestants have the same name: {', '.join(names)}")
+    if unknown := set(arguments.without) - {contestant.name for contestant in (*STANDARD, *arguments.peer)}:
+        raise BenchError(f"--without {', '.join(unknown)}: there are only {', '.join(names)}")
+    return [contestant for contestant in everybody if contestant.name not in arguments.without]
+
+
+def sizes_of(arguments: argparse.Namespace) -> Sizes:
+    """How much is done."""
+    sizes = SCALES[arguments.scale]
+    if arguments.rounds is not None:
+        sizes = replace(sizes, rounds=arguments.rounds, listing_rounds=arguments.rounds)
+    return sizes if arguments.minutes is None else replace(sizes, minutes=arguments.minutes)
+
+
+@contextmanager
+def workplace(directory: Path) -> Iterator[Path]:
+    """A new directory for everything that is made; it is removed when all servers have ended."""
+    with tempfile.TemporaryDirectory(prefix="handlefs-bench-", dir=directory) as made:
+        yield Path(made).resolve()
+
+
+def measure(arguments: argparse.Namespace, console: Console) -> bool:
+    """Measure part by part, and keep each at once: what has been measured is not lost if a later one fails. False if one
+    failed; one that is not possible on this machine does not count."""
+    wanted, sizes = chosen(arguments), sizes_of(arguments)
+    requirements.check_machine()
+    requirements.check_space(arguments.directory, sizes, len(wanted))
+    figures.check_writable(arguments.results)
+    requirements.raise_descriptor_limit(sizes)
+    failed = False
+    with workplace(arguments.directory) as work:
+        ready, left_out = contestants.prepare(wanted, work / "bin")
+        for name in arguments.only or PARTS:
+            bar = Bar(console, name)
+            part_work = work / name
+            part_work.mkdir()
+            plan = Plan(part_work, work / "bin", ready, sizes, bar, arguments.workload, left_out)
+            try:
+                with bar.shown():
+                    part = PARTS[name](plan)
+            except BenchError as error:
+                failed |= not isinstance(error, UnavailableError)
+                console.print(f"{name}: not measured: {error}", highlight=False, markup=False)
+                continue
+            figures.save(arguments.results, {name: part})
+            show(console, name, part)
+    return not failed
+
+
+def show(console: Console, name: str, part: Part) -> None:
+    """Print a part's tables."""
+    for line in sections.conditions(part.conditions, {}):
+        console.print(line, highlight=False, markup=False)
+    for grid in sections.grids_of(sections.SECTIONS[name], part):
+        console.print(grid.rich())
+    for line in failures(part.figures):
+        console.print(line, highlight=False, markup=False)
+
+
+def interrupt(_number: int, _frame: FrameType | None) -> None:
+    """End like Ctrl-C, so that everything is removed; a second time is ignored, it would leave something behind."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    print("ending; unmounting and removing everything", file=sys.stderr)
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """The exit status: 0, or 1 after a message, or 130 after Ctrl-C."""
+    arguments = parse_arguments(sys.argv[1:])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    try:
+        return 0 if measure(arguments, Console(stderr=True)) else 1
+    except (BenchError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Part `map`: the handle map with millions of entries, written and asked directly.
+
+The entries have the size and the form of btrfs's handles. A map is filled further and further; at certain numbers of entries
+it is measured, with everything in its durable part.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from bench.figures import Figure, Part
+from bench.plan import Plan
+from handlefs.filesystem import SourceIdentity
+from handlefs.handle import FileHandle
+from handlefs.handlemap import HandleMap, MappedHandle
+
+T = TypeVar("T")
+
+BATCH = 1_000_000
+LOOKUPS = 20_000
+NEW_ENTRIES = 1000  # one at a time, as they come from look-ups
+VOLUME = b"a volume's 16 by"
+BTRFS_HANDLE = 0x4D
+
+
+def measure(plan: Plan) -> Part:
+    """The part `map`."""
+    figures: list[Figure] = []
+    counts = plan.sizes.entries
+    plan.steps.expect(sum(-(-count // BATCH) for count in counts))
+    identity = SourceIdentity("btrfs:uuid:00000000-0000-0000-0000-000000000000", FileHandle(BTRFS_HANDLE, bytes(20)))
+    handles = HandleMap(plan.work / "state", identity)
+    try:
+        done = 0
+        for count in counts:
+            while done < count:
+                amount = min(BATCH, count - done)
+                plan.steps.step(f"{done + amount:,} entries")
+                _fill(handles, done, amount)
+                done += amount
+            figures += _measured(handles, plan.work / "state", count)
+            done += NEW_ENTRIES
+    finally:
+        handles.close()
+    lookups = f"{LOOKUPS:,} at random, all in the page cache"
+    filled = f"{BATCH:,} entries at a time, in the order of the node IDs"
+    return Part(plan.conditions(handles="20 bytes, as btrfs has", filled=filled, lookups=lookups), figures)
+
+
+def handle(number: int) -> MappedHandle:
+    """A handle as btrfs makes them, another one for each number."""
+    return MappedHandle(VOLUME, FileHandle(BTRFS_HANDLE, number.to_bytes(20, "little")))
+
+
+def _fill(handles: HandleMap, first: int, amount: int) -> None:
+    """Assign node IDs to *amount* handles, in the order of the IDs: they are hashes, and each would touch a page of its own."""
+    new = [handle(number) for number in range(first, first + amount)]
+    new.sort(key=lambda item: handles.nodeids.mapped(item.volume, item.handle, 0))
+    for start in range(0, amount, 10_000):
+        handles.assign(new[start : start + 10_000])
+    handles.flush()
+
+
+def _measured(handles: HandleMap, state: Path, count: int) -> list[Figure]:
+    size = sum(file.stat().st_blocks * 512 for file in state.rglob("data.mdb"))
+    known = [handle(random.Random(count).randrange(count)) for _ in range(LOOKUPS)]
+    nodeids = handles.assign(known)
+    new = [handle(number) for number in range(count, count + NEW_ENTRIES)]
+    found = {
+        "size": ("bytes an entry", size / count),
+        "node ID → handle": ("µs", _each(handles.get, nodeids)),
+        "handle → node ID": ("µs", _each(lambda item: handles.assign([item]), known)),
+        "new entry": ("µs", _each(lambda item: handles.assign([item]), new)),
+    }
+    handles.flush()
+    return [Figure("map", str(count), f"{count:,}", name, unit, (value,)) for name, (unit, value) in found.items()]
+
+
+def _each(call: Callable[[T], object], items: Sequence[T]) -> float:
+    """Time for a call, in microseconds."""
+    started = time.perf_counter()
+    for item in items:
+        call(item)
+    return (time.perf_counter() - started) / len(items) * 1e6

@@ -1,0 +1,86 @@
+"""Part `nodes`: what an evicted inode costs, beside one that is in the server's cache.
+
+A client holds inodes, so that the kernel's requests name them by node ID alone, and the server has to find what it has
+forgotten by its handle: the one that is in the node ID, or, for a source on tmpfs, one that is in the handle map.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench import kernel
+from bench.contestants import Contestant, Place, handlefs
+from bench.figures import Figure, Part
+from bench.plan import Plan
+from bench.workloads import make_files
+from handlefs import control
+
+OPTIONS = ("--entry-timeout=1", "--attr-timeout=0", "--transport=direct", "--passthrough=off", "--workers=1")
+SERVER = Contestant("direct-no-timeout", handlefs(*OPTIONS))
+TMPFS = Path("/dev/shm")
+
+
+def _open(held: int) -> None:
+    os.close(os.open(f"/proc/self/fd/{held}", os.O_RDONLY))
+
+
+OPERATIONS: Mapping[str, Callable[[int], object]] = {"attributes": os.fstat, "open, close": _open}
+STATES = {"cached": (False, False), "evicted": (True, False), "evicted, source's inode cold": (True, True)}
+
+
+def measure(plan: Plan) -> Part:
+    """The part `nodes`."""
+    figures: list[Figure] = []
+    plan.steps.expect(2)
+    with tempfile.TemporaryDirectory(prefix="handlefs-bench-", dir=TMPFS) as elsewhere:
+        for directory in (plan.work, Path(elsewhere)):
+            plan.steps.step(kernel.filesystem_type(directory))
+            make_files(directory / "source" / "files", plan.sizes.nodes, b"content")
+            with plan.served(SERVER, directory / "source") as place, _held(place.directory / "files") as nodes:
+                figures += _measured(place, nodes, plan.sizes.repeats)
+    return Part(plan.conditions(nodes=f"{plan.sizes.nodes:,} files, {plan.sizes.repeats} times each"), figures)
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[Sequence[int]]:
+    """An O_PATH descriptor for each file in *directory*."""
+    nodes = [os.open(path, os.O_PATH | os.O_NOFOLLOW) for path in directory.iterdir()]
+    try:
+        yield nodes
+    finally:
+        for node in nodes:
+            os.close(node)
+
+
+def _measured(place: Place, nodes: Sequence[int], repeats: int) -> list[Figure]:
+    filesystem = kernel.filesystem_type(place.source)
+    inline = control.request(str(place.directory), {"op": "status"})["nodeids"] != "mapped"
+    kind = "inline node IDs" if inline else "mapped node IDs"
+    figures = []
+    for operation, call in OPERATIONS.items():
+        for state, (evicted, cold) in STATES.items():
+            if cold and filesystem == "tmpfs":
+                continue  # its inodes are nowhere but in memory
+            samples = tuple(_once(place, nodes, call, evicted=evicted, cold=cold) for _ in range(repeats))
+            title = f"{operation}: {filesystem}, {kind}"
+            figures.append(Figure("nodes", f"{operation} {filesystem}", title, state, "µs", samples))
+    return figures
+
+
+def _once(place: Place, nodes: Sequence[int], call: Callable[[int], object], *, evicted: bool, cold: bool) -> float:
+    """Time for a call on each of the *nodes*, in microseconds."""
+    for node in nodes:
+        os.fstat(node)  # into the server's cache
+    if evicted:
+        control.request(str(place.directory), {"op": "evict", "count": None})
+    if cold:
+        kernel.drop_caches(kernel.NAMES)
+    if place.pid is not None:
+        kernel.wait_until_quiet([place.pid])
+    started = time.perf_counter()
+    for node in nodes:
+        call(node)
+    return (time.perf_counter() - started) / len(nodes) * 1e6

@@ -1,0 +1,148 @@
+"""Part `profile`: what a request costs in the server's process, and how long a client waits for it.
+
+python -m bench.profile [--directory DIR] [--batches N] [--json]
+
+As a command it times the direct transport's dispatcher in this process: requests as the kernel sends them, the system calls
+on the source included, with cached files. HANDLEFS_ACCELERATOR=off in the environment leaves the accelerator out. The part
+runs it with and without, and has a client make some of the requests on a mount with one worker.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from bench import requests
+from bench.contestants import Contestant, handlefs
+from bench.errors import BenchError
+from bench.figures import Figure, Part
+from bench.plan import Plan
+from bench.speed import environment
+from bench.workloads import make_files
+from handlefs.accelerator import native
+
+BATCHES = 100
+CHILD_SECONDS = 300
+COLUMNS = {"in the server": "auto", "without the accelerator": "off"}
+"""Column → HANDLEFS_ACCELERATOR."""
+CLIENT = "a client waits"
+OPTIONS = ("--entry-timeout=0", "--transport=direct", "--passthrough=off", "--workers=1")
+
+
+def measure(plan: Plan) -> Part:
+    """The part `profile`."""
+    batches = plan.sizes.repeats * 10
+    plan.steps.expect(len(COLUMNS) + 1)
+    found: dict[str, Mapping[str, Sequence[float]]] = {}
+    plan.steps.step(CLIENT)
+    found[CLIENT] = _waited(plan, batches)
+    for column, accelerator in COLUMNS.items():
+        plan.steps.step(column)
+        found[column] = _in_process(plan.work, batches, accelerator)
+    figures = [
+        Figure("profile", row, row, column, "µs", tuple(samples))
+        for row in found["in the server"]
+        for column, rows in found.items()
+        if (samples := rows.get(row))
+    ]
+    return Part(plan.conditions(samples=f"{batches} of {requests.CALLS} requests each"), figures)
+
+
+def _in_process(directory: Path, batches: int, accelerator: str) -> Mapping[str, Sequence[float]]:
+    command = [sys.executable, "-m", "bench.profile", f"--directory={directory}", f"--batches={batches}", "--json"]
+    done = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=CHILD_SECONDS,
+        env=environment() | {"HANDLEFS_ACCELERATOR": accelerator},
+    )
+    if done.returncode != 0:
+        raise BenchError(f"bench.profile failed:\n{done.stderr[-2000:]}")
+    found: Mapping[str, Sequence[float]] = json.loads(done.stdout)
+    return found
+
+
+def _waited(plan: Plan, batches: int) -> Mapping[str, Sequence[float]]:
+    """What a client of a mount waits for calls that are one request each (but for RELEASE, for which nobody waits)."""
+    source = plan.work / "source"
+    make_files(source, requests.FILES, bytes(4096))
+    found: dict[str, Sequence[float]] = {}
+    # A look-up brings the attributes along; with a timeout of 0 each fstat(2) asks for them again.
+    for timeout in (0, 1):
+        server = Contestant(f"direct-attr-{timeout}", handlefs(*OPTIONS, f"--attr-timeout={timeout}"))
+        with plan.served(server, source) as place, _calls(place.directory) as calls:
+            wanted = [requests.GETATTR] if timeout == 0 else [row for row in calls if row != requests.GETATTR]
+            for row in wanted:
+                time.sleep(requests.SETTLED)
+                found[row] = requests.timed(calls[row], batches)
+    return found
+
+
+@contextlib.contextmanager
+def _calls(directory: Path) -> Iterator[Mapping[str, Callable[[int], int]]]:
+    """Calls on the mount that are a request each."""
+    paths = [f"{directory}/f{number:06}" for number in range(requests.FILES)]
+    held = os.open(paths[0], os.O_PATH)
+
+    def stat(number: int) -> int:
+        os.stat(paths[number % len(paths)])
+        return 1
+
+    def missing(_: int) -> int:
+        assert not os.path.exists(f"{directory}/missing")
+        return 1
+
+    def opened(_: int) -> int:
+        os.close(os.open(f"/proc/self/fd/{held}", os.O_RDONLY))
+        return 1
+
+    def fstat(_: int) -> int:
+        os.fstat(held)
+        return 1
+
+    def statfs(_: int) -> int:
+        os.statvfs(directory)
+        return 1
+
+    try:
+        yield {
+            requests.STATFS: statfs,
+            requests.LOOKUP: stat,
+            requests.MISSING: missing,
+            requests.GETATTR: fstat,
+            requests.OPEN: opened,
+        }
+    finally:
+        os.close(held)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.profile", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--directory", type=Path, default=Path(), help="whose file system is used (default: .)")
+    parser.add_argument("--batches", type=int, default=BATCHES, help="samples of each figure (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print every sample")
+    arguments = parser.parse_args()
+    try:
+        with requests.dispatcher(arguments.directory) as asked:
+            calls = requests.Requests(asked).calls()
+            found = {row: requests.timed(call, arguments.batches) for row, call in calls.items()}
+    except OSError as error:
+        sys.exit(f"bench.profile: {error}")
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    print(f"µs a request, median of {arguments.batches} batches, {'with' if native else 'without'} the accelerator")
+    for row, samples in found.items():
+        print(f"{statistics.median(samples):8.2f}  {row}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""How much is done at each scale."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much each part does."""
+
+    # speed
+    small: int = 4000  # files
+    large: int = 100_000  # files
+    calls: int = 2000  # opens, or opens with a read or a write
+    changes: int = 1000  # files created, renamed, unlinked; directories made and removed
+    data_mib: int = 256  # MiB in fio's file
+    random: int = 8192  # random reads or writes, 4 KiB each
+    sources: int = 80  # C files in the project that is cloned and built
+    clients: tuple[int, ...] = (1, 4, 16)
+    rounds: int = 9
+    minutes: float = 17.0  # begin no round that would not end within
+    # growth and listing
+    inodes: tuple[int, ...] = (10_000, 30_000, 100_000, 300_000, 1_000_000)
+    patience: float = 120.0  # seconds for the walk of one contestant
+    listing: int = 1_000_000  # entries in one directory
+    listing_rounds: int = 2
+    # the others
+    entries: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)  # in the handle map
+    nodes: int = 1000  # inodes that a client holds
+    repeats: int = 7  # of what is measured without rounds
+    pauses: int = 20  # kills of a worker, reloads, remounts
+
+    @property
+    def files(self) -> int:
+        """All files that a contestant needs at the same time."""
+        return self.small + self.large + self.changes + 4 * self.sources + 100
+
+    @property
+    def bytes(self) -> int:
+        """The room that a contestant needs, in bytes; 4 KiB for a small file, and some for an inode of the others."""
+        return (self.data_mib << 20) + (self.small + 8 * self.sources) * 8192 + self.large * 1024
+
+
+SCALES: Mapping[str, Sizes] = {
+    "full": Sizes(),
+    "quick": Sizes(
+        large=8000,
+        calls=600,
+        changes=400,
+        data_mib=32,
+        random=1000,
+        sources=40,
+        clients=(1,),
+        rounds=5,
+        minutes=1.3,
+        inodes=(3000, 10_000, 30_000),
+        patience=10.0,
+        listing=30_000,
+        listing_rounds=1,
+        entries=(10_000, 100_000),
+        nodes=300,
+        repeats=5,
+        pauses=5,
+    ),
+    # To try that everything works: the figures mean nothing.
+    "tiny": Sizes(
+        small=200,
+        large=300,
+        calls=100,
+        changes=200,
+        data_mib=1,
+        random=16,
+        sources=3,
+        clients=(1, 2),
+        rounds=1,
+        minutes=5.0,
+        inodes=(100, 300),
+        patience=20.0,
+        listing=300,
+        listing_rounds=1,
+        entries=(1000, 3000),
+        nodes=20,
+        repeats=1,
+        pauses=1,
+    ),
+}

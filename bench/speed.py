@@ -1,0 +1,198 @@
+"""Part `speed`: every round measures every workload once for every contestant, in another order each time.
+
+All contestants are mounted at the same time, each with its own files. Part `listing` does the same with one very large
+directory that they share.
+"""
+
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from bench import kernel
+from bench.contestants import Place
+from bench.errors import WorkloadError
+from bench.figures import Figure, Part
+from bench.plan import Plan, Steps
+from bench.sizes import Sizes
+from bench.workloads import NAMES, WORKLOADS, Sample, State, Workload, make_files, prepare, restore
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SAMPLE_SECONDS = 120  # after which a server is taken for stuck
+
+DROPPED = {State.COLD_NAMES: kernel.NAMES, State.COLD: kernel.NAMES_AND_DATA}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A workload and how many clients do it."""
+
+    workload: Workload
+    clients: int
+
+    @property
+    def table(self) -> str:
+        """There is a table for each number of clients."""
+        return self.workload.table if self.clients == 1 else f"{self.workload.table}-{self.clients}"
+
+
+@dataclass
+class Rounds:
+    """The samples so far."""
+
+    rows: Sequence[Row]
+    places: Sequence[Place]
+    sizes: Sizes
+    samples: dict[tuple[Row, str], list[float]] = field(default_factory=dict)
+    failures: dict[tuple[Row, str], str] = field(default_factory=dict)
+    done: int = 0
+
+    def run(self, rounds: int, limit: float, steps: Steps) -> None:
+        """Do up to *rounds* rounds; one that is not expected to end before *limit* seconds are over is not begun, but for
+        the first."""
+        steps.expect(rounds * len(self.rows) * len(self.places))
+        started, longest = time.monotonic(), 0.0
+        while self.done < rounds:
+            begun = time.monotonic()
+            if self.done and begun - started + longest > limit:
+                break
+            for row, place in self._order():
+                steps.step(f"{self.done + 1}/{rounds} {row.workload.name}, {row.clients} clients: {place.name}")
+                self._add(row, place)
+            longest = max(longest, time.monotonic() - begun)
+            self.done += 1
+
+    def _order(self) -> Iterator[tuple[Row, Place]]:
+        """The contestants one after the other for each row, shuffled: nobody always comes after the same other."""
+        shuffled, generator = list(self.places), random.Random(self.done)
+        for row in self.rows:
+            generator.shuffle(shuffled)
+            for place in shuffled:
+                yield row, place
+
+    def _add(self, row: Row, place: Place) -> None:
+        """Add a sample; a row that failed is not tried again in later rounds."""
+        key = (row, place.name)
+        if key in self.failures:
+            return
+        try:
+            place.check()
+            sample = measure_once(row, place, self.places, self.sizes)
+            self.samples.setdefault(key, []).append(row.workload.value(sample))
+        except WorkloadError as error:
+            self.failures[key] = str(error)
+            if (place.source / "changes").exists():
+                restore(place.source)
+
+    def figures(self) -> list[Figure]:
+        """All that was found."""
+        return [
+            Figure(
+                row.table,
+                row.workload.name,
+                row.workload.title.format(**vars(self.sizes)),
+                place.name,
+                row.workload.unit,
+                tuple(self.samples.get((row, place.name), ())),
+                self.failures.get((row, place.name), ""),
+            )
+            for row in self.rows
+            for place in self.places
+        ]
+
+
+def measure(plan: Plan) -> Part:
+    """The part `speed`."""
+    sizes, sources = plan.sizes, []
+    contestants = plan.contestants()
+    plan.steps.expect(len(contestants))
+    for contestant in contestants:
+        plan.steps.step(f"making files: {contestant.name}")
+        sources.append((contestant, plan.work / contestant.name))
+        prepare(plan.work / contestant.name, sizes)
+    workloads = [workload for workload in WORKLOADS if not plan.workloads or workload.name in plan.workloads]
+    rows = [
+        Row(workload, clients)
+        for clients in sizes.clients
+        for workload in workloads
+        if clients == 1 or workload.parallel
+    ]
+    with plan.all_served(sources) as places:
+        rounds = Rounds(rows, places, sizes)
+        rounds.run(sizes.rounds, sizes.minutes * 60, plan.steps)
+        amounts = (
+            f"{sizes.small:,} and {sizes.large:,} files, {sizes.calls:,} opens, {sizes.changes:,} changes, "
+            f"file of {sizes.data_mib} MiB, {sizes.random:,} random accesses"
+        )
+        return Part(plan.conditions(rounds=f"{rounds.done}, each with {amounts}", fio=_fio_version()), rounds.figures())
+
+
+def measure_listing(plan: Plan) -> Part:
+    """The part `listing`."""
+    sizes = replace(plan.sizes, large=plan.sizes.listing)
+    contestants = plan.contestants(variants=False)
+    plan.steps.expect(1)
+    plan.steps.step(f"making {sizes.large:,} files")
+    make_files(plan.work / "source" / "large", sizes.large)
+    with plan.all_served([(contestant, plan.work / "source") for contestant in contestants]) as places:
+        rounds = Rounds([Row(NAMES, 1)], places, sizes)
+        rounds.run(sizes.listing_rounds, sizes.minutes * 60, plan.steps)
+        return Part(plan.conditions(rounds=f"{rounds.done}", entries=f"{sizes.large:,}"), rounds.figures())
+
+
+def measure_once(row: Row, place: Place, places: Sequence[Place], sizes: Sizes) -> Sample:
+    """One sample, with all servers idle at its start. Raises WorkloadError if there is none."""
+    state = row.workload.state
+    if state in DROPPED:
+        kernel.drop_caches(DROPPED[state])
+    elif state is State.WARM_DATA:
+        _read_through(place.source / "data")
+    kernel.wait_until_quiet(other.pid for other in places if other.pid is not None)
+    sample = _run_client(row, place, sizes)
+    os.sync()  # what was written is not for the next contestant to wait for
+    return sample
+
+
+def environment() -> dict[str, str]:
+    """For children that run modules of this checkout, from whatever directory."""
+    inherited = os.environ.get("PYTHONPATH")
+    return os.environ | {"PYTHONPATH": f"{CHECKOUT}{os.pathsep}{inherited}" if inherited else str(CHECKOUT)}
+
+
+def _run_client(row: Row, place: Place, sizes: Sizes) -> Sample:
+    arguments = [row.workload.name, str(place.directory), json.dumps(asdict(sizes)), str(row.clients)]
+    command = [sys.executable, "-m", "bench.client", *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment()
+    ) as client:
+        try:
+            output, errors = client.communicate(timeout=SAMPLE_SECONDS)
+        except subprocess.TimeoutExpired:
+            place.kill()  # a client that waits for an answer can only be ended by the end of the server
+            kernel.kill_group(client)
+            raise WorkloadError(f"not done in {SAMPLE_SECONDS} s; the server was ended") from None
+        except BaseException:
+            kernel.kill_group(client)
+            raise
+    place.check()
+    if client.returncode != 0:
+        last = errors.strip().splitlines()[-1:] or [f"{shlex.join(command)} failed"]
+        raise WorkloadError(last[0])
+    return Sample(**json.loads(output))
+
+
+def _read_through(path: Path) -> None:
+    with path.open("rb", buffering=0) as file:
+        while file.read(1 << 20):
+            pass
+
+
+def _fio_version() -> str:
+    done = subprocess.run(["fio", "--version"], check=True, capture_output=True, text=True)
+    return done.stdout.strip().removeprefix("fio-")

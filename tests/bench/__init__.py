@@ -1,0 +1,1 @@
+"""Tests of the measurements in bench/: their logic, and a tiny run of everything with real mounts."""

@@ -1,0 +1,186 @@
+"""The command, on a tiny scale, with real mounts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.figures import Figure, load
+from bench.report import BEGIN, END, PAGE
+from bench.speed import environment
+
+from ..support.filesystems import scratch_directory, unmount
+
+TIMEOUT = 120.0
+PARTS = (
+    "speed",
+    "listing",
+    "growth",
+    "nodes",
+    "map",
+    "restart",
+    "profile",
+)  # nfs boots a machine: tests/nfs has its own
+WORKLOADS = ("stat-cold", "rand-read", "clone")
+OTHERS = ("direct-4", "direct-nopass", "passthrough_fh", "passthrough_hp", "bindfs", "mergerfs")
+
+
+@pytest.fixture
+def place(ext4: Path) -> Iterator[Path]:
+    """An empty directory on ext4, which has to be empty again at the end."""
+    directory = ext4 / "bench"
+    directory.mkdir()
+    yield directory
+    left = sorted(str(path) for path in directory.iterdir())
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        if line.split()[4].startswith(f"{directory}/"):
+            left.append(f"mount {line.split()[4]}")
+            unmount(Path(line.split()[4]))
+    assert not left
+    directory.rmdir()
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    with scratch_directory("bench-") as directory:
+        yield directory
+
+
+def run(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+        env=environment(),
+    )
+
+
+def bench(place: Path, results: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    without = [argument for name in OTHERS for argument in ("--without", name)]
+    own = ["--scale", "tiny", "--directory", str(place), "--results", str(results)]
+    return run("bench", *own, *without, *arguments)
+
+
+def repeated(option: str, names: tuple[str, ...]) -> list[str]:
+    return [argument for name in names for argument in (option, name)]
+
+
+def test_everything(place: Path, scratch: Path) -> None:
+    """Measured, reported and compared with itself."""
+    results = scratch / "results.json"
+    done = bench(place, results, *repeated("--only", PARTS), *repeated("--workload", WORKLOADS))
+    assert done.returncode == 0, done.stderr
+    parts = load(results)
+    assert tuple(parts) == PARTS
+    for name, part in parts.items():
+        facts = part.conditions.facts
+        assert facts["kernel"] == os.uname().release
+        assert facts["file system"] == "ext4"
+        assert part.figures
+        for figure in part.figures:
+            assert figure.samples or figure.failure, (name, figure)
+            assert all(sample >= 0 for sample in figure.samples)
+    check_speed(parts["speed"].tables())
+    check_growth(parts["growth"].tables())
+    (scratch / PAGE).write_text(f"{BEGIN}\n{END}\n")
+    reported = run("bench.report", results, "--docs", scratch)
+    assert reported.returncode == 0, reported.stderr
+    assert "| git clone, 3 C files |" in (scratch / PAGE).read_text()
+    compared = run("bench.compare", results, results)
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    assert "worse" not in compared.stdout
+
+
+def check_speed(tables: dict[str, list[Figure]]) -> None:
+    """All contestants did all workloads, with one client and with two."""
+    assert list(tables) == ["speed", "applications", "speed-2"]
+    for table, rows in (("speed", 2), ("applications", 1), ("speed-2", 2)):
+        done = [(figure.row, figure.column) for figure in tables[table] if figure.samples]
+        assert len(set(done)) == len(done) == rows * len({"native", "direct", "pyfuse3", "passthrough_ll"})
+
+
+def check_growth(tables: dict[str, list[Figure]]) -> None:
+    """One keeps a descriptor for each inode, and the other does not."""
+    held = {(figure.column, figure.row): figure.samples[0] for figure in tables["growth-descriptors"]}
+    assert held["passthrough_ll", "300"] - held["passthrough_ll", "100"] > 50  # some are looked up ahead
+    assert held["direct", "300"] - held["direct", "100"] < 50
+    memory = {figure.column: figure.samples[0] for figure in tables["growth-memory"]}
+    assert 1 < memory["direct"] < 200
+
+
+def test_peers_that_end(place: Path, scratch: Path) -> None:
+    """One that never mounts is left out; one that ends meanwhile has failures; the others are measured."""
+    handlefs = f"{sys.executable} -m handlefs mount {{source}} {{mount}} --foreground --state-dir {{state}}"
+    only = ["--only", "speed", "--without", "pyfuse3", "--without", "passthrough_ll", "--rounds", "200"]
+    peers = [
+        "--peer",
+        "broken=sh -c 'echo not today; exit 3' {source} {mount}",
+        "--peer",
+        f"short=timeout 2 {handlefs}",
+    ]
+    workload = ["--workload", "stat-warm", "--minutes", "0.1"]
+    done = bench(place, scratch / "results.json", *only, *peers, *workload)
+    assert done.returncode == 0, done.stderr
+    part = load(scratch / "results.json")["speed"]
+    assert "not today" in part.conditions.left_out["broken"]
+    figures = {figure.column: figure for figure in part.figures}
+    assert figures.keys() == {"native", "direct", "short"}
+    assert "has ended" in figures["short"].failure
+    assert len(figures["direct"].samples) == len(figures["native"].samples) >= len(figures["short"].samples)
+    assert not figures["direct"].failure
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(place: Path, scratch: Path, number: signal.Signals) -> None:
+    """Everything is unmounted and removed; the fixture looks."""
+    command = [sys.executable, "-m", "bench", "--scale", "tiny", "--only", "speed", "--rounds", "1000"]
+    command += ["--directory", str(place), "--results", str(scratch / "results.json"), "--minutes", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        deadline = time.monotonic() + TIMEOUT
+        while f"{place}/handlefs-bench-" not in Path("/proc/self/mountinfo").read_text():
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130
+    assert "removing everything" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peer", "nameless"], "expected NAME=COMMAND"),
+        (["--peer", "a=server {source}"], "needs {source} and {mount}"),
+        (["--peer", "a=server '{source} {mount}"], "No closing quotation"),
+        (["--peer", "direct=server {source} {mount}"], "two contestants have the same name"),
+        (["--without", "nobody"], "--without nobody: there are only native, direct"),
+        (["--directory", "/nowhere"], "/nowhere is not a directory"),
+        (["--results", "/nowhere/results.json"], "cannot write to /nowhere/results.json"),
+        (["--rounds", "0"], "must be at least 1"),
+        (["--only", "nothing"], "invalid choice"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str) -> None:
+    done = run("bench", "--scale", "tiny", *arguments)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_profile_by_itself(place: Path) -> None:
+    done = run("bench.profile", "--directory", place, "--batches", "1")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()[1:]]
+    assert {"LOOKUP", "GETATTR", "READDIRPLUS, per entry"} <= {row[1] for row in rows}
+    assert all(float(row[0]) > 0 for row in rows)
