@@ -114,7 +114,7 @@ class Source:
 
     def attach_nodes(self, nodes: "NodeMap") -> None:
         """Have all node IDs but the root's from `nodes`; none is inline then."""
-        self.inline = self._inline_nodes = None
+        self.inline = self.inline_nodes = None
         self._nodes = nodes
 
     @property
