@@ -68,6 +68,8 @@ def _inherited(config: Config) -> "State | None":
         return None
     from handlefs import service  # noqa: PLC0415 - it brings LMDB
 
+    set_up_logging(config.log_file, foreground=True)
+
     return service.inherited(config)
 
 
@@ -94,7 +96,8 @@ def replace_dead_mount(mountpoint: str) -> None:
         known = control.record(mountpoint)
         source = f" of {known.config.source}" if known else ""
         raise StartupError(f"{mountpoint} is already a handlefs mount{source} (process {pid})")
-    ours = control.record(mountpoint) is not None or mount.fstype == "fuse.handlefs"
+    known = control.record(mountpoint)
+    ours = known is not None or mount.fstype == "fuse.handlefs"
     try:
         os.statvfs(mountpoint)  # not stat(2): the kernel answers that for attr_timeout even after the server's death
     except OSError as error:
@@ -111,7 +114,8 @@ def replace_dead_mount(mountpoint: str) -> None:
             f"{mountpoint} is a dead mount that the NFS server exports: "
             f"bring it back with handlefs restart {shlex.quote(mountpoint)}"
         )
-    print(f"handlefs: replacing the dead mount at {mountpoint} that a killed server left", file=sys.stderr)
+    why = f"{known.obituary()}: " if known else ""
+    print(f"handlefs: {why}replacing the dead mount at {mountpoint}", file=sys.stderr)
     unmount(mountpoint, lazy=True)  # whoever has a file open there gets ENOTCONN in any case
 
 
