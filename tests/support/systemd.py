@@ -117,7 +117,15 @@ def _started(cgroup: Path, log: Path, units: Path) -> Iterator[int]:
     enter = f"echo $$ > {cgroup}/cgroup.procs; exec unshare --mount --propagation=unchanged --pid --fork --kill-child"
     with log.open("wb") as output:
         boot = subprocess.Popen(
-            ["sh", "-c", f'{enter} --mount-proc --cgroup sh -c "$0" boot "$1" "$2" "$3"', _BOOT, str(units), str(SYSTEMD), str(log)],
+            [
+                "sh",
+                "-c",
+                f'{enter} --mount-proc --cgroup sh -c "$0" boot "$1" "$2" "$3"',
+                _BOOT,
+                str(units),
+                str(SYSTEMD),
+                str(log),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
