@@ -33,7 +33,7 @@ from handlefs.metrics import Rate, SharedCounters
 from handlefs.mount import mount_at, unmount
 from handlefs.process import adopt_orphans
 from handlefs.protocol import abi
-from handlefs.removed import RemovedFiles
+from handlefs.removed import KeptFile, RemovedFiles
 from handlefs.slot import Slot, SlotMemory
 from handlefs.worker import COUNTED, Assignment, answer_eio
 
@@ -282,19 +282,19 @@ class Supervisor:
         self._counters = [SharedCounters(slot.counters, COUNTED) for slot in self._slots]
         self._drops = DropLog(assignment.drops)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._removed = RemovedFiles(self._device, self._is_executing, limit // 2)
+        inbox = stack.enter_context(socket.socket(fileno=os.dup(self._shared.inbox)))
+        self._removed = RemovedFiles(
+            self._device, self._drops, inbox, service.RemovedStore(), self._unfinished, self._drop_now, limit // 2
+        )
         stack.callback(self._removed.close)
-        inbox = socket.socket(fileno=os.dup(self._shared.inbox))
-        stack.enter_context(inbox)
-        self._selector.register(inbox, selectors.EVENT_READ, lambda: self._drop(self._removed.receive(inbox)))
         self._selector.register(self._calls.fd, selectors.EVENT_READ, self._calls.run)
         stack.callback(self._calls.close)
         stack.callback(self._selector.close)
         if state is None:
-            service.keep(self._state())
+            service.keep(self._state(()))
         else:
             self._take_over(state)
-        self._removed_store = service.RemovedStore(self._removed.kept())
+        self._removed.start()
 
     # -- processes -------------------------------------------------------------------------------------------------------
 
@@ -326,17 +326,11 @@ class Supervisor:
         self._reap()
         self._check_starting()
         self._rate.sample(self._operations().total())
-        self._drop(self._removed.check())
-        self._update_store()
         notify.watchdog()
         try:
             self._drops.trim()
         except OSError as error:
             log.error("the drop log cannot be trimmed: %s", error.strerror)
-
-    def _update_store(self) -> None:
-        if notify.has_manager():
-            self._removed_store.update(self._removed.kept())
 
     def leave(self) -> None:
         """Leave the mount to the next process that the service manager starts, and exit; for a signal handler."""
@@ -345,11 +339,11 @@ class Supervisor:
 
     def _leave(self) -> NoReturn:
         log.info("%s is left to a successor", self._config.mountpoint)
-        self._update_store()
-        notify.notify("STOPPING=1")
-        notify.wait()
-        logging.shutdown()
-        os._exit(service.HANDED_OVER)  # nothing is to be undone; the workers die with this process
+        with self._removed.still():
+            notify.notify("STOPPING=1")
+            notify.wait()
+            logging.shutdown()
+            os._exit(service.HANDED_OVER)  # nothing is to be undone; the workers die with this process
 
     def _connection_has_ended(self) -> bool:
         """Whether the mount is gone, or its connection was aborted."""
@@ -570,11 +564,11 @@ class Supervisor:
 
     def _check_code(self) -> None:
         try:
-            handover.check(self._calls.call(self._state))
+            handover.check(self._calls.call(lambda: self._state(())))
         except handover.HandoverError as error:
             raise ReloadError(f"the new code cannot take over, and the old goes on: {error}") from error
 
-    def _state(self) -> handover.State:
+    def _state(self, removed: tuple[KeptFile, ...]) -> handover.State:
         return handover.State(
             connection=self._shared,
             mount_device=self.mount_device,
@@ -584,7 +578,7 @@ class Supervisor:
                 if worker.slot is not None
             ),
             groups=tuple(self._groups),
-            removed=self._removed.kept(),
+            removed=removed,
             restarts=self._restarts,
             upgrades=self._upgrades + 1,
             start_time=self._start_time,
@@ -594,9 +588,8 @@ class Supervisor:
         # A signal must not end the process before its successor listens to it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            self._update_store()
-            with prepared:
-                handover.execute(replace(self._state(), control=control, client=client))
+            with prepared, self._removed.still() as removed:
+                handover.execute(replace(self._state(removed), control=control, client=client))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -681,13 +674,15 @@ class Supervisor:
 
     # -- removed files ---------------------------------------------------------------------------------------------------
 
-    def _drop(self, nodeids: list[int]) -> None:
-        """Have the workers let go of these nodes."""
-        if nodeids:
-            self._drops.forgotten(nodeids)
+    def _unfinished(self) -> set[int]:
+        """The numbers of the requests that are being served, or wait for a successor."""
+        return {slot.unique for slot in self._slots if slot.unfinished is not None}
 
-    def _is_executing(self, unique: int) -> bool:
-        return any(slot.unique == unique and slot.unfinished is not None for slot in self._slots)
+    def _drop_now(self) -> None:
+        """Have the workers look into the drop log."""
+        for worker in self._serving():
+            with contextlib.suppress(OSError):  # it is dead, or has commands enough to read
+                os.write(worker.commands.fileno(), b'{"op": "drop"}')  # does not wait, as send would
 
     # -- for the control socket -------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ from handlefs.operations import Operations
 from handlefs.process import die_with, set_name
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated
-from handlefs.removed import hand_over
+from handlefs.removed import Keeper
 from handlefs.slot import EXECUTED, EXECUTING, Slot, SlotMemory
 from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
@@ -183,14 +183,14 @@ def answer_eio(device: int, message: memoryview) -> None:
 class OtherProcesses:
     """The other workers and the supervisor, as `Operations` want to tell them things."""
 
-    def __init__(self, slot: Slot, drops: DropLog, removed: socket.socket) -> None:
+    def __init__(self, slot: Slot, drops: DropLog, keeper: Keeper) -> None:
         self._slot = slot
         self._drops = drops
-        self._removed = removed
+        self._keeper = keeper
 
     def removing(self, nodeid: int, fd: int) -> None:
         """Have the supervisor keep the object."""
-        hand_over(self._removed, nodeid, self._slot.unique, fd)
+        self._keeper.hand_over(nodeid, self._slot.unique, fd)
 
     def released(self, nodeid: int, fh: int) -> None:
         """Have the others close what they have opened for `fh`."""
@@ -255,7 +255,7 @@ def _serve_slot(
         log.warning("cannot lock a request's memory: a worker that is killed may fail its request: %s", error.strerror)
     source.cache = InodeCache(share(assignment.cache_size, index, assignment.slot_count))
     slot, negotiated, drops = memory[index], assignment.negotiated, DropLog(assignment.drops)
-    peers = OtherProcesses(slot, drops, socket.socket(fileno=assignment.removed))
+    peers = OtherProcesses(slot, drops, Keeper(socket.socket(fileno=assignment.removed)))
     # Numbered by their requests: a successor that repeats one opens the same file, not a second.
     open_files = OpenFiles(iter(lambda: slot.unique, None))
     read_only = assignment.config.options.read_only
@@ -312,8 +312,7 @@ class Attendant:
                 line = _receive(self._commands)
                 if not line:
                     return
-                command = json.loads(line)
-                send(self._commands, {**self._perform(command), "number": command["number"]})
+                self._obey(json.loads(line))
             if time.monotonic() - dropped >= DROP_INTERVAL:
                 self._drop()
                 dropped = time.monotonic()
@@ -333,8 +332,12 @@ class Attendant:
                 operations.open_files.remove(nodeid, fh)
         return len(events)
 
-    def _perform(self, command: dict[str, Any]) -> dict[str, Any]:
+    def _obey(self, command: dict[str, Any]) -> None:
         self._drop()
+        if command["op"] != "drop":
+            send(self._commands, {**self._perform(command), "number": command["number"]})
+
+    def _perform(self, command: dict[str, Any]) -> dict[str, Any]:
         source = self._operations.source
         if command["op"] == "evict":
             count = command["count"]
