@@ -288,6 +288,21 @@ def test_foreground_stays_until_interrupted(place: Place) -> None:
     assert not place.is_mounted()
 
 
+@needs_root
+def test_a_start_that_is_ended_leaves_no_mount(place: Place) -> None:
+    """SIGTERM at the moment when the mount is there, but is not served."""
+    argv = [*HANDLEFS, "--foreground", place.source, place.path, "--state-dir", place.state_dir]
+    for _ in range(5):
+        with subprocess.Popen([str(word) for word in argv], stderr=subprocess.PIPE, text=True) as server:
+            end = time.monotonic() + TIMEOUT
+            while not place.is_mounted() and time.monotonic() < end:
+                pass
+            server.send_signal(signal.SIGTERM)
+            _, said = server.communicate(timeout=TIMEOUT)
+            assert "Traceback" not in said
+        assert not place.is_mounted()
+
+
 @pytest.fixture
 def foreground(place: Place) -> Iterator["subprocess.Popen[str]"]:
     """A server in the foreground that serves."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from handlefs import control, nfs, notify
 from handlefs.config import Config
 from handlefs.credentials import CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, has_capability
-from handlefs.daemon import in_background, set_up_logging, unmount_on_signals
+from handlefs.daemon import hold_signals, in_background, set_up_logging, unmount_on_signals
 from handlefs.errors import StartupError
 from handlefs.mount import mount_at, unmount
 
@@ -44,13 +44,11 @@ def launch(config: Config, *, foreground: bool = False) -> None:
     def serve(on_ready: Callable[[], None]) -> None:
         os.chdir("/")
         set_up_logging(config.log_file, foreground=foreground)
-        if inherited is not None:
-            unmount_on_signals(config.mountpoint)
+        hold_signals()
         from handlefs.server import Server  # noqa: PLC0415 - not before the fork: it brings LMDB
 
         def ready() -> None:
-            if inherited is None:
-                unmount_on_signals(config.mountpoint)
+            unmount_on_signals(config.mountpoint)
             log.info("serving %s at %s", config.source, config.mountpoint)
             on_ready()
 
