@@ -4,7 +4,6 @@ has inherited it from its predecessor."""
 import contextlib
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from handlefs.config import Config, Passthrough
 from handlefs.droplog import DropLog
 from handlefs.errors import StartupError
 from handlefs.protocol import abi
+from handlefs.removed import mailbox
 from handlefs.slot import SlotMemory
 from handlefs.statedir import SHARED_MEMORY
 from handlefs.transport import direct
@@ -50,7 +50,7 @@ def mounted(config: Config, cache_size: int, *, foreground: bool) -> Iterator[Co
         drops = DropLog.create().fd
         stack.callback(os.close, drops)
         # Both ends are kept, so that what a dead worker has sent still arrives.
-        inbox, outbox = (stack.enter_context(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        inbox, outbox = (stack.enter_context(end) for end in mailbox())
         assignment = Assignment(
             config=config,
             foreground=foreground,

@@ -22,10 +22,11 @@ import socket
 import socketserver
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from handlefs.config import Config
 from handlefs.errors import StartupError
@@ -74,6 +75,8 @@ class Record:
 
     pid: int
     config: Config
+    last_seen: float
+    """When the server was there for certain, in seconds since 1970; it may have been killed half a second later."""
 
     @property
     def mountpoint(self) -> str:
@@ -86,6 +89,11 @@ class Record:
         except NoServer:
             return False
         return True
+
+    def obituary(self) -> str:
+        """What to say of a server that is not alive, and has left its mount."""
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.last_seen))
+        return f"the server of {self.mountpoint}, process {self.pid}, was killed, or its mount aborted, at {moment}"
 
 
 def servers() -> list[Record]:
@@ -101,8 +109,9 @@ def record(mountpoint: str) -> Record | None:
 
 def _read_record(path: Path) -> Record | None:
     try:
-        content = json.loads(path.read_bytes())
-        return Record(content["pid"], Config.from_dict(content["config"]))
+        with path.open("rb") as file:
+            content, last_seen = json.load(file), os.fstat(file.fileno()).st_mtime
+        return Record(content["pid"], Config.from_dict(content["config"]), last_seen)
     except FileNotFoundError:  # the server ended meanwhile
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -210,9 +219,8 @@ class ControlServer:
         with _locked_runtime_dir():
             if listening is None:
                 path.unlink(missing_ok=True)
-            self._server = _SocketServer(os.fspath(path), self.answer, listening)
+            self._server = _SocketServer(os.fspath(path), self.answer, self._write_record(), listening)
             path.chmod(0o600)
-            self._write_record()
         threading.Thread(target=self._server.serve_forever, name="control", daemon=True).start()
 
     def fileno(self) -> int:
@@ -237,13 +245,16 @@ class ControlServer:
                 for suffix in ("json", "sock"):
                     _file(self._config.mountpoint, suffix).unlink(missing_ok=True)
 
-    def _write_record(self) -> None:
+    def _write_record(self) -> BinaryIO:
         path = _file(self._config.mountpoint, "json")
         content = {"pid": os.getpid(), "config": self._config.to_dict()}
         temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps(content))
+        file = temporary.open("wb")
         temporary.chmod(0o600)
+        file.write(json.dumps(content).encode())
+        file.flush()
         temporary.replace(path)  # readers never see half a record
+        return file
 
     def answer(self, line: bytes, connection: socket.socket) -> dict[str, object]:
         """The reply to one request line, which has come by `connection`."""
@@ -283,13 +294,26 @@ class _SocketServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     block_on_close = False  # an idle client must not keep the server from ending
 
     def __init__(
-        self, path: str, answer: Callable[[bytes, socket.socket], dict[str, object]], listening: int | None
+        self,
+        path: str,
+        answer: Callable[[bytes, socket.socket], dict[str, object]],
+        record: BinaryIO,
+        listening: int | None,
     ) -> None:
         self.answer = answer
+        self._record = record
         super().__init__(path, _Connection, bind_and_activate=listening is None)
         if listening is not None:
             self.socket.close()
             self.socket = socket.socket(fileno=listening)
+
+    def service_actions(self) -> None:
+        """Called twice a second: tell that this process is there (`Record.last_seen`)."""
+        os.utime(self._record.fileno())
+
+    def server_close(self) -> None:
+        super().server_close()
+        self._record.close()
 
     def handle_error(self, request: object, client_address: object) -> None:
         log.warning("control connection failed", exc_info=True)

@@ -142,6 +142,11 @@ def _use_dev_null() -> None:
         os.close(null)
 
 
+def hold_signals() -> None:
+    """Keep back `SIGNALS` until `unmount_on_signals`: in between, whoever is ended would leave a dead mount."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
 def unmount_on_signals(mountpoint: str) -> None:
     """On SIGTERM or SIGINT unmount lazily: the server ends when the mount's last user is gone.
 
@@ -168,6 +173,7 @@ def unmount_on_signals(mountpoint: str) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def stop_on_signals(stop: Callable[[], None]) -> None:

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import select
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from handlefs import notify
 from handlefs.config import Config
@@ -33,19 +33,15 @@ def keep(state: State) -> None:
 
 
 class RemovedStore:
-    """The removed files that the manager keeps, too."""
+    """The descriptor store, for removed files."""
 
-    def __init__(self, stored: Iterable[KeptFile] = ()) -> None:
-        """It has these already."""
-        self._names = {_name(file) for file in stored}
+    def keep(self, file: KeptFile) -> None:
+        """Have the manager keep it, too."""
+        notify.store(_name(file), file.fd)
 
-    def update(self, files: Iterable[KeptFile]) -> None:
-        """It is to keep these, and no others."""
-        wanted = {_name(file): file.fd for file in files}
-        for name in wanted.keys() - self._names:
-            notify.store(name, wanted[name])
-        notify.remove(self._names - wanted.keys())
-        self._names = set(wanted)
+    def drop(self, file: KeptFile) -> None:
+        """Nobody needs it any more."""
+        notify.remove([_name(file)])
 
 
 def _name(file: KeptFile) -> str:

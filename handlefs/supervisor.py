@@ -32,7 +32,7 @@ from handlefs.metrics import Counters, cpu_seconds
 from handlefs.mount import mount_at, unmount
 from handlefs.process import adopt_orphans
 from handlefs.protocol import abi
-from handlefs.removed import RemovedFiles
+from handlefs.removed import KeptFile, RemovedFiles
 from handlefs.slot import Slot, SlotMemory
 from handlefs.worker import Assignment, answer_eio
 
@@ -280,19 +280,19 @@ class Supervisor:
         self._counters = [Counters(slot.counters) for slot in self._slots]
         self._drops = DropLog(assignment.drops)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._removed = RemovedFiles(self._device, self._is_executing, limit // 2)
+        inbox = stack.enter_context(socket.socket(fileno=os.dup(self._shared.inbox)))
+        self._removed = RemovedFiles(
+            self._device, self._drops, inbox, service.RemovedStore(), self._unfinished, self._drop_now, limit // 2
+        )
         stack.callback(self._removed.close)
-        inbox = socket.socket(fileno=os.dup(self._shared.inbox))
-        stack.enter_context(inbox)
-        self._selector.register(inbox, selectors.EVENT_READ, lambda: self._drop(self._removed.receive(inbox)))
         self._selector.register(self._calls.fd, selectors.EVENT_READ, self._calls.run)
         stack.callback(self._calls.close)
         stack.callback(self._selector.close)
         if state is None:
-            service.keep(self._state())
+            service.keep(self._state(()))
         else:
             self._take_over(state)
-        self._removed_store = service.RemovedStore(self._removed.kept())
+        self._removed.start()
 
     # -- processes -------------------------------------------------------------------------------------------------------
 
@@ -323,17 +323,11 @@ class Supervisor:
         self._unmounted = self._unmounted or self._connection_has_ended()
         self._reap()
         self._check_starting()
-        self._drop(self._removed.check())
-        self._update_store()
         notify.watchdog()
         try:
             self._drops.trim()
         except OSError as error:
             log.error("the drop log cannot be trimmed: %s", error.strerror)
-
-    def _update_store(self) -> None:
-        if notify.has_manager():
-            self._removed_store.update(self._removed.kept())
 
     def leave(self) -> None:
         """Leave the mount to the next process that the service manager starts, and exit; for a signal handler."""
@@ -342,11 +336,11 @@ class Supervisor:
 
     def _leave(self) -> NoReturn:
         log.info("%s is left to a successor", self._config.mountpoint)
-        self._update_store()
-        notify.notify("STOPPING=1")
-        notify.wait()
-        logging.shutdown()
-        os._exit(service.HANDED_OVER)  # nothing is to be undone; the workers die with this process
+        with self._removed.still():
+            notify.notify("STOPPING=1")
+            notify.wait()
+            logging.shutdown()
+            os._exit(service.HANDED_OVER)  # nothing is to be undone; the workers die with this process
 
     def _connection_has_ended(self) -> bool:
         """Whether the mount is gone, or its connection was aborted."""
@@ -567,11 +561,11 @@ class Supervisor:
 
     def _check_code(self) -> None:
         try:
-            handover.check(self._calls.call(self._state))
+            handover.check(self._calls.call(lambda: self._state(())))
         except handover.HandoverError as error:
             raise ReloadError(f"the new code cannot take over, and the old goes on: {error}") from error
 
-    def _state(self) -> handover.State:
+    def _state(self, removed: tuple[KeptFile, ...]) -> handover.State:
         return handover.State(
             connection=self._shared,
             mount_device=self.mount_device,
@@ -581,7 +575,7 @@ class Supervisor:
                 if worker.slot is not None
             ),
             groups=tuple(self._groups),
-            removed=self._removed.kept(),
+            removed=removed,
             restarts=self._restarts,
             upgrades=self._upgrades + 1,
             start_time=self.start_time,
@@ -591,9 +585,8 @@ class Supervisor:
         # A signal must not end the process before its successor listens to it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            self._update_store()
-            with prepared:
-                handover.execute(replace(self._state(), control=control, client=client))
+            with prepared, self._removed.still() as removed:
+                handover.execute(replace(self._state(removed), control=control, client=client))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -678,13 +671,15 @@ class Supervisor:
 
     # -- removed files ---------------------------------------------------------------------------------------------------
 
-    def _drop(self, nodeids: list[int]) -> None:
-        """Have the workers let go of these nodes."""
-        if nodeids:
-            self._drops.forgotten(nodeids)
+    def _unfinished(self) -> set[int]:
+        """The numbers of the requests that are being served, or wait for a successor."""
+        return {slot.unique for slot in self._slots if slot.unfinished is not None}
 
-    def _is_executing(self, unique: int) -> bool:
-        return any(slot.unique == unique and slot.unfinished is not None for slot in self._slots)
+    def _drop_now(self) -> None:
+        """Have the workers look into the drop log."""
+        for worker in self._serving():
+            with contextlib.suppress(OSError):  # it is dead, or has commands enough to read
+                os.write(worker.commands.fileno(), b'{"op": "drop"}')  # does not wait, as send would
 
     # -- for the control socket -------------------------------------------------------------------------------------------
 
@@ -694,8 +689,7 @@ class Supervisor:
 
     def status(self) -> dict[str, object]:
         """The part of `handlefs status` that is about the processes. No worker is asked: one may hang."""
-        with self._lock:
-            serving = sorted((worker.slot, worker) for worker in self._workers if worker.slot is not None)
+        serving = [(worker.slot, worker) for worker in self._serving() if worker.slot is not None]
         return {
             "removed_files": len(getattr(self, "_removed", ())),  # none before the mount
             "workers": [self._worker_status(worker, index) for index, worker in serving],
@@ -707,12 +701,17 @@ class Supervisor:
     def evict(self, count: int | None) -> int:
         """Have the workers drop `count` cached inodes, or all of them (None); returns how many they dropped."""
         evicted = 0
-        with self._lock:
-            serving = [worker for worker in self._workers if worker.slot is not None]
-        for worker in serving:
+        for worker in self._serving():
             reply = worker.ask({"op": "evict", "count": None if count is None else count - evicted})
             evicted += reply["evicted"] if reply is not None else 0
         return evicted
+
+    def _serving(self) -> list[_Worker]:
+        """The workers that have slots, in their order."""
+        with self._lock:
+            return sorted(
+                (worker for worker in self._workers if worker.slot is not None), key=lambda worker: worker.slot or 0
+            )
 
     def _worker_status(self, worker: _Worker, index: int) -> dict[str, object]:
         counters, message = self._counters[index], self._slots[index].unfinished

@@ -4,12 +4,11 @@ tries whether it could."""
 
 import logging
 import os
-import signal
 import sys
 from typing import NoReturn
 
 from handlefs import __version__
-from handlefs.daemon import SIGNALS, set_up_logging, unmount_on_signals
+from handlefs.daemon import set_up_logging, unmount_on_signals
 from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.handover import State
 from handlefs.server import Server
@@ -37,8 +36,7 @@ def _serve(state: State) -> int:
     set_up_logging(config.log_file, foreground=state.assignment.foreground)
 
     def on_ready() -> None:
-        unmount_on_signals(config.mountpoint)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the predecessor has left them blocked
+        unmount_on_signals(config.mountpoint)  # the predecessor has held signals back
         log.info("handlefs %s has taken over %s", __version__, config.mountpoint)
 
     try:

@@ -8,6 +8,7 @@ threads, no source and no handle map: none of these could be forked.
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -28,6 +29,7 @@ def main() -> None:
     supervisor = int(sys.argv[2])
     die_with(supervisor)
     set_name("handlefs-tmpl")
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the supervisor may just hold some back
     try:
         assignment = Assignment.from_json(orders.recv(_LONGEST_ASSIGNMENT).decode())
     except StartupError as error:

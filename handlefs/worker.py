@@ -35,7 +35,7 @@ from handlefs.operations import Operations
 from handlefs.process import die_with, set_name
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated
-from handlefs.removed import hand_over
+from handlefs.removed import Keeper
 from handlefs.slot import EXECUTED, EXECUTING, Slot, SlotMemory
 from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
@@ -182,10 +182,10 @@ def answer_eio(device: int, message: memoryview) -> None:
 class OtherProcesses:
     """The other workers and the supervisor, as `Operations` want to tell them things."""
 
-    def __init__(self, slot: Slot, drops: DropLog, removed: socket.socket, table: BackingTable | None) -> None:
+    def __init__(self, slot: Slot, drops: DropLog, keeper: Keeper, table: BackingTable | None) -> None:
         self._slot = slot
         self._drops = drops
-        self._removed = removed
+        self._keeper = keeper
         self._table = table
 
     def may_hold(self, nodeid: int) -> bool:
@@ -194,7 +194,7 @@ class OtherProcesses:
 
     def removing(self, nodeid: int, fd: int) -> None:
         """Have the supervisor keep the object."""
-        hand_over(self._removed, nodeid, self._slot.unique, fd)
+        self._keeper.hand_over(nodeid, self._slot.unique, fd)
 
     def released(self, nodeid: int, fh: int) -> None:
         """Have the others close what they have opened for `fh`."""
@@ -260,7 +260,7 @@ def _serve_slot(
     slot, negotiated, drops = memory[index], assignment.negotiated, DropLog(assignment.drops)
     counters = Counters(slot.counters)
     source.cache = InodeCache(share(assignment.cache_size, index, assignment.slot_count), counters.cache)
-    peers = OtherProcesses(slot, drops, socket.socket(fileno=assignment.removed), table)
+    peers = OtherProcesses(slot, drops, Keeper(socket.socket(fileno=assignment.removed)), table)
     # Numbered by their requests: a successor that repeats one opens the same file, not a second.
     open_files = OpenFiles(iter(lambda: slot.unique, None), counters.files)
     read_only = assignment.config.options.read_only
@@ -317,8 +317,7 @@ class Attendant:
                 line = _receive(self._commands)
                 if not line:
                     return
-                command = json.loads(line)
-                send(self._commands, {**self._perform(command), "number": command["number"]})
+                self._obey(json.loads(line))
             if time.monotonic() - dropped >= DROP_INTERVAL:
                 self._drop()
                 dropped = time.monotonic()
@@ -338,8 +337,12 @@ class Attendant:
                 operations.open_files.remove(nodeid, fh)
         return len(events)
 
-    def _perform(self, command: dict[str, Any]) -> dict[str, Any]:
+    def _obey(self, command: dict[str, Any]) -> None:
         self._drop()
+        if command["op"] != "drop":
+            send(self._commands, {**self._perform(command), "number": command["number"]})
+
+    def _perform(self, command: dict[str, Any]) -> dict[str, Any]:
         source, count = self._operations.source, command["count"]
         return {"evicted": source.evict_all() if count is None else source.cache.evict(count)}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from handlefs import control, nfs, notify
 from handlefs.config import Config
 from handlefs.credentials import CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, has_capability
-from handlefs.daemon import in_background, set_up_logging, stop_on_signals, unmount_on_signals
+from handlefs.daemon import hold_signals, in_background, set_up_logging, stop_on_signals, unmount_on_signals
 from handlefs.errors import StartupError
 from handlefs.mount import mount_at, unmount
 
@@ -47,13 +47,11 @@ def launch(config: Config, *, foreground: bool = False) -> None:
     def serve(on_ready: Callable[[], None]) -> None:
         os.chdir("/")
         set_up_logging(config.log_file, foreground=foreground)
-        if inherited is not None:
-            unmount_on_signals(config.mountpoint)
+        hold_signals()
         from handlefs.server import Server  # noqa: PLC0415 - not before the fork: it brings LMDB
 
         def ready() -> None:
-            if inherited is None:
-                unmount_on_signals(config.mountpoint)
+            unmount_on_signals(config.mountpoint)
             log.info("serving %s at %s", config.source, config.mountpoint)
             on_ready()
 
@@ -70,6 +68,8 @@ def _inherited(config: Config) -> "State | None":
     if not notify.has_manager():
         return None
     from handlefs import service  # noqa: PLC0415 - it brings LMDB
+
+    set_up_logging(config.log_file, foreground=True)
 
     return service.inherited(config)
 
@@ -124,7 +124,8 @@ def replace_dead_mount(mountpoint: str) -> None:
         known = control.record(mountpoint)
         source = f" of {known.config.source}" if known else ""
         raise StartupError(f"{mountpoint} is already a handlefs mount{source} (process {pid})")
-    ours = control.record(mountpoint) is not None or mount.fstype == "fuse.handlefs"
+    known = control.record(mountpoint)
+    ours = known is not None or mount.fstype == "fuse.handlefs"
     try:
         os.statvfs(mountpoint)  # not stat(2): the kernel answers that for attr_timeout even after the server's death
     except OSError as error:
@@ -141,7 +142,8 @@ def replace_dead_mount(mountpoint: str) -> None:
             f"{mountpoint} is a dead mount that the NFS server exports: "
             f"bring it back with handlefs restart {shlex.quote(mountpoint)}"
         )
-    print(f"handlefs: replacing the dead mount at {mountpoint} that a killed server left", file=sys.stderr)
+    why = f"{known.obituary()}: " if known else ""
+    print(f"handlefs: {why}replacing the dead mount at {mountpoint}", file=sys.stderr)
     unmount(mountpoint, lazy=True)  # whoever has a file open there gets ENOTCONN in any case
 
 

@@ -23,6 +23,7 @@ from ..support.systemd import Systemd, booted
 from ..support.users import Child
 from .conftest import TIMEOUT
 from .processes import children
+from .test_kills import Model
 from .test_takeover import workload
 
 UNIT = Path(__file__).parents[2] / "systemd" / "handlefs@.service"
@@ -129,19 +130,28 @@ def running(systemd: Systemd, root: Path, *options: str, unit: str = "", service
 _numbers = itertools.count()
 
 
-@pytest.mark.parametrize("passthrough", ["off", "auto"])
+class Careful(Model):
+    """A client that does not remove what it has open: without passthrough, a crash may lose what was removed just before."""
+
+    def removed_while_open(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("passthrough", "client", "crashes"), [("off", Model, False), ("off", Careful, True), ("auto", Model, True)]
+)
 def test_restarts_and_crashes_under_a_checked_workload(
-    systemd: Systemd, ext4: Path, passthrough: str, pytestconfig: pytest.Config
+    systemd: Systemd, ext4: Path, passthrough: str, client: type[Model], crashes: bool, pytestconfig: pytest.Config
 ) -> None:
     """Clients wait a moment; nothing is left over in the supervisor or in the descriptor store."""
     with running(systemd, ext4, f"--passthrough={passthrough}") as service:
         service.do("restart")  # so that all that it needs is counted in what follows
         descriptors, stored = service.descriptors(), service.stored()
-        with workload(service.path, float(pytestconfig.getoption("--stress-seconds"))) as done:
+        with workload(service.path, float(pytestconfig.getoption("--stress-seconds")), client) as done:
             times = 0
             while times < 10 or not done.is_set():
                 before = service.main_pid
-                service.do("restart") if times % 2 else service.crash()
+                service.crash() if crashes and times % 2 else service.do("restart")
                 assert service.main_pid != before
                 times += 1
         assert in_the_end(lambda: len(children(service.pid())), 6, seconds=TIMEOUT) == 6
@@ -154,6 +164,7 @@ def test_restarts_and_crashes_under_a_checked_workload(
 def test_what_is_open_goes_on(systemd: Systemd, ext4: Path, passthrough: str, end: str) -> None:
     """Files, removed files, working directories, locks."""
     with running(systemd, ext4, f"--passthrough={passthrough}") as service:
+        stored = service.stored()
 
         def client() -> None:
             (service.path / "gone").mkdir()
@@ -166,8 +177,8 @@ def test_what_is_open_goes_on(systemd: Systemd, ext4: Path, passthrough: str, en
                 fcntl.flock(file, fcntl.LOCK_EX)
                 removed.write(b"removed")
                 (service.path / "removed").unlink()
-                if end == "crash":  # a supervisor that has no time to say so has stored within a second what is removed
-                    assert in_the_end(lambda: service.stored() > 12, True, seconds=TIMEOUT) is True
+                if end == "crash":  # docs/crash-only.md: it takes a second until what is removed is stored
+                    assert in_the_end(service.stored, stored + 2, seconds=TIMEOUT) == stored + 2
                 for number in range(3):
                     file.write(b"%d" % number)
                     service.do("restart") if end == "restart" else service.crash()
@@ -177,7 +188,6 @@ def test_what_is_open_goes_on(systemd: Systemd, ext4: Path, passthrough: str, en
                     with (service.path / "file").open("rb") as other:
                         assert outcome(fcntl.flock, other, fcntl.LOCK_EX | fcntl.LOCK_NB) == "EAGAIN"
 
-        stored = service.stored()
         Child(client).result(TIMEOUT)
         assert in_the_end(service.stored, stored, seconds=TIMEOUT) == stored
 
@@ -246,7 +256,7 @@ def test_other_options_need_a_new_mount(systemd: Systemd, ext4: Path) -> None:
         service.do("restart")
         assert len(service.status()["workers"]) == 3
         assert os.listdir(service.path) == ["file"]
-        assert "its options have changed" in systemd.log()
+        assert "its options have changed" in service.log_file.read_text()
 
 
 def test_a_server_that_cannot_be_brought_back(systemd: Systemd, ext4: Path) -> None:
@@ -255,7 +265,7 @@ def test_a_server_that_cannot_be_brought_back(systemd: Systemd, ext4: Path) -> N
         (service.path / "file").touch()
         service.configure(unit="StartLimitBurst=2", service="ExecStart=\nExecStart=/bin/false")
         service.kill()
-        assert Child(outcome, os.listdir, service.path).result(TIMEOUT) == "ENOTCONN"
+        assert Child(outcome, os.listdir, service.path).result(TIMEOUT) in ("ECONNABORTED", "ENOTCONN")
         run("umount", service.path)
         systemd.systemctl("reset-failed", service.name)
 

@@ -90,10 +90,10 @@ _numbers = iter(range(1000))
 
 
 @contextmanager
-def workload(directory: Path, seconds: float) -> Iterator[threading.Event]:
+def workload(directory: Path, seconds: float, model: type[Model] = Model) -> Iterator[threading.Event]:
     """Clients that check each of their results, from before the block until after it; the event tells that they are done."""
     done = threading.Event()
-    clients = [Child(Model(directory / f"client-{number}", number).work, seconds) for number in range(CLIENTS)]
+    clients = [Child(model(directory / f"client-{number}", number).work, seconds) for number in range(CLIENTS)]
     results: list[int | BaseException] = []
 
     def wait() -> None:

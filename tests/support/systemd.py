@@ -23,6 +23,7 @@ set -e
 # Copies of other servers' mounts would keep those alive.
 awk '{ for (i = 1; i < NF; i++) if ($i == "-" && $(i + 1) ~ /^fuse/) print $5 }' /proc/self/mountinfo |
     xargs --no-run-if-empty --max-args=1 umount --lazy
+mount --bind "$3" /dev/console # where it logs
 mount -t tmpfs none /run
 mkdir -p /run/systemd/system
 umount --recursive --lazy /sys/fs/cgroup
@@ -116,7 +117,15 @@ def _started(cgroup: Path, log: Path, units: Path) -> Iterator[int]:
     enter = f"echo $$ > {cgroup}/cgroup.procs; exec unshare --mount --propagation=unchanged --pid --fork --kill-child"
     with log.open("wb") as output:
         boot = subprocess.Popen(
-            ["sh", "-c", f'{enter} --mount-proc --cgroup sh -c "$0" boot "$1" "$2"', _BOOT, str(units), str(SYSTEMD)],
+            [
+                "sh",
+                "-c",
+                f'{enter} --mount-proc --cgroup sh -c "$0" boot "$1" "$2" "$3"',
+                _BOOT,
+                str(units),
+                str(SYSTEMD),
+                str(log),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
