@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from ..torture.over_nfs import torture_over_nfs
+from ..torture.over_nfs import plan_over_nfs
+from ..torture.run import torture
 from .knfsd import Client, HandlefsExport
 
 SEED = 20261121
@@ -13,7 +16,7 @@ SEED = 20261121
 def test_clients_do_not_notice(server: HandlefsExport, clients: dict[str, Client]) -> None:
     if server.transport != "direct":
         pytest.skip("pyfuse3 has no workers")
-    figures = torture_over_nfs(server, clients, SEED, 15)
+    figures = torture(replace(plan_over_nfs(server, clients, SEED), disturbed=15))
     print(*figures.lines(), sep="\n")
     assert figures.restarts > 0
     assert figures.finished > 0

@@ -40,8 +40,8 @@ class Plan:
     mountpoint: Path
     source: Path
     seed: int
-    peace: float
-    disturbed: float
+    peace: float = 5.0
+    disturbed: float = 60.0
     roots: Sequence[tuple[Path, frozenset[str]]] = ()
     """With what a client can do there; the mount itself by default."""
     disturbances: Sequence[str] = tuple(DISTURBANCES)
