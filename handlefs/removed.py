@@ -2,64 +2,156 @@
 
 A worker hands over a descriptor of what is about to lose a name, before it takes the name away. Whoever holds an inode, any
 process opens it by its file handle (measured on ext4, XFS, btrfs, tmpfs), so nothing has to come back from here.
+
+Most removed files are wanted by nobody, and their space must be free at once. So an object is looked at as soon as the
+request that removes it is over, and what the kernel knows then, when the kernel has forgotten it: the drop log tells.
 """
 
 import errno
+import heapq
 import logging
 import os
+import select
 import socket
 import struct
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
+from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.protocol import abi
 
 log = logging.getLogger(__name__)
 
+SEND_TIMEOUT = 0.1
+"""Seconds that a worker waits for a supervisor that does not take what is handed over."""
+PROMPT = 256 * 1024
+"""Bytes on the disk that are to be free without delay; what is less, the workers let go of within a second."""
+
 _MESSAGE = struct.Struct("=QQ")  # node ID, number of the request that removes it
-_TOGETHER = 1000
-"""Objects that are let in before they are looked at, however little time has passed."""
+_DESCRIPTOR = struct.Struct("=i")
+_TIMEVAL = struct.Struct("=qq")
+_TICK = 1.0
+_ROUND = 0.001
+"""Seconds, at least, between two rounds: many files are often removed together."""
+_LONGEST_PAUSE = 60.0
+"""Seconds after which an object is looked at in any case."""
+_CANNOT_SEND = (errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM)
 
 
-def hand_over(outbox: socket.socket, nodeid: int, unique: int, fd: int) -> None:
-    """Give the supervisor a descriptor of `nodeid`, which the request `unique` is about to take a name from. If the sender
-    dies now, it arrives all the same."""
-    socket.send_fds(outbox, [_MESSAGE.pack(nodeid, unique)], [fd])
+class Keeper:
+    """A worker's end: where it hands removed files over to."""
+
+    def __init__(self, outbox: socket.socket) -> None:
+        self._outbox = outbox
+        self._flags = 0
+
+    def hand_over(self, nodeid: int, unique: int, fd: int) -> None:
+        """Give the supervisor a descriptor of `nodeid`, which the request `unique` is about to take a name from. If the
+        sender dies now, it arrives all the same. With a supervisor that takes nothing, the file is kept by this worker alone.
+        """
+        try:
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))
+            self._outbox.sendmsg([_MESSAGE.pack(nodeid, unique)], [rights], self._flags)
+            self._flags = 0
+        except OSError as error:
+            if error.errno not in _CANNOT_SEND:
+                raise
+            if not self._flags:
+                log.warning("the supervisor takes no removed files (%s): they die with their worker", error.strerror)
+            self._flags = socket.MSG_DONTWAIT  # the next one does not wait as long
 
 
-class _Kept(NamedTuple):
+@dataclass(slots=True)
+class _Kept:
     fd: int
     unique: int
+    pause: float = _ROUND
 
 
 class RemovedFiles:
-    """What the supervisor keeps of one connection."""
+    """What the supervisor keeps of one connection, in a thread of its own: to free a large file takes long."""
 
-    def __init__(self, device: int, is_executing: Callable[[int], bool], capacity: int) -> None:
-        """`is_executing` tells whether a worker is still at the request of that number; of descriptors there may be at most
-        `capacity`."""
+    def __init__(
+        self,
+        device: int,
+        drops: DropLog,
+        unfinished: Callable[[], Collection[int]],
+        freed: Callable[[], None],
+        capacity: int,
+    ) -> None:
+        """`unfinished` tells the numbers of the requests that workers are at; `freed` is called when the workers should look
+        into the drop log at once. Of descriptors there may be at most `capacity`."""
         self._device = device
-        self._is_executing = is_executing
+        self._drops = drops
+        self._unfinished = unfinished
+        self._freed = freed
         self._capacity = capacity
+        self._inbox, self.outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        """What workers send to; kept here, too, so that what a dead worker has sent still arrives."""
+        timeout = _TIMEVAL.pack(0, int(SEND_TIMEOUT * 10**6))
+        self.outbox.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)  # of the socket, so of all processes
+        self._inbox.setblocking(False)
         self._kept: dict[int, _Kept] = {}
-        self._look_at = min(_TOGETHER, capacity)
+        self._due: list[tuple[float, int]] = []  # a heap of (when, node ID); of what has been let go of, too
+        self._to_free = 0  # bytes, since `freed` was called
         self._is_full = False
+        self._ending, self._end = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="removed-files", daemon=True)
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def receive(self, inbox: socket.socket) -> list[int]:
-        """Take in what `hand_over` has sent; returns the nodes that turned out not to be needed any more, as `check`."""
-        message, descriptors, _, _ = socket.recv_fds(inbox, _MESSAGE.size, 1)
-        gone = self.check() if len(self._kept) >= self._look_at else []
-        if len(self._kept) >= self._capacity or not descriptors:
-            self._refuse(descriptors)
-            return gone
-        self._is_full = False
-        nodeid, unique = _MESSAGE.unpack(message)
-        self._let_go(nodeid)
-        self._kept[nodeid] = _Kept(descriptors[0], unique)
-        return gone
+    def start(self) -> None:
+        """Begin to take files in."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        os.close(self._end)
+        if self._thread.is_alive():
+            self._thread.join()
+        os.close(self._ending)
+        self._inbox.close()
+        self.outbox.close()
+        for nodeid in list(self._kept):
+            self._let_go(nodeid)
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._inbox, select.POLLIN)
+        poll.register(self._ending)
+        while self._ending not in dict(poll.poll(self._time_to_wait() * 1000)):
+            try:
+                self._receive()
+                self._look()
+            except Exception:  # the others still have to be kept, or let go of
+                log.exception("a removed file could not be looked after")
+                time.sleep(_TICK)
+            time.sleep(_ROUND)
+
+    def _time_to_wait(self) -> float:
+        due = self._due[0][0] - time.monotonic() if self._due else _TICK
+        return min(max(due, 0.0), _TICK)
+
+    # -- in --------------------------------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        """Take in what `Keeper.hand_over` has sent."""
+        while True:
+            try:
+                message, descriptors, _, _ = socket.recv_fds(self._inbox, _MESSAGE.size, 1)
+            except BlockingIOError:
+                return
+            if len(self._kept) >= self._capacity or not descriptors:
+                self._refuse(descriptors)
+                continue
+            self._is_full = False
+            nodeid, unique = _MESSAGE.unpack(message)
+            self._let_go(nodeid)
+            self._kept[nodeid] = _Kept(descriptors[0], unique)
+            self._look_in(_ROUND, nodeid)
 
     def _refuse(self, descriptors: Sequence[int]) -> None:
         for fd in descriptors:
@@ -68,26 +160,42 @@ class RemovedFiles:
             log.warning("too many removed files are open to keep all: those that their worker alone holds die with it")
         self._is_full = True
 
-    def check(self) -> list[int]:
-        """Let go of what still has a name or is not known to the kernel any more. Returns the latter's nodes: of them nobody
-        needs to hold anything."""
-        done, gone = [], []
-        for nodeid, kept in self._kept.items():
-            if self._is_executing(kept.unique):
-                continue
-            if os.fstat(kept.fd).st_nlink:
-                done.append(nodeid)
-            elif not self._is_known(nodeid):
-                gone.append(nodeid)
-        for nodeid in (*done, *gone):
-            self._let_go(nodeid)
-        self._look_at = min(2 * len(self._kept) + _TOGETHER, self._capacity)
-        return gone
+    # -- out -------------------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Let go of everything."""
-        for nodeid in list(self._kept):
+    def _look(self) -> None:
+        """Let go of what still has a name or is not known to the kernel any more; of the latter nobody needs to hold
+        anything."""
+        forgotten = {nodeid for nodeid, fh in self._drops.news() if fh == FORGOTTEN}
+        due = self._pop_due() | (forgotten & self._kept.keys())
+        unfinished = self._unfinished() if due else ()
+        gone = []
+        for nodeid in due:
+            kept = self._kept[nodeid]
+            links, size = _links_and_size(kept.fd)
+            if kept.unique in unfinished or (not links and self._is_known(nodeid)):
+                kept.pause = min(2 * kept.pause, _LONGEST_PAUSE)
+                self._look_in(kept.pause, nodeid)
+                continue
+            if not links:
+                gone.append(nodeid)
+                self._to_free += size
             self._let_go(nodeid)
+        if gone:
+            self._drops.forgotten(gone)
+        if self._to_free >= PROMPT:
+            self._to_free = 0
+            self._freed()
+
+    def _look_in(self, seconds: float, nodeid: int) -> None:
+        heapq.heappush(self._due, (time.monotonic() + seconds, nodeid))
+
+    def _pop_due(self) -> set[int]:
+        """The nodes that are to be looked at now."""
+        now = time.monotonic()
+        due = set()
+        while self._due and self._due[0][0] <= now:
+            due.add(heapq.heappop(self._due)[1])
+        return due & self._kept.keys()
 
     def _let_go(self, nodeid: int) -> None:
         kept = self._kept.pop(nodeid, None)
@@ -102,7 +210,15 @@ class RemovedFiles:
         try:
             os.write(self._device, abi.fuse_out_header.pack(size, abi.FUSE_NOTIFY_INVAL_INODE, 0) + body)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):
-                raise
-            return False
+            return error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN)  # if it does not say, it may be
         return True
+
+
+def _links_and_size(fd: int) -> tuple[int, int]:
+    """The number of names, and the bytes on the disk; none where the file system cannot tell (one that has shut itself down):
+    then the kernel of the mount decides."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return 0, 0
+    return status.st_nlink, status.st_blocks * 512

@@ -237,12 +237,9 @@ class Supervisor:
         self._drops = DropLog.create()
         stack.callback(os.close, self._drops.fd)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._removed = RemovedFiles(self._device, self._is_executing, limit // 2)
+        self._removed = RemovedFiles(self._device, self._drops, self._unfinished, self._drop_now, limit // 2)
         stack.callback(self._removed.close)
-        inbox, outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        stack.enter_context(inbox)
-        stack.enter_context(outbox)  # kept, so that what a dead worker has sent still arrives
-        self._selector.register(inbox, selectors.EVENT_READ, lambda: self._drop(self._removed.receive(inbox)))
+        self._removed.start()
         stack.callback(self._selector.close)
         self._assignment = Assignment(
             config=self._config,
@@ -255,7 +252,7 @@ class Supervisor:
             device=self._device,
             slots=memory.fd,
             drops=self._drops.fd,
-            removed=outbox.fileno(),
+            removed=self._removed.outbox.fileno(),
             backing=table if negotiated.has(abi.FUSE_PASSTHROUGH) else None,
         )
 
@@ -288,7 +285,6 @@ class Supervisor:
         self._unmounted = self._unmounted or self._connection_has_ended()
         self._reap()
         self._check_starting()
-        self._drop(self._removed.check())
         try:
             self._drops.trim()
         except OSError as error:
@@ -455,13 +451,15 @@ class Supervisor:
 
     # -- removed files ---------------------------------------------------------------------------------------------------
 
-    def _drop(self, nodeids: list[int]) -> None:
-        """Have the workers let go of these nodes."""
-        if nodeids:
-            self._drops.forgotten(nodeids)
+    def _unfinished(self) -> set[int]:
+        """The numbers of the requests that are being served, or wait for a successor."""
+        return {slot.unique for slot in self._slots if slot.unfinished is not None}
 
-    def _is_executing(self, unique: int) -> bool:
-        return any(slot.unique == unique and slot.unfinished is not None for slot in self._slots)
+    def _drop_now(self) -> None:
+        """Have the workers look into the drop log."""
+        for worker in self._serving():
+            with contextlib.suppress(OSError):  # it is dead, or has commands enough to read
+                os.write(worker.commands.fileno(), b'{"op": "drop"}')  # does not wait, as send would
 
     # -- for the control socket -------------------------------------------------------------------------------------------
 
@@ -471,8 +469,7 @@ class Supervisor:
 
     def status(self) -> dict[str, object]:
         """The part of `handlefs status` that is about the processes. No worker is asked: one may hang."""
-        with self._lock:
-            serving = sorted((worker.slot, worker) for worker in self._workers if worker.slot is not None)
+        serving = sorted((worker.slot, worker) for worker in self._serving() if worker.slot is not None)
         return {
             "removed_files": len(getattr(self, "_removed", ())),  # none before the mount
             "workers": [self._worker_status(worker, index) for index, worker in serving],
@@ -483,12 +480,14 @@ class Supervisor:
     def evict(self, count: int | None) -> int:
         """Have the workers drop `count` cached inodes, or all of them (None); returns how many they dropped."""
         evicted = 0
-        with self._lock:
-            serving = [worker for worker in self._workers if worker.slot is not None]
-        for worker in serving:
+        for worker in self._serving():
             reply = worker.ask({"op": "evict", "count": None if count is None else count - evicted})
             evicted += reply["evicted"] if reply is not None else 0
         return evicted
+
+    def _serving(self) -> list[_Worker]:
+        with self._lock:
+            return [worker for worker in self._workers if worker.slot is not None]
 
     def _worker_status(self, worker: _Worker, index: int) -> dict[str, object]:
         counters, message = self._counters[index], self._slots[index].unfinished

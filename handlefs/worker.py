@@ -34,7 +34,7 @@ from handlefs.operations import Operations
 from handlefs.process import die_with, set_name
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated
-from handlefs.removed import hand_over
+from handlefs.removed import Keeper
 from handlefs.slot import EXECUTED, EXECUTING, Slot, SlotMemory
 from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
@@ -179,14 +179,14 @@ def answer_eio(device: int, message: memoryview) -> None:
 class OtherProcesses:
     """The other workers and the supervisor, as `Operations` want to tell them things."""
 
-    def __init__(self, slot: Slot, drops: DropLog, removed: socket.socket) -> None:
+    def __init__(self, slot: Slot, drops: DropLog, keeper: Keeper) -> None:
         self._slot = slot
         self._drops = drops
-        self._removed = removed
+        self._keeper = keeper
 
     def removing(self, nodeid: int, fd: int) -> None:
         """Have the supervisor keep the object."""
-        hand_over(self._removed, nodeid, self._slot.unique, fd)
+        self._keeper.hand_over(nodeid, self._slot.unique, fd)
 
     def released(self, nodeid: int, fh: int) -> None:
         """Have the others close what they have opened for `fh`."""
@@ -243,7 +243,7 @@ def _serve_slot(
     slot, negotiated, drops = memory[index], assignment.negotiated, DropLog(assignment.drops)
     counters = Counters(slot.counters)
     source.cache = InodeCache(share(assignment.cache_size, index, assignment.slot_count), counters.cache)
-    peers = OtherProcesses(slot, drops, socket.socket(fileno=assignment.removed))
+    peers = OtherProcesses(slot, drops, Keeper(socket.socket(fileno=assignment.removed)))
     # Numbered by their requests: a successor that repeats one opens the same file, not a second.
     open_files = OpenFiles(iter(lambda: slot.unique, None), counters.files)
     read_only = assignment.config.options.read_only
@@ -299,8 +299,7 @@ class Attendant:
                 line = _receive(self._commands)
                 if not line:
                     return
-                command = json.loads(line)
-                send(self._commands, {**self._perform(command), "number": command["number"]})
+                self._obey(json.loads(line))
             if time.monotonic() - dropped >= DROP_INTERVAL:
                 self._drop()
                 dropped = time.monotonic()
@@ -320,10 +319,12 @@ class Attendant:
                 operations.open_files.remove(nodeid, fh)
         return len(events)
 
-    def _perform(self, command: dict[str, Any]) -> dict[str, Any]:
+    def _obey(self, command: dict[str, Any]) -> None:
         self._drop()
-        source, count = self._operations.source, command["count"]
-        return {"evicted": source.evict_all() if count is None else source.cache.evict(count)}
+        if command["op"] == "evict":
+            source, count = self._operations.source, command["count"]
+            evicted = source.evict_all() if count is None else source.cache.evict(count)
+            send(self._commands, {"evicted": evicted, "number": command["number"]})
 
 
 def _receive(commands: socket.socket) -> bytes:

@@ -1,0 +1,107 @@
+"""Removed files: they live as long as a client has them, and no longer."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import struct
+import time
+from pathlib import Path
+
+import pytest
+
+from ..posix.compare import in_the_end, outcome
+from ..support.filesystems import FileSystems, filesystem
+from ..support.server import mounted
+from ..support.users import Child
+from .conftest import TIMEOUT
+from .processes import kill, workers
+
+XFS_IOC_GOINGDOWN = 0x8004587D
+WITHOUT_LOG_FLUSH = 2
+
+
+def write(path: Path, size: int) -> None:
+    with path.open("wb", buffering=0) as file:
+        for _ in range(size >> 20):
+            assert file.write(bytes(1 << 20)) == 1 << 20
+
+
+@pytest.mark.parametrize("passthrough", ["auto", "off"])
+def test_space_is_free_at_once(passthrough: str) -> None:
+    """More than half of a file system is written again and again, each time after it has been removed."""
+    with filesystem("ext4", "256M") as source:
+        space = os.statvfs(source)
+        size = int(space.f_bavail * space.f_frsize * 0.6)
+        with mounted(source, None, "--transport=direct", f"--passthrough={passthrough}") as server:
+            for _ in range(6):
+                assert outcome(write, server.path / "large", size) is None
+                (server.path / "large").unlink()
+
+
+def test_space_of_a_file_that_was_open_is_free_when_it_is_closed() -> None:
+    with filesystem("ext4", "128M") as source:
+        before = os.statvfs(source).f_bavail
+        with mounted(source, None, "--transport=direct", "--passthrough=off") as server:
+
+            def hold_a_removed_file() -> int:
+                path = server.path / "large"
+                with path.open("w+b") as file:
+                    write(path, 64 << 20)
+                    path.unlink()
+                    for pid in workers(server):
+                        kill(pid)
+                    return len(file.read())
+
+            assert Child(hold_a_removed_file).result(TIMEOUT) == 64 << 20
+
+            def lost() -> bool:
+                return before - os.statvfs(source).f_bavail > before // 10
+
+            assert in_the_end(lost, False, seconds=TIMEOUT) is False
+
+
+def test_the_supervisor_does_not_answer(kind: str, filesystems: FileSystems) -> None:
+    """Files are removed all the same, and other requests go on."""
+    source = filesystems[kind] / "stopped-supervisor"
+    source.mkdir()
+    for number in range(1000):
+        (source / str(number)).touch()
+    with mounted(source, None, "--transport=direct") as server:
+
+        def remove_all() -> None:
+            for number in range(1000):
+                (server.path / str(number)).unlink()
+
+        supervisor = server.pid
+        os.kill(supervisor, signal.SIGSTOP)
+        try:
+            Child(remove_all).result(TIMEOUT)
+            assert Child(os.listdir, server.path).result(TIMEOUT) == []
+        finally:
+            os.kill(supervisor, signal.SIGCONT)
+        assert "the supervisor takes no removed files" in server.read_log()
+
+
+def test_the_source_fails() -> None:
+    """XFS gives up after an error of its disk, while a removed file is open: the mount stays and reports errors."""
+    expected = "Input/output error"
+    with (
+        filesystem("xfs", "512M") as source,
+        mounted(source, None, "--transport=direct", "--passthrough=off", expected_log=expected) as server,
+    ):
+        supervisor = server.pid
+
+        def client() -> object:
+            fd = os.open(server.path / "removed", os.O_CREAT | os.O_RDWR)
+            (server.path / "removed").unlink()
+            root = os.open(source, os.O_RDONLY)
+            fcntl.ioctl(root, XFS_IOC_GOINGDOWN, struct.pack("=I", WITHOUT_LOG_FLUSH))
+            os.close(root)
+            kill(workers(server)[0])
+            time.sleep(2)  # for the supervisor to look at what it keeps
+            return [outcome(os.pread, fd, 1, 0), *[outcome(os.mkdir, server.path / "new") for _ in range(10)]]
+
+        assert Child(client).result(TIMEOUT) == ["EIO"] * 11
+        assert server.pid == supervisor
