@@ -25,7 +25,7 @@ from typing import Any
 from handlefs.config import Config, Passthrough
 from handlefs.droplog import DropLog
 from handlefs.errors import StartupError
-from handlefs.metrics import Counters, cpu_seconds
+from handlefs.metrics import Counters, Rate, cpu_seconds
 from handlefs.mount import unmount
 from handlefs.process import adopt_orphans
 from handlefs.protocol import abi
@@ -201,6 +201,7 @@ class Supervisor:
         self._is_ready = False
         self._unmounted = False
         self._connection = select.poll()
+        self._rate = Rate()
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until the mount is gone; calls `on_ready` once all workers serve.
@@ -285,6 +286,7 @@ class Supervisor:
         self._unmounted = self._unmounted or self._connection_has_ended()
         self._reap()
         self._check_starting()
+        self._rate.sample(self._counters)
         try:
             self._drops.trim()
         except OSError as error:
@@ -471,6 +473,7 @@ class Supervisor:
         """The part of `handlefs status` that is about the processes. No worker is asked: one may hang."""
         serving = sorted((worker.slot, worker) for worker in self._serving() if worker.slot is not None)
         return {
+            "operations_per_second": self._rate.per_second(),
             "removed_files": len(getattr(self, "_removed", ())),  # none before the mount
             "workers": [self._worker_status(worker, index) for index, worker in serving],
             "restarts": self._restarts,
