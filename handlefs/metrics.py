@@ -7,10 +7,9 @@ killed: at most the request that it had just answered.
 import errno
 import math
 import os
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,8 @@ from handlefs.protocol import abi
 
 RATE_WINDOW = 10
 """Seconds over which the rate of operations is taken."""
+RATE_INTERVAL = 1.0
+"""Seconds between two looks at their total."""
 BUCKETS = 24
 """Latencies are counted in so many buckets: bucket n is for those below `bucket_bound(n)`, the last one for all others."""
 WORDS = 5 * 512
@@ -158,17 +159,14 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Rate:
-    """Operations per second, from a look at their total every second, in a thread that lives as long as the process."""
+    """Operations per second, from their total as it is told about once a second."""
 
-    def __init__(self, total: Callable[[], int]) -> None:
-        self._total = total
+    def __init__(self) -> None:
         self._samples: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW + 1)
-        threading.Thread(target=self._run, name="rate", daemon=True).start()
 
-    def _run(self) -> None:
-        while True:
-            self._samples.append((time.monotonic(), self._total()))
-            time.sleep(1)
+    def sample(self, counters: Iterable[Counters]) -> None:
+        """Take the total that they have counted by now."""
+        self._samples.append((time.monotonic(), sum(each.total() for each in counters)))
 
     def per_second(self) -> float:
         """The mean over the last `RATE_WINDOW` seconds, or since the first sample."""

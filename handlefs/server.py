@@ -20,7 +20,7 @@ from handlefs.daemon import raise_descriptor_limit
 from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.handover import State
 from handlefs.inodecache import InodeCache
-from handlefs.metrics import Counters, Rate, Totals
+from handlefs.metrics import RATE_INTERVAL, Counters, Rate, Totals
 from handlefs.mount import mount_at
 from handlefs.opening import default_cache_size, open_map, open_source, state_dir_of
 from handlefs.operations import Operations
@@ -65,18 +65,25 @@ class SingleProcess:
         self._source = source
         self._operations = Operations(source, read_only=config.options.read_only)
         self._counters = Counters()
+        self._rate = Rate()
         source.cache = InodeCache(source.cache.statistics().capacity, self._counters.cache)
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         from handlefs.transport import pyfuse3  # noqa: PLC0415 - it brings libfuse and trio, which direct does without
 
+        threading.Thread(target=self._watch_rate, name="rate", daemon=True).start()
         pyfuse3.serve(self._operations, self._config, self._counters, on_ready)
+
+    def _watch_rate(self) -> None:
+        while True:
+            self._rate.sample(self.counters())
+            time.sleep(RATE_INTERVAL)
 
     def counters(self) -> Sequence[Counters]:
         return (self._counters,)
 
     def status(self) -> dict[str, object]:
-        return {}
+        return {"operations_per_second": self._rate.per_second()}
 
     def evict(self, count: int | None) -> int:
         return self._source.evict_all() if count is None else self._source.cache.evict(count)
@@ -109,10 +116,6 @@ class Server:
         actions = {"reload": self.reload, "upgrade": self.upgrade}
         self._control = ControlServer(self.status, self.evict, config, actions)
         self._metrics = None if config.metrics is None else _metrics_server(config.metrics, self.status)
-        self._rate = Rate(self._operations_total)
-
-    def _operations_total(self) -> int:
-        return sum(counters.total() for counters in self.serving.counters())
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises StartupError if it cannot,
@@ -196,7 +199,6 @@ class Server:
             "read_only": self.config.options.read_only,
             "metrics": None if self._metrics is None else self._metrics.url,
             "uptime": time.monotonic() - self.serving.start_time,
-            "operations_per_second": self._rate.per_second(),
             **Totals(self.serving.counters()).status(),
             **self.serving.status(),
         }

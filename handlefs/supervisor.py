@@ -28,7 +28,7 @@ from handlefs.daemon import SIGNALS
 from handlefs.droplog import DropLog
 from handlefs.errors import StartupError
 from handlefs.loopcalls import LoopCalls
-from handlefs.metrics import Counters, cpu_seconds
+from handlefs.metrics import Counters, Rate, cpu_seconds
 from handlefs.mount import mount_at, unmount
 from handlefs.process import adopt_orphans
 from handlefs.protocol import abi
@@ -236,6 +236,7 @@ class Supervisor:
         self._is_leaving = False
         self._unmounted = False
         self._connection = select.poll()
+        self._rate = Rate()
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until the mount is gone; calls `on_ready` once all workers serve.
@@ -323,6 +324,7 @@ class Supervisor:
         self._unmounted = self._unmounted or self._connection_has_ended()
         self._reap()
         self._check_starting()
+        self._rate.sample(self._counters)
         notify.watchdog()
         try:
             self._drops.trim()
@@ -689,8 +691,9 @@ class Supervisor:
 
     def status(self) -> dict[str, object]:
         """The part of `handlefs status` that is about the processes. No worker is asked: one may hang."""
-        serving = [(worker.slot, worker) for worker in self._serving() if worker.slot is not None]
+        serving = sorted((worker.slot, worker) for worker in self._serving() if worker.slot is not None)
         return {
+            "operations_per_second": self._rate.per_second(),
             "removed_files": len(getattr(self, "_removed", ())),  # none before the mount
             "workers": [self._worker_status(worker, index) for index, worker in serving],
             "restarts": self._restarts,
@@ -707,11 +710,8 @@ class Supervisor:
         return evicted
 
     def _serving(self) -> list[_Worker]:
-        """The workers that have slots, in their order."""
         with self._lock:
-            return sorted(
-                (worker for worker in self._workers if worker.slot is not None), key=lambda worker: worker.slot or 0
-            )
+            return [worker for worker in self._workers if worker.slot is not None]
 
     def _worker_status(self, worker: _Worker, index: int) -> dict[str, object]:
         counters, message = self._counters[index], self._slots[index].unfinished

@@ -17,7 +17,7 @@ from handlefs.control import ControlServer
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.daemon import raise_descriptor_limit
 from handlefs.inodecache import InodeCache
-from handlefs.metrics import Counters, Rate, Totals
+from handlefs.metrics import RATE_INTERVAL, Counters, Rate, Totals
 from handlefs.nodetable import HandleCodec, NodeTable, new_numbers
 from handlefs.opening import default_cache_size, open_map, open_source, state_dir_of
 from handlefs.operations import Operations
@@ -57,7 +57,7 @@ class UnixServer:
         self._counters = [Counters() for _ in range(MOST_PEERS)]
         """One for each place that a peer may take, one peer after the other."""
         self._vacant = set(range(MOST_PEERS))
-        self._rate = Rate(lambda: sum(counters.total() for counters in self._counters))
+        self._rate = Rate()
         self._lock = threading.Lock()
         self._listener: socket.socket | None = None
         self._stopping = False
@@ -89,8 +89,8 @@ class UnixServer:
         ready = select.poll()
         ready.register(listener, select.POLLIN)
         while True:
-            while not ready.poll(1000):  # milliseconds; not for ever, so that this thread runs signal handlers
-                pass
+            while not ready.poll(RATE_INTERVAL * 1000):  # not for ever, so that this thread runs signal handlers
+                self._rate.sample(self._counters)
             if self._stopping:
                 return
             try:

@@ -339,12 +339,10 @@ class Attendant:
 
     def _obey(self, command: dict[str, Any]) -> None:
         self._drop()
-        if command["op"] != "drop":
-            send(self._commands, {**self._perform(command), "number": command["number"]})
-
-    def _perform(self, command: dict[str, Any]) -> dict[str, Any]:
-        source, count = self._operations.source, command["count"]
-        return {"evicted": source.evict_all() if count is None else source.cache.evict(count)}
+        if command["op"] == "evict":
+            source, count = self._operations.source, command["count"]
+            evicted = source.evict_all() if count is None else source.cache.evict(count)
+            send(self._commands, {"evicted": evicted, "number": command["number"]})
 
 
 def _receive(commands: socket.socket) -> bytes:

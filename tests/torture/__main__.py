@@ -6,22 +6,27 @@ import argparse
 import random
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 
+from ..lab.guest import Guest
+from ..lab.relay import IN_GUEST
 from ..support.filesystems import filesystem
 from ..support.server import mounted
 from .disturbances import DISTURBANCES
+from .over_nfs import exported
 from .run import CLIENTS, Plan, torture
-from .tree import WrongResult
 
 
 def main() -> int:
     arguments = _arguments()
     print(f"seed {arguments.seed}", flush=True)
-    for kind in arguments.fs.split(","):
-        for passthrough in arguments.passthrough.split(","):
-            if not _run(arguments, kind, passthrough):
-                return 1
-    return 0
+    kinds = arguments.fs.split(",")
+    if arguments.nfs and not IN_GUEST:
+        return _in_guests(arguments, kinds)
+    runs = [(kind, mode) for kind in kinds for mode in (["off"] if arguments.nfs else arguments.passthrough.split(","))]
+    return 0 if all(_run(arguments, kind, mode) for kind, mode in runs) else 1
 
 
 def _arguments() -> argparse.Namespace:
@@ -33,9 +38,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--fs", default="ext4,xfs,btrfs", help="file systems of the source (%(default)s)")
     parser.add_argument("--passthrough", default="off,auto", help="modes, one after the other (%(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="OPTION", help="of handlefs, as --workers=1")
+    parser.add_argument("--nfs", action="store_true", help="clients over NFSv3 and NFSv4.2, in the NFS lab's guest")
     parser.add_argument("--disturb", default=",".join(DISTURBANCES), help="by what (%(default)s)")
     parser.add_argument(
-        "--pause", type=float, nargs=2, default=(0.02, 0.1), metavar="S", help="between them (0.02 0.1)"
+        "--pause", type=float, nargs=2, metavar="S", help="between them, at random (0.02 0.1; NFS: 0.05 0.25)"
     )
     parser.add_argument("--clients", type=int, default=CLIENTS, help="processes that work (%(default)s)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 20), help="that of an earlier run")
@@ -45,32 +51,56 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
+def _in_guests(arguments: argparse.Namespace, kinds: list[str]) -> int:
+    """Run this again in a guest for each file system, and show what it says."""
+    seconds = 60 * arguments.minutes
+    for kind in kinds:
+        own = ["--fs", kind, "--seed", str(arguments.seed)]  # the last ones count
+        command = [sys.executable, "-m", "tests.torture", *sys.argv[1:], *own]
+        with Guest(command, [kind], timeout=2 * seconds + 300) as guest:
+            status = guest.wait()
+            print(*guest.output.splitlines()[1:], sep="\n", flush=True)
+            if status:
+                print(*guest.log.splitlines()[-40:], sep="\n", file=sys.stderr)
+                return status
+    return 0
+
+
 def _run(arguments: argparse.Namespace, kind: str, passthrough: str) -> bool:
     """One file system in one mode, with the figures printed; False if something was wrong."""
-    seconds = 60 * arguments.minutes
     options = ("--transport=direct", f"--passthrough={passthrough}", *arguments.option)
-    print(f"{kind}, {' '.join(options[1:])}: {time.strftime('%H:%M:%S')}", flush=True)
-    with filesystem(kind) as root, mounted(root, None, *options) as server:
-        plan = Plan(
-            mountpoint=server.path,
-            source=root,
-            seed=arguments.seed,
-            peace=max(seconds / 4, 5),
-            disturbed=seconds,
-            disturbances=arguments.disturb.split(","),
-            pause=tuple(arguments.pause),
-            clients=arguments.clients,
+    where = "over NFSv3 and NFSv4.2" if arguments.nfs else " ".join(options[1:])
+    print(f"{kind}, {where}: {time.strftime('%H:%M:%S')}", flush=True)
+    try:
+        with ExitStack() as stack:
+            if arguments.nfs:
+                plan = stack.enter_context(exported(Path("/mnt", kind), arguments.seed))
+            else:
+                root = stack.enter_context(filesystem(kind))
+                plan = Plan(stack.enter_context(mounted(root, None, *options)).path, root, arguments.seed)
+            figures = torture(_as_asked(plan, arguments))
+    except (AssertionError, OSError, RuntimeError) as error:  # a wrong result, or an error in the server's log
+        print(
+            f"  FAILED: {type(error).__name__}: {str(error)[:5000]}",
+            *getattr(error, "__notes__", ()),
+            sep="\n  ",
+            flush=True,
         )
-        try:
-            figures = torture(plan)
-        except (WrongResult, OSError, RuntimeError) as error:
-            print(
-                f"  FAILED: {type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n  ", flush=True
-            )
-            print("  the log:", *server.read_log().splitlines()[-20:], sep="\n    ", flush=True)
-            return False
+        return False
     print(*(f"  {line}" for line in figures.lines()), sep="\n", flush=True)
     return True
+
+
+def _as_asked(plan: Plan, arguments: argparse.Namespace) -> Plan:
+    seconds = 60 * arguments.minutes
+    return replace(
+        plan,
+        peace=max(seconds / 4, 5),
+        disturbed=seconds,
+        disturbances=arguments.disturb.split(","),
+        pause=tuple(arguments.pause) if arguments.pause else plan.pause,
+        clients=arguments.clients,
+    )
 
 
 if __name__ == "__main__":

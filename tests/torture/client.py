@@ -18,17 +18,13 @@ from typing import Any
 from ..posix.compare import outcome
 from ..support.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
 from ..support.users import User
+from .features import COPY, FALLOCATE, REMOVED, RENAME_FLAGS, SHARED_APPEND, TMPFILE, XATTRS
 from .tree import Directory, Fifo, File, Node, Symlink, expect, expect_content, listing
 
 MOST_OBJECTS = 60
 MOST_HELD = 6
 LONGEST = 50_000
 RECORD = 64
-
-XATTRS, TMPFILE, RENAME_FLAGS, FALLOCATE, COPY, APPEND, REMOVED_OPEN = FEATURES = (
-    "xattrs", "tmpfile", "rename-flags", "fallocate", "copy", "append", "removed-open",
-)  # fmt: skip
-"""What not every client can do: NFS has neither O_TMPFILE nor flags of rename, for instance."""
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE, _FALLOC_FL_ZERO_RANGE = 1, 2, 16
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -105,7 +101,7 @@ class Client:
             self.report.done.append(done - before)
         while self.held:
             self._do("close", self.close)
-        self._do("check all", lambda: self.root.check_all(self.me.base, xattrs=self.can(XATTRS)))
+        self._do("check all", lambda: self.root.check_all(self.me.base, self.me.features))
         return self.report
 
     def can(self, feature: str) -> bool:
@@ -126,16 +122,16 @@ class Client:
     def _steps(self) -> dict[str, tuple[Callable[[], None], int]]:
         """All steps by name, each with its weight."""
         steps: list[tuple[Callable[[], None], int, str]] = [
-            (self.create, 8, ""), (self.write, 5, ""), (self.append, 4, APPEND), (self.truncate, 2, ""),
+            (self.create, 8, ""), (self.write, 5, ""), (self.append, 4, ""), (self.truncate, 2, ""),
             (self.read, 6, ""), (self.map, 3, ""), (self.copy, 2, COPY), (self.allocate, 2, FALLOCATE),
             (self.unnamed, 2, TMPFILE), (self.rename, 4, ""), (self.replace, 3, ""), (self.exchange, 2, RENAME_FLAGS),
             (self.move_directory, 2, ""), (self.link, 3, ""), (self.unlink, 6, ""), (self.symlink, 2, ""),
             (self.fifo, 1, ""), (self.make_directory, 4, ""), (self.remove_directory, 2, ""),
             (self.change_mode, 3, ""), (self.change_owner, 2, ""), (self.set_times, 2, ""), (self.attribute, 4, XATTRS),
             (self.errors, 3, ""), (self.locked_out, 1, ""), (self.list, 3, ""), (self.check_one, 6, ""),
-            (self.hold, 4, REMOVED_OPEN), (self.use_held, 6, ""), (self.close, 3, ""),
-            (self.removed_directory, 1, REMOVED_OPEN),
-            (self.compete, 6, ""), (self.log, 3, APPEND), (self.increment, 3, ""),
+            (self.hold, 4, ""), (self.use_held, 6, ""), (self.close, 3, ""),
+            (self.removed_directory, 1, REMOVED),
+            (self.compete, 6, ""), (self.log, 3, SHARED_APPEND), (self.increment, 3, ""), (self.locked, 2, ""),
         ]  # fmt: skip
         return {step.__name__: (step, weight) for step, weight, needs in steps if not needs or self.can(needs)}
 
@@ -355,7 +351,7 @@ class Client:
             return
         os.rename(path, new)
         self.moved(path, parent, new, new_parent)
-        node.check(new, xattrs=self.can(XATTRS))
+        node.check(new, self.me.features)
 
     def link(self) -> None:
         path, _, file = self.any_file(writable=True)
@@ -363,7 +359,7 @@ class Client:
         os.link(path, new)
         file.links += 1
         new_parent.entries[new.name] = file
-        expect(new.lstat().st_nlink, file.links, f"{new}: links")
+        file.check(new, self.me.features)
 
     def unlink(self) -> None:
         objects = [each for each in self.objects() if not isinstance(each[2], Directory)]
@@ -485,7 +481,7 @@ class Client:
     def check_one(self) -> None:
         if objects := [each for each in self.objects() if not isinstance(each[2], File) or self.may(each[2], 0o400)]:
             path, _, node = self.chance.choice(objects)
-            node.check(path, xattrs=self.can(XATTRS))
+            node.check(path, self.me.features)
 
     # -- what is held ----------------------------------------------------------------------------------------------------
 
@@ -510,7 +506,7 @@ class Client:
         self.put(held.node, offset, data)
         status = os.fstat(held.fd)
         expect(status.st_size, len(held.node.content), f"{what}: size")
-        if held.node.links or self.can(RENAME_FLAGS):  # an NFS client has renamed what was removed
+        if self.can(REMOVED):  # else what was removed has another name
             expect(status.st_nlink, held.node.links, f"{what}: links")
         expect_content(os.pread(held.fd, len(data) + 1, offset)[: len(data)], data, f"{what}: what was just written")
 
@@ -576,10 +572,29 @@ class Client:
         """Count in a file that all count in, while it is locked."""
         fd = os.open(self.me.shared / "counter", os.O_RDWR)
         try:
-            fcntl.lockf(fd, fcntl.LOCK_EX)
+            if not self.lock(fd):
+                return
             count = int(os.pread(fd, 20, 0) or b"0")
             os.pwrite(fd, b"%20d" % (count + 1), 0)
             fcntl.lockf(fd, fcntl.LOCK_UN)
         finally:
             os.close(fd)
         self.report.increments += 1
+
+    @staticmethod
+    def lock(fd: int) -> bool:
+        """Lock it, unless others keep it locked for a second. To wait in the kernel takes up to 30 s with NFS."""
+        for _ in range(100):
+            if outcome(fcntl.lockf, fd, fcntl.LOCK_EX | fcntl.LOCK_NB) is None:
+                return True
+            time.sleep(0.01)
+        return False
+
+    def locked(self) -> None:
+        """What somebody holds a lock on all the time is never to be had."""
+        fd = os.open(self.me.shared / "locked", os.O_RDWR)
+        try:
+            refused = outcome(fcntl.lockf, fd, fcntl.LOCK_EX | fcntl.LOCK_NB) in ("EAGAIN", "EACCES")
+            expect(refused, True, "refusal of a lock that another one has")
+        finally:
+            os.close(fd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import fcntl
 import functools
 import os
 import subprocess
@@ -18,8 +19,9 @@ from handlefs import control
 
 from ..posix.compare import in_the_end
 from ..support.users import ALICE, BOB, ROOT, STAFF_ALICE, Child
-from .client import FEATURES, RECORD, XATTRS, Assignment, Client, Report, log_record
+from .client import RECORD, Assignment, Client, Report, log_record
 from .disturbances import DISTURBANCES, Disturbed, Victim
+from .features import FEATURES
 from .tree import expect
 
 CLIENTS = 8
@@ -38,13 +40,15 @@ class Plan:
     mountpoint: Path
     source: Path
     seed: int
-    peace: float
-    disturbed: float
+    peace: float = 5.0
+    disturbed: float = 60.0
     roots: Sequence[tuple[Path, frozenset[str]]] = ()
     """With what a client can do there; the mount itself by default."""
     disturbances: Sequence[str] = tuple(DISTURBANCES)
     pause: tuple[float, float] = (0.02, 0.1)
     clients: int = CLIENTS
+    closes: bool = True
+    """Whether what clients have closed is closed: the NFS server keeps files open."""
 
 
 @dataclass
@@ -96,7 +100,7 @@ def torture(plan: Plan) -> Figures:
     victim = Victim(plan.mountpoint)
     before = status(plan)
     descriptors = _descriptors(victim.pid)
-    ways = plan.roots or ((plan.mountpoint, frozenset(FEATURES)),)
+    ways = plan.roots or ((plan.mountpoint, FEATURES),)
     name = f"torture-{plan.seed}"
     base = plan.source / name
     assignments = [
@@ -113,6 +117,8 @@ def torture(plan: Plan) -> Figures:
     _prepare(base, assignments)
     start = time.monotonic() + WARM_UP
     phases = [start, start + plan.peace, start + plan.peace + plan.disturbed]
+    holder = Child(_hold_lock, ways[-1][0] / name / "shared/locked", phases[2])
+    expect(in_the_end(lambda: (base / "shared/locked").stat().st_size, 1, seconds=PATIENCE), 1, "a lock is held")
     probe = Child(functools.partial(_probe, ways[0][0] / name / "probe", phases[2]))
     clients = [Child(Client(each).work, phases, user=each.user) for each in assignments]
     disturbed = Disturbed(victim, plan.disturbances, plan.seed, plan.pause)
@@ -126,6 +132,7 @@ def torture(plan: Plan) -> Figures:
         _cut(plan.mountpoint)
         raise
     finally:
+        holder.end()
         probe.end()
         for client in clients:
             client.end()
@@ -172,7 +179,7 @@ def _prepare(base: Path, assignments: Sequence[Assignment]) -> None:
         own.mkdir()
         os.chown(own, each.user.uid, each.user.gid)
         own.chmod(0o777)
-    for name in ("log", "counter"):
+    for name in ("log", "counter", "locked"):
         (base / "shared" / name).touch()
         (base / "shared" / name).chmod(0o666)
 
@@ -187,6 +194,15 @@ def _probe(base: Path, end: float) -> array[float]:
         os.rmdir(path)
         times.extend((begin, middle, middle, time.monotonic()))
     return times
+
+
+def _hold_lock(path: Path, end: float) -> None:
+    """Keep the file locked until then; it is not empty any more once it is."""
+    fd = os.open(path, os.O_RDWR)
+    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.write(fd, b"x")
+    os.fsync(fd)
+    time.sleep(max(end + PATIENCE - time.monotonic(), 0))
 
 
 def _sort_calls(
@@ -209,7 +225,7 @@ def _sort_calls(
 def _check_source(base: Path, assignments: Sequence[Assignment], reports: Sequence[Report]) -> None:
     """The source holds what the clients believe, and what they shared was shared."""
     for each, report in zip(assignments, reports, strict=True):
-        report.tree.check_all(base / each.base.name, xattrs=XATTRS in each.features)
+        report.tree.check_all(base / each.base.name, each.features)
     check_competition(base / "shared", reports)
     increments = sum(report.increments for report in reports)
     expect(int((base / "shared/counter").read_bytes() or b"0"), increments, "the counter that all have counted in")
@@ -249,11 +265,13 @@ def _check_processes(plan: Plan, victim: Victim, descriptors: int) -> dict[str, 
 
     def left() -> dict[str, int]:
         control.request(str(plan.mountpoint), {"op": "evict", "count": None})
+        open_files = len(_open_in(victim, plan.source)) if plan.closes else 0
+        removed = int(status(plan)["removed_files"]) if plan.closes else 0
         return {
             "zombies": victim.zombies(),
-            "files open in processes": len(_open_in(victim, plan.source)),
-            "descriptors more in the supervisor": max(_descriptors(victim.pid) - descriptors, 0),
-            "removed files kept": int(status(plan)["removed_files"]),
+            "files open in processes": open_files,
+            "removed files kept": removed,
+            "descriptors more in the supervisor": max(_descriptors(victim.pid) - descriptors - removed, 0),
         }
 
     nothing = {name: 0 for name in left()}

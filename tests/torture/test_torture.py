@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import time
@@ -13,7 +14,8 @@ import pytest
 from ..support.filesystems import FileSystems
 from ..support.server import mounted
 from ..support.users import ALICE, ROOT, Child, User
-from .client import FEATURES, Assignment, Client, Report
+from .client import Assignment, Client, Report
+from .features import FEATURES
 from .run import PATIENCE, Plan, check_competition, torture
 from .tree import File, WrongResult
 
@@ -51,11 +53,13 @@ def work(base: Path, user: User, seconds: float) -> Report:
         (base / name).mkdir(parents=True)
         (base / name).chmod(0o777)
     os.chown(base / "own", user.uid, user.gid)
-    for name in ("log", "counter"):
+    for name in ("log", "counter", "locked"):
         (base / "shared" / name).touch()
         (base / "shared" / name).chmod(0o666)
-    client = Client(Assignment(0, SEED, user, base / "own", base / "shared", frozenset(FEATURES)))
-    return Child(functools.partial(client.work, [time.monotonic() + seconds]), user=user).result(PATIENCE)
+    client = Client(Assignment(0, SEED, user, base / "own", base / "shared", FEATURES))
+    with (base / "shared/locked").open("w") as locked:
+        fcntl.lockf(locked, fcntl.LOCK_EX)
+        return Child(functools.partial(client.work, [time.monotonic() + seconds]), user=user).result(PATIENCE)
 
 
 @on_each
@@ -64,7 +68,7 @@ def test_clients_are_right_without_a_server(kind: str, user: User, filesystems: 
     """The control: what they take for right is what a file system does."""
     base = filesystems[kind] / f"control-{user.uid}"
     report = work(base, user, 2)
-    report.tree.check_all(base / "own", xattrs=True)
+    report.tree.check_all(base / "own", FEATURES)
     check_competition(base / "shared", [report])
     assert report.steps.total() > 500
 
@@ -95,13 +99,14 @@ WRONG: dict[str, Callable[[Path], object]] = {
 def test_what_is_wrong_is_found(wrong: str, ext4: Path) -> None:
     base = ext4 / f"wrong-{wrong}"
     tree = work(base, ROOT, 0.5).tree
-    name = next(name for name, node in tree.entries.items() if isinstance(node, File) and node.content)
-    os.utime(base / "own" / name, ns=(1, 2))
-    tree.entries[name].mtime = 2
-    tree.check_all(base / "own", xattrs=True)
-    WRONG[wrong](base / "own" / name)
+    path = base / "own" / "file"
+    path.write_bytes(b"content")
+    os.utime(path, ns=(1, 2))
+    tree.entries["file"] = File(0o644, 0, 0, mtime=2, content=bytearray(b"content"))
+    tree.check_all(base / "own", FEATURES)
+    WRONG[wrong](path)
     with pytest.raises(WrongResult):
-        tree.check_all(base / "own", xattrs=True)
+        tree.check_all(base / "own", FEATURES)
 
 
 @pytest.mark.parametrize("number", [3, 4])

@@ -7,6 +7,8 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .features import REMOVED, XATTRS
+
 
 class WrongResult(AssertionError):
     """Something is not as it must be."""
@@ -47,7 +49,7 @@ class Node:
 
     kind = 0
 
-    def check(self, path: Path, *, xattrs: bool) -> None:
+    def check(self, path: Path, features: frozenset[str]) -> None:
         """Raise WrongResult unless this is what is at `path`."""
         status = path.lstat()
         expect(stat.S_IFMT(status.st_mode), self.kind, f"{path}: type")
@@ -55,9 +57,9 @@ class Node:
         expect((status.st_uid, status.st_gid), (self.uid, self.gid), f"{path}: owner")
         if self.mtime is not None:
             expect(status.st_mtime_ns, self.mtime, f"{path}: mtime")
-        if not isinstance(self, Directory):
+        if REMOVED in features and not isinstance(self, Directory):  # else it may have another name while it is open
             expect(status.st_nlink, self.links, f"{path}: links")
-        if xattrs and not isinstance(self, Symlink):
+        if XATTRS in features and not isinstance(self, Symlink):
             found = {name: os.getxattr(path, name) for name in os.listxattr(path) if name.startswith("user.")}
             expect(found, self.attributes, f"{path}: extended attributes")
 
@@ -68,8 +70,8 @@ class File(Node):
 
     kind = stat.S_IFREG
 
-    def check(self, path: Path, *, xattrs: bool) -> None:
-        super().check(path, xattrs=xattrs)
+    def check(self, path: Path, features: frozenset[str]) -> None:
+        super().check(path, features)
         expect(path.lstat().st_size, len(self.content), f"{path}: size")
         expect_content(path.read_bytes(), self.content, f"{path}: content")
 
@@ -85,8 +87,8 @@ class Symlink(Node):
 
     kind = stat.S_IFLNK
 
-    def check(self, path: Path, *, xattrs: bool) -> None:
-        super().check(path, xattrs=xattrs)
+    def check(self, path: Path, features: frozenset[str]) -> None:
+        super().check(path, features)
         expect(os.readlink(path), self.target, f"{path}: target")
 
 
@@ -96,18 +98,18 @@ class Directory(Node):
 
     kind = stat.S_IFDIR
 
-    def check(self, path: Path, *, xattrs: bool) -> None:
-        super().check(path, xattrs=xattrs)
+    def check(self, path: Path, features: frozenset[str]) -> None:
+        super().check(path, features)
         expect(listing(path), sorted(self.entries), f"{path}: listing")
 
-    def check_all(self, path: Path, *, xattrs: bool) -> None:
+    def check_all(self, path: Path, features: frozenset[str]) -> None:
         """As `check`, with all that is below."""
-        self.check(path, xattrs=xattrs)
+        self.check(path, features)
         for name, node in self.entries.items():
             if isinstance(node, Directory):
-                node.check_all(path / name, xattrs=xattrs)
+                node.check_all(path / name, features)
             else:
-                node.check(path / name, xattrs=xattrs)
+                node.check(path / name, features)
 
 
 def listing(path: Path | int) -> list[str]:

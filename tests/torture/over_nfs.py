@@ -1,0 +1,34 @@
+"""The same in the NFS lab's guest: clients over NFSv3 and NFSv4.2 at once, on one handlefs mount that knfsd exports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..nfs.knfsd import Client, HandlefsExport, start_nfsd
+from .features import COPY
+from .run import Plan
+
+CLIENT_FEATURES = {"3": frozenset[str](), "4.2": frozenset({COPY})}
+"""What the clients of each version can do."""
+
+
+def plan_over_nfs(export: HandlefsExport, clients: Mapping[str, Client], seed: int) -> Plan:
+    """A run on these clients' mounts. Its pauses suit a guest with one slow CPU."""
+    roots = [(clients[version].path, features) for version, features in CLIENT_FEATURES.items()]
+    return Plan(export.path, export.source, seed, roots=roots, pause=(0.05, 0.25), closes=False)
+
+
+@contextmanager
+def exported(filesystem: Path, seed: int) -> Iterator[Plan]:
+    """A plan on a new export of that file system, until the end of the block."""
+    start_nfsd()
+    source = filesystem / "torture"
+    source.mkdir()
+    export = HandlefsExport(source, transport="direct")
+    clients = {version: Client(export, version) for version in CLIENT_FEATURES}
+    yield plan_over_nfs(export, clients, seed)
+    for client in clients.values():
+        client.unmount()
+    export.stop()
