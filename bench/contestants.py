@@ -86,6 +86,12 @@ STANDARD = (
         f"{{bin}}/passthrough_ll -f -o source={{source}},timeout=1,cache=auto,{_SHARED} {{mount}}",
         quick=True,
     ),
+    Contestant(
+        "passthrough_ll-1",
+        f"{{bin}}/passthrough_ll -f -s -o source={{source}},timeout=1,cache=auto,{_SHARED} {{mount}}",
+        variant=True,
+        quick=True,
+    ),
     Contestant("passthrough_fh", f"{{bin}}/passthrough_fh -f -o modules=subdir,subdir={{source}},{_SHARED} {{mount}}"),
     Contestant("passthrough_hp", "{bin}/passthrough_hp --foreground {source} {mount}"),
     Contestant("bindfs", "bindfs -f -o entry_timeout=1,attr_timeout=1 {source} {mount}", package="bindfs"),
