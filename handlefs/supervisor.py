@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -559,6 +560,8 @@ class Supervisor:
             raise ReloadError("a reload or an upgrade is under way already")
         try:
             yield
+        except CancelledError as error:
+            raise ReloadError("the server is just ending") from error
         finally:
             self._reloading.release()
 

@@ -24,7 +24,7 @@ from ..support.users import Child
 from .conftest import TIMEOUT
 from .processes import children
 from .test_kills import Model
-from .test_takeover import workload
+from .test_takeover import fails, workload
 
 UNIT = Path(__file__).parents[2] / "systemd" / "handlefs@.service"
 
@@ -277,6 +277,11 @@ def test_watchdog(systemd: Systemd, ext4: Path) -> None:
         systemd.systemctl("kill", "--kill-who=main", "--signal=STOP", service.name)
         assert in_the_end(lambda: service.main_pid not in (before, "0"), True, TIMEOUT) is True
         assert Child(os.listdir, service.path).result(TIMEOUT) == []
+
+
+def test_restart_leaves_it_to_systemd(systemd: Systemd, ext4: Path) -> None:
+    with running(systemd, ext4) as service:
+        assert f"use systemctl restart '{service.name}'" in fails("restart", service.path)
 
 
 def test_reload(systemd: Systemd, ext4: Path) -> None:
