@@ -5,6 +5,7 @@ The protocol is JSON lines. A request is one object with an "op"; the reply is o
     {"op": "status"}                  → {"ok": true, "pid": 1234, "source": "/srv", …}
     {"op": "evict", "count": 10}      → {"ok": true, "evicted": 10}     ("count": null evicts everything)
     {"op": "config"}                  → {"ok": true, "config": {…}}
+    {"op": "reload"}                  → {"ok": true, "replaced": 4, …}  when it is done; "upgrade" likewise
     anything else                     → {"ok": false, "error": "what is wrong"}, and the connection goes on
 
 The runtime directory holds `ID.sock` (0600) and `ID.json` for each server, ID being a hash of the mount point. A server
@@ -21,10 +22,11 @@ import socket
 import socketserver
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from handlefs.config import Config
 from handlefs.errors import StartupError
@@ -33,6 +35,11 @@ log = logging.getLogger(__name__)
 
 LONGEST_REQUEST = 64 * 1024
 REPLY_TIMEOUT = 30.0  # seconds; evicting a large cache takes a while
+RELOAD_TIMEOUT = 900.0  # seconds; each of 64 workers may hang
+
+Action = Callable[[socket.socket], Mapping[str, object]]
+"""Does something that takes no arguments, and returns the answer. It gets the connection that has asked, which it may answer
+itself if it does not return."""
 
 
 class ControlError(Exception):
@@ -68,6 +75,8 @@ class Record:
 
     pid: int
     config: Config
+    last_seen: float
+    """When the server was there for certain, in seconds since 1970; it may have been killed half a second later."""
 
     @property
     def mountpoint(self) -> str:
@@ -80,6 +89,11 @@ class Record:
         except NoServer:
             return False
         return True
+
+    def obituary(self) -> str:
+        """What to say of a server that is not alive, and has left its mount."""
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.last_seen))
+        return f"the server of {self.mountpoint}, process {self.pid}, was killed, or its mount aborted, at {moment}"
 
 
 def servers() -> list[Record]:
@@ -95,8 +109,9 @@ def record(mountpoint: str) -> Record | None:
 
 def _read_record(path: Path) -> Record | None:
     try:
-        content = json.loads(path.read_bytes())
-        return Record(content["pid"], Config.from_dict(content["config"]))
+        with path.open("rb") as file:
+            content, last_seen = json.load(file), os.fstat(file.fileno()).st_mtime
+        return Record(content["pid"], Config.from_dict(content["config"]), last_seen)
     except FileNotFoundError:  # the server ended meanwhile
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -156,9 +171,11 @@ def server_pid(mountpoint: str) -> int:
         return int(pid)
 
 
-def request(mountpoint: str, message: Mapping[str, object]) -> dict[str, Any]:
-    """Send one request and return the reply. Raises NoServer, or ControlError with the server's own words."""
+def request(mountpoint: str, message: Mapping[str, object], timeout: float = REPLY_TIMEOUT) -> dict[str, Any]:
+    """Send one request and return the reply, for which to wait `timeout` seconds. Raises NoServer, or ControlError with the
+    server's own words."""
     with _connected(mountpoint) as connection:
+        connection.settimeout(timeout)
         try:
             connection.sendall(json.dumps(message).encode() + b"\n")
             with connection.makefile("rb") as replies:
@@ -179,25 +196,37 @@ def request(mountpoint: str, message: Mapping[str, object]) -> dict[str, Any]:
 
 
 class ControlServer:
-    """Answers requests, in threads of its own, from start() to stop(). *status* and *evict* must be thread-safe."""
+    """Answers requests, in threads of its own, from start() to stop(). *status*, *evict* and *actions* must be thread-safe."""
 
     def __init__(
-        self, status: Callable[[], Mapping[str, object]], evict: Callable[[int | None], int], config: Config
+        self,
+        status: Callable[[], Mapping[str, object]],
+        evict: Callable[[int | None], int],
+        config: Config,
+        actions: Mapping[str, Action] | None = None,
     ) -> None:
+        """`actions` are further requests, by their "op"."""
         self._status = status
         self._evict = evict
         self._config = config
+        self._actions = actions or {}
         self._server: _SocketServer | None = None
 
-    def start(self) -> None:
-        """Listen, and write the record, in the place of a server that was killed or whose mount is detached."""
+    def start(self, listening: int | None = None) -> None:
+        """Listen, and write the record, in the place of a server that was killed or whose mount is detached; or go on
+        `listening` with that socket of a predecessor."""
         path = _file(self._config.mountpoint, "sock")
         with _locked_runtime_dir():
-            path.unlink(missing_ok=True)
-            self._server = _SocketServer(os.fspath(path), self.answer)
+            if listening is None:
+                path.unlink(missing_ok=True)
+            self._server = _SocketServer(os.fspath(path), self.answer, self._write_record(), listening)
             path.chmod(0o600)
-            self._write_record()
         threading.Thread(target=self._server.serve_forever, name="control", daemon=True).start()
+
+    def fileno(self) -> int:
+        """The socket that it listens on."""
+        assert self._server is not None
+        return self._server.fileno()
 
     def stop(self, *, keep_record: bool = False) -> None:
         """Stop listening and remove the socket and the record, unless a successor has replaced them. With `keep_record` they
@@ -216,16 +245,19 @@ class ControlServer:
                 for suffix in ("json", "sock"):
                     _file(self._config.mountpoint, suffix).unlink(missing_ok=True)
 
-    def _write_record(self) -> None:
+    def _write_record(self) -> BinaryIO:
         path = _file(self._config.mountpoint, "json")
         content = {"pid": os.getpid(), "config": self._config.to_dict()}
         temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps(content))
+        file = temporary.open("wb")
         temporary.chmod(0o600)
+        file.write(json.dumps(content).encode())
+        file.flush()
         temporary.replace(path)  # readers never see half a record
+        return file
 
-    def answer(self, line: bytes) -> dict[str, object]:
-        """The reply to one request line."""
+    def answer(self, line: bytes, connection: socket.socket) -> dict[str, object]:
+        """The reply to one request line, which has come by `connection`."""
         try:
             message = json.loads(line)
             if not isinstance(message, dict):
@@ -233,12 +265,14 @@ class ControlServer:
         except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, or too deep
             return {"ok": False, "error": f"not a JSON object: {error}"}
         try:
-            return self._perform(message)
+            return self._perform(message, connection)
+        except ControlError as error:
+            return {"ok": False, "error": str(error)}
         except Exception as error:  # a broken answer must not end the connection, let alone the server
             log.exception("control request %r failed", message)
             return {"ok": False, "error": f"internal error: {error!r}"}
 
-    def _perform(self, message: dict[str, Any]) -> dict[str, object]:
+    def _perform(self, message: dict[str, Any], connection: socket.socket) -> dict[str, object]:
         operation = message.get("op")
         if operation == "status":
             return {"ok": True, **self._status()}
@@ -249,16 +283,37 @@ class ControlServer:
             if count is not None and (type(count) is not int or count < 0):
                 return {"ok": False, "error": "count must be a whole number, 0 or more, or null for everything"}
             return {"ok": True, "evicted": self._evict(count)}
-        return {"ok": False, "error": f"unknown op {operation!r}: expected status, evict or config"}
+        if isinstance(operation, str) and operation in self._actions:
+            return {"ok": True, **self._actions[operation](connection)}
+        known = ", ".join(("status", "evict", "config", *self._actions))
+        return {"ok": False, "error": f"unknown op {operation!r}: expected one of {known}"}
 
 
 class _SocketServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
     block_on_close = False  # an idle client must not keep the server from ending
 
-    def __init__(self, path: str, answer: Callable[[bytes], dict[str, object]]) -> None:
+    def __init__(
+        self,
+        path: str,
+        answer: Callable[[bytes, socket.socket], dict[str, object]],
+        record: BinaryIO,
+        listening: int | None,
+    ) -> None:
         self.answer = answer
-        super().__init__(path, _Connection)
+        self._record = record
+        super().__init__(path, _Connection, bind_and_activate=listening is None)
+        if listening is not None:
+            self.socket.close()
+            self.socket = socket.socket(fileno=listening)
+
+    def service_actions(self) -> None:
+        """Called twice a second: tell that this process is there (`Record.last_seen`)."""
+        os.utime(self._record.fileno())
+
+    def server_close(self) -> None:
+        super().server_close()
+        self._record.close()
 
     def handle_error(self, request: object, client_address: object) -> None:
         log.warning("control connection failed", exc_info=True)
@@ -274,7 +329,12 @@ class _Connection(socketserver.StreamRequestHandler):
                 if len(line) > LONGEST_REQUEST:
                     self._reply({"ok": False, "error": f"request longer than {LONGEST_REQUEST} bytes"})
                     return
-                self._reply(self.server.answer(line))
+                self._reply(self.server.answer(line, self.connection))
 
     def _reply(self, reply: dict[str, object]) -> None:
-        self.wfile.write(json.dumps(reply).encode() + b"\n")
+        send_reply(self.connection, reply)
+
+
+def send_reply(connection: socket.socket, reply: Mapping[str, object]) -> None:
+    """Answer a request. Raises OSError if nobody wants to hear it any more."""
+    connection.sendall(json.dumps(reply).encode() + b"\n")

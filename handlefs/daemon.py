@@ -18,7 +18,8 @@ from handlefs.mount import mount_at, unmount
 log = logging.getLogger(__name__)
 
 SYSLOG = Path("/dev/log")
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Those that a process may be asked to end with."""
 _READY = b"\0"  # no message starts with it
 
 
@@ -67,10 +68,10 @@ def in_background(serve: Callable[[Callable[[], None]], None]) -> None:
     sys.stderr.flush()
     reader, writer = os.pipe()
     # Nothing that the caller does on a signal may happen in the child, or in the middle of the fork.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     pid = os.fork()
     if pid == 0:
-        for number in _SIGNALS:
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _child(serve, writer)
@@ -140,6 +141,11 @@ def _use_dev_null() -> None:
         os.close(null)
 
 
+def hold_signals() -> None:
+    """Keep back `SIGNALS` until `unmount_on_signals`: in between, whoever is ended would leave a dead mount."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
 def unmount_on_signals(mountpoint: str) -> None:
     """On SIGTERM or SIGINT unmount lazily: the server ends when the mount's last user is gone.
 
@@ -166,3 +172,4 @@ def unmount_on_signals(mountpoint: str) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -7,6 +7,7 @@ Most removed files are wanted by nobody, and their space must be free at once. S
 request that removes it is over, and what the kernel knows then, when the kernel has forgotten it: the drop log tells.
 """
 
+import contextlib
 import errno
 import heapq
 import logging
@@ -16,8 +17,9 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.protocol import abi
@@ -37,6 +39,8 @@ _ROUND = 0.001
 """Seconds, at least, between two rounds: many files are often removed together."""
 _LONGEST_PAUSE = 60.0
 """Seconds after which an object is looked at in any case."""
+_TO_BE_STORED = 0.05
+"""Pause, in seconds, of an object that is not just about to be closed."""
 _CANNOT_SEND = (errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -63,11 +67,38 @@ class Keeper:
             self._flags = socket.MSG_DONTWAIT  # the next one does not wait as long
 
 
+class KeptFile(NamedTuple):
+    """A removed object, held open for whoever has it open."""
+
+    nodeid: int
+    unique: int
+    """The request that has removed it."""
+    fd: int
+
+
+class Store(Protocol):
+    """Where removed files are kept that are to outlive the supervisor."""
+
+    def keep(self, file: KeptFile) -> None:
+        """Keep it, too."""
+
+    def drop(self, file: KeptFile) -> None:
+        """Nobody needs it any more."""
+
+
 @dataclass(slots=True)
 class _Kept:
-    fd: int
-    unique: int
+    file: KeptFile
     pause: float = _ROUND
+    is_stored: bool = False
+
+
+def mailbox() -> tuple[socket.socket, socket.socket]:
+    """The supervisor's end, and that of the workers, whose sending takes no longer than `SEND_TIMEOUT`."""
+    inbox, outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    timeout = _TIMEVAL.pack(0, int(SEND_TIMEOUT * 10**6))
+    outbox.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)  # of the socket, so of all processes
+    return inbox, outbox
 
 
 class RemovedFiles:
@@ -77,51 +108,72 @@ class RemovedFiles:
         self,
         device: int,
         drops: DropLog,
+        inbox: socket.socket,
+        store: Store,
         unfinished: Callable[[], Collection[int]],
         freed: Callable[[], None],
         capacity: int,
     ) -> None:
-        """`unfinished` tells the numbers of the requests that workers are at; `freed` is called when the workers should look
-        into the drop log at once. Of descriptors there may be at most `capacity`."""
+        """It gets them by `inbox`, and has those that stay for a while in `store`, too. `unfinished` tells the numbers of the
+        requests that workers are at; `freed` is called when the workers should look into the drop log at once. Of descriptors
+        there may be at most `capacity`."""
         self._device = device
         self._drops = drops
         self._unfinished = unfinished
         self._freed = freed
         self._capacity = capacity
-        self._inbox, self.outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        """What workers send to; kept here, too, so that what a dead worker has sent still arrives."""
-        timeout = _TIMEVAL.pack(0, int(SEND_TIMEOUT * 10**6))
-        self.outbox.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)  # of the socket, so of all processes
-        self._inbox.setblocking(False)
+        self._inbox = inbox
+        inbox.setblocking(False)
+        self._store = store
         self._kept: dict[int, _Kept] = {}
         self._due: list[tuple[float, int]] = []  # a heap of (when, node ID); of what has been let go of, too
         self._to_free = 0  # bytes, since `freed` was called
         self._is_full = False
-        self._ending, self._end = os.pipe()
-        self._thread = threading.Thread(target=self._run, name="removed-files", daemon=True)
+        self._ending = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread: threading.Thread | None = None
 
     def __len__(self) -> int:
         return len(self._kept)
 
+    def keep(self, file: KeptFile) -> None:
+        """Take over what a predecessor has kept, in the store, too. To be called before `start`."""
+        self._kept[file.nodeid] = _Kept(file, is_stored=True)
+        self._look_in(_ROUND, file.nodeid)
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[tuple[KeptFile, ...]]:
+        """All files, for a successor; they are in the store, too. Until the end of the block none is taken in or let go of."""
+        self._stop()
+        try:
+            for kept in self._kept.values():
+                self._keep_in_store(kept)
+            yield tuple(kept.file for kept in self._kept.values())
+        finally:
+            self.start()
+
     def start(self) -> None:
         """Begin to take files in."""
+        self._thread = threading.Thread(target=self._run, name="removed-files", daemon=True)
         self._thread.start()
+
+    def _stop(self) -> None:
+        if self._thread is not None:
+            os.eventfd_write(self._ending, 1)
+            self._thread.join()
+            os.eventfd_read(self._ending)
+            self._thread = None
 
     def close(self) -> None:
         """Let go of everything."""
-        os.close(self._end)
-        if self._thread.is_alive():
-            self._thread.join()
+        self._stop()
         os.close(self._ending)
-        self._inbox.close()
-        self.outbox.close()
         for nodeid in list(self._kept):
             self._let_go(nodeid)
 
     def _run(self) -> None:
         poll = select.poll()
         poll.register(self._inbox, select.POLLIN)
-        poll.register(self._ending)
+        poll.register(self._ending, select.POLLIN)
         while self._ending not in dict(poll.poll(self._time_to_wait() * 1000)):
             try:
                 self._receive()
@@ -150,7 +202,7 @@ class RemovedFiles:
             self._is_full = False
             nodeid, unique = _MESSAGE.unpack(message)
             self._let_go(nodeid)
-            self._kept[nodeid] = _Kept(descriptors[0], unique)
+            self._kept[nodeid] = _Kept(KeptFile(nodeid, unique, descriptors[0]))
             self._look_in(_ROUND, nodeid)
 
     def _refuse(self, descriptors: Sequence[int]) -> None:
@@ -171,8 +223,10 @@ class RemovedFiles:
         gone = []
         for nodeid in due:
             kept = self._kept[nodeid]
-            links, size = _links_and_size(kept.fd)
-            if kept.unique in unfinished or (not links and self._is_known(nodeid)):
+            links, size = _links_and_size(kept.file.fd)
+            if kept.file.unique in unfinished or (not links and self._is_known(nodeid)):
+                if kept.pause >= _TO_BE_STORED:
+                    self._keep_in_store(kept)
                 kept.pause = min(2 * kept.pause, _LONGEST_PAUSE)
                 self._look_in(kept.pause, nodeid)
                 continue
@@ -200,7 +254,14 @@ class RemovedFiles:
     def _let_go(self, nodeid: int) -> None:
         kept = self._kept.pop(nodeid, None)
         if kept is not None:
-            os.close(kept.fd)
+            if kept.is_stored:
+                self._store.drop(kept.file)
+            os.close(kept.file.fd)
+
+    def _keep_in_store(self, kept: _Kept) -> None:
+        if not kept.is_stored:
+            self._store.keep(kept.file)
+            kept.is_stored = True
 
     def _is_known(self, nodeid: int) -> bool:
         """Whether the kernel of the mount has an inode for `nodeid`: one that is open, a working directory or mapped. To

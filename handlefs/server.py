@@ -1,20 +1,24 @@
 """One server: a source, its handle map, the operations, a transport and the control socket, put together."""
 
+import contextlib
 import logging
 import os
 import resource
+import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from handlefs import __version__
+from handlefs import __version__, notify
 from handlefs.accelerator import native
 from handlefs.config import Config
-from handlefs.control import ControlServer
+from handlefs.control import ControlError, ControlServer, send_reply
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.errors import ConnectionAborted, StartupError
+from handlefs.handover import State
 from handlefs.inodecache import InodeCache
 from handlefs.metrics import RATE_INTERVAL, Counters, Rate, Totals
 from handlefs.mount import mount_at
@@ -22,7 +26,7 @@ from handlefs.opening import default_cache_size, open_map, open_source, state_di
 from handlefs.operations import Operations
 from handlefs.protocol.init import ProtocolError
 from handlefs.source import Source
-from handlefs.supervisor import Supervisor
+from handlefs.supervisor import ReloadError, Supervisor
 
 if TYPE_CHECKING:
     from handlefs.prometheus import MetricsServer
@@ -58,6 +62,7 @@ class SingleProcess:
         self._operations = Operations(source, read_only=config.options.read_only)
         self._counters = Counters()
         self._rate = Rate()
+        self._started = time.monotonic()
         source.cache = InodeCache(source.cache.statistics().capacity, self._counters.cache)
 
     def serve(self, on_ready: Callable[[], None]) -> None:
@@ -75,7 +80,7 @@ class SingleProcess:
         return (self._counters,)
 
     def status(self) -> dict[str, object]:
-        return {"operations_per_second": self._rate.per_second()}
+        return {"uptime": time.monotonic() - self._started, "operations_per_second": self._rate.per_second()}
 
     def evict(self, count: int | None) -> int:
         return self._source.evict_all() if count is None else self._source.cache.evict(count)
@@ -84,9 +89,11 @@ class SingleProcess:
 class Server:
     """A server for one mount; `serve` runs it once."""
 
-    def __init__(self, config: Config, *, foreground: bool = False) -> None:
-        """Open the source and its map. Raises StartupError with what is wrong and what to do."""
+    def __init__(self, config: Config, *, foreground: bool = False, inherited: State | None = None) -> None:
+        """Open the source and its map. Raises StartupError with what is wrong and what to do. With what it has `inherited` it
+        goes on in a predecessor's place."""
         self.config = config
+        self._inherited = inherited
         if config.passthrough == "on" and config.transport == "pyfuse3":
             raise StartupError(
                 "passthrough=on needs the direct transport: use --transport=direct, or --passthrough=auto"
@@ -101,29 +108,34 @@ class Server:
         if config.transport == "pyfuse3":
             self.transport, self.serving = "pyfuse3", SingleProcess(config, self.source)
         else:
-            self.transport, self.serving = "direct", Supervisor(config, cache_size, foreground=foreground)
-        self._metrics = None if config.metrics is None else _metrics_server(config.metrics, self.status)
-        self._started = time.monotonic()
+            self.transport = "direct"
+            self.serving = Supervisor(config, cache_size, foreground=foreground, inherited=inherited)
+        self._metrics = self._metrics_server()
+        actions = {"reload": self.reload, "upgrade": self.upgrade}
+        self._control = ControlServer(self.status, self.evict, config, actions)
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises StartupError if it cannot,
         ConnectionAborted when the connection was aborted (fusectl, umount -f of a mount in use)."""
         # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
         drop_capability(CAP_SYS_RESOURCE)
-        control = ControlServer(self.status, self.evict, self.config)
         device: tuple[int, int] | None = None
 
         def ready() -> None:
             nonlocal device
-            mount = mount_at(self.config.mountpoint)
-            device = mount.dev if mount else None
+            device = self._mount_device()
+            if isinstance(self.serving, Supervisor) and notify.has_manager():
+                signal.signal(signal.SIGUSR1, lambda *_: self._supervisor.leave())
             if self._metrics is not None:
                 self._metrics.start()
             on_ready()
+            notify.notify("READY=1")
+            if self._inherited is not None and self._inherited.client is not None:
+                threading.Thread(target=self._finish_upgrade, args=(self._inherited.client,), daemon=True).start()
 
         aborted = False
         try:
-            control.start()
+            self._control.start(self._inherited.control if self._inherited else None)
             self._serve(ready)
             aborted = device is not None and _stays(self.config.mountpoint, device)
         except OSError as error:
@@ -131,7 +143,7 @@ class Server:
                 raise
             raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
         finally:
-            control.stop(keep_record=aborted)
+            self._control.stop(keep_record=aborted)
             if self._metrics is not None:
                 self._metrics.close()
             self._close_map()
@@ -140,6 +152,12 @@ class Server:
             log.error("%s", message)
             raise ConnectionAborted(message)
         log.info("%s is unmounted", self.config.mountpoint)
+
+    def _mount_device(self) -> tuple[int, int] | None:
+        if isinstance(self.serving, Supervisor):
+            return self.serving.mount_device
+        mount = mount_at(self.config.mountpoint)
+        return mount.dev if mount else None
 
     def _serve(self, on_ready: Callable[[], None]) -> None:
         """Serve with the transport that was asked for; with "auto" with pyfuse3 where the kernel is too old for direct."""
@@ -177,7 +195,6 @@ class Server:
             "map": {"entries": self.source.map.count(), "bytes": self.source.map.bytes_on_disk()},
             "read_only": self.config.options.read_only,
             "metrics": None if self._metrics is None else self._metrics.url,
-            "uptime": time.monotonic() - self._started,
             **Totals(self.serving.counters()).status(),
             **self.serving.status(),
         }
@@ -186,11 +203,61 @@ class Server:
         """Drop up to `count` of the least recently used cached inodes, or everything (None); returns how many."""
         return self.serving.evict(count)
 
+    def _metrics_server(self) -> "MetricsServer | None":
+        if self.config.metrics is None:
+            return None
+        from handlefs.prometheus import MetricsServer  # noqa: PLC0415 - most servers do without its library
 
-def _metrics_server(address: str, status: Callable[[], dict[str, object]]) -> "MetricsServer":
-    from handlefs.prometheus import MetricsServer  # noqa: PLC0415 - most servers do without its library
+        try:
+            return MetricsServer(self.config.metrics, self.status)
+        except StartupError as error:
+            if self._inherited is None:
+                raise
+            log.error("%s", error)  # the mount is there, and goes on
+            return None
 
-    return MetricsServer(address, status)
+    def reload(self, _connection: socket.socket) -> dict[str, object]:
+        """Replace the workers by ones with the code that is on disk. Raises ControlError."""
+        try:
+            return {"replaced": self._supervisor.reload()}
+        except ReloadError as error:
+            raise ControlError(str(error)) from error
+
+    def upgrade(self, connection: socket.socket) -> dict[str, object]:
+        """Go on with the code that is on disk, in the same process, which then answers. Raises ControlError."""
+        supervisor = self._supervisor
+        try:
+            supervisor.upgrade(self._control.fileno(), connection.fileno(), self._without_map())
+        except ReloadError as error:
+            raise ControlError(str(error)) from error
+        raise AssertionError("an upgrade does not return")
+
+    @contextlib.contextmanager
+    def _without_map(self) -> Iterator[None]:
+        """Let go of the map meanwhile: of a process that just goes on as another program, LMDB would take readers for alive."""
+        self._close_map()
+        try:
+            yield
+        finally:
+            self.source.attach_map(open_map(self.state_dir, self.source))
+
+    def _finish_upgrade(self, client: int) -> None:
+        """Replace the workers with the old code, and answer the `client` that waits."""
+        reply: dict[str, object]
+        try:
+            reply = {"ok": True, "version": __version__, "replaced": self._supervisor.replace_inherited()}
+        except ReloadError as error:
+            reply = {"ok": False, "error": str(error)}
+        with socket.socket(fileno=client) as connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            send_reply(connection, reply)
+
+    @property
+    def _supervisor(self) -> Supervisor:
+        if not isinstance(self.serving, Supervisor):
+            raise ControlError(
+                "with pyfuse3 there are no workers to be replaced: use handlefs restart, with --transport=direct from now on"
+            )
+        return self.serving
 
 
 def _stays(mountpoint: str, device: tuple[int, int]) -> bool:

@@ -16,24 +16,24 @@ import selectors
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NoReturn
 
-from handlefs.config import Config, Passthrough
+from handlefs import connection, handover, interpreter, notify, service
+from handlefs.config import Config
+from handlefs.daemon import SIGNALS
 from handlefs.droplog import DropLog
 from handlefs.errors import StartupError
+from handlefs.loopcalls import LoopCalls
 from handlefs.metrics import Counters, Rate, cpu_seconds
-from handlefs.mount import unmount
+from handlefs.mount import mount_at, unmount
 from handlefs.process import adopt_orphans
 from handlefs.protocol import abi
-from handlefs.removed import RemovedFiles
+from handlefs.removed import KeptFile, RemovedFiles
 from handlefs.slot import Slot, SlotMemory
-from handlefs.statedir import SHARED_MEMORY
-from handlefs.transport import direct
-from handlefs.transport.backingtable import BackingTable, table_directory
 from handlefs.worker import Assignment, answer_eio
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ START_TIMEOUT = 20.0
 """Seconds after which a worker that has been ordered must be ready."""
 
 _TICK = 1.0
+_POLL_INTERVAL = 0.002
 _SHORTEST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
 _LONGEST_REPLY = 64 * 1024
@@ -60,6 +61,10 @@ def pause(failures: int) -> float:
     """Seconds until the next attempt after so many that failed in a row: none after the first, then twice as many each time,
     up to 5."""
     return min(_SHORTEST_PAUSE * 2.0 ** min(failures - 2, 10), _LONGEST_PAUSE) if failures > 1 else 0.0
+
+
+class ReloadError(Exception):
+    """Workers cannot be replaced; the text says why, and what has become of them."""
 
 
 class _Worker:
@@ -74,12 +79,25 @@ class _Worker:
         self.slot: int | None = None
         self.has_served = False
         """Whether it is known to have come as far as to serve its slot."""
+        self.is_retired = False
+        """Whether its end is wanted, since newer code takes its place."""
         self._lock = threading.Lock()
         self._numbers = itertools.count()
 
+    @classmethod
+    def inherited(cls, serving: handover.ServingWorker) -> "_Worker":
+        """One that serves, of a predecessor in the same process."""
+        commands = socket.socket(fileno=serving.commands)
+        commands.set_inheritable(False)
+        commands.settimeout(REPLY_TIMEOUT)
+        worker = cls(commands)
+        worker.pid, worker.slot, worker.has_served = serving.pid, serving.slot, True
+        worker.pidfd = os.pidfd_open(serving.pid)
+        return worker
+
     @property
     def is_spare(self) -> bool:
-        return bool(self.pid) and self.slot is None
+        return bool(self.pid) and self.slot is None and not self.is_retired
 
     def listen(self) -> str | None:
         """Hear how its start went: None if it is ready, else why it is not: "" if it died without a word."""
@@ -132,13 +150,12 @@ class _Template:
             undo.callback(os.close, self._errors)
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "handlefs.template", str(theirs.fileno()), str(os.getpid())],
-                    # As absolute as ours are by now: the code must be found from another directory, too.
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                    interpreter.command("template", str(theirs.fileno()), str(os.getpid())),
+                    env=interpreter.environment(),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=None if assignment.foreground else self._errors,
-                    pass_fds=(theirs.fileno(), *assignment.descriptors()),
+                    pass_fds=(theirs.fileno(), *assignment.descriptors().values()),
                     process_group=0,
                 )
             undo.callback(self._process.wait)
@@ -167,6 +184,12 @@ class _Template:
         """End it; for one that does not answer."""
         self._process.kill()
 
+    def end(self) -> str:
+        """End it if it has not ended; returns how, as `close`."""
+        if not self.ends_within(0):
+            self.kill()
+        return self.close()
+
     def close(self) -> str:
         """It has ended: returns how, and lets go of its descriptors."""
         how = _how(self._process.wait())
@@ -180,13 +203,19 @@ class _Template:
 class Supervisor:
     """One mount; `serve` runs it once."""
 
-    def __init__(self, config: Config, cache_size: int, *, foreground: bool) -> None:
-        """`cache_size` is for all workers together; in the `foreground` they log to stderr."""
+    def __init__(
+        self, config: Config, cache_size: int, *, foreground: bool, inherited: handover.State | None = None
+    ) -> None:
+        """`cache_size` is for all workers together; in the `foreground` they log to stderr. It mounts, or takes over what it
+        has `inherited`."""
         self._config = config
         self._foreground = foreground
         self._count = config.workers
         self._cache_size = cache_size
+        self._inherited = inherited
         self._selector = selectors.DefaultSelector()
+        self._calls = LoopCalls()
+        self._reloading = threading.Lock()
         self._template: _Template | None = None
         self._lock = threading.Lock()  # of _workers, which other threads read
         self._workers: list[_Worker] = []
@@ -196,12 +225,18 @@ class Supervisor:
         self._deaths: dict[int, tuple[int, int]] = {}  # slot → (request, workers that it killed)
         self._groups: set[int] = set()  # of processes: each template's, with its workers
         self._restarts = 0
+        self._upgrades = 0
+        self._inherited_workers: list[_Worker] = []
+        self.mount_device: tuple[int, int] | None = None
+        """Major and minor number of the mount, from when there is one."""
         self._failed_starts = 0
         self._next_start = self._next_tick = 0.0
         self._is_ready = False
+        self._is_leaving = False
         self._unmounted = False
         self._connection = select.poll()
         self._rate = Rate()
+        self._start_time = time.monotonic()
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until the mount is gone; calls `on_ready` once all workers serve.
@@ -218,6 +253,8 @@ class Supervisor:
                 on_ready()
                 while not self._unmounted:
                     self._step()
+                    if self._is_leaving:
+                        self._leave()
             except BaseException:
                 with contextlib.suppress(OSError):  # unmounted by now; what is to be heard of is the reason
                     unmount(self._config.mountpoint, lazy=True)
@@ -226,36 +263,37 @@ class Supervisor:
                 self._end_processes()
 
     def _prepare(self, stack: contextlib.ExitStack) -> None:
-        """Mount, and make what the workers share; `stack` closes it."""
-        table = stack.enter_context(_backing_directory(self._config.passthrough))
-        self._device, negotiated = direct.mount(self._config, passthrough=table is not None)
-        stack.callback(os.close, self._device)
+        """Mount, or take over; `stack` undoes it."""
+        state = self._inherited
+        if state is None:
+            opened = connection.mounted(self._config, self._cache_size, foreground=self._foreground)
+        else:
+            opened = connection.inherited(state.connection)
+        self._shared = stack.enter_context(opened)
+        if state is None:
+            mount = mount_at(self._config.mountpoint)
+            self.mount_device = mount.dev if mount else None
+        self._assignment = assignment = self._shared.assignment
+        self._device = assignment.device
         self._connection.register(self._device, 0)  # POLLERR alone, when the connection ends
-        memory = SlotMemory.create(self._count, negotiated.buffer_size)
-        stack.callback(os.close, memory.fd)
+        memory = SlotMemory(assignment.slots, self._count, assignment.negotiated.buffer_size)
         self._slots = [memory[index] for index in range(self._count)]
         self._counters = [Counters(slot.counters) for slot in self._slots]
-        self._drops = DropLog.create()
-        stack.callback(os.close, self._drops.fd)
+        self._drops = DropLog(assignment.drops)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._removed = RemovedFiles(self._device, self._drops, self._unfinished, self._drop_now, limit // 2)
-        stack.callback(self._removed.close)
-        self._removed.start()
-        stack.callback(self._selector.close)
-        self._assignment = Assignment(
-            config=self._config,
-            foreground=self._foreground,
-            cache_size=self._cache_size,
-            minor=negotiated.minor,
-            flags=negotiated.flags,
-            max_write=negotiated.max_write,
-            slot_count=self._count,
-            device=self._device,
-            slots=memory.fd,
-            drops=self._drops.fd,
-            removed=self._removed.outbox.fileno(),
-            backing=table if negotiated.has(abi.FUSE_PASSTHROUGH) else None,
+        inbox = stack.enter_context(socket.socket(fileno=os.dup(self._shared.inbox)))
+        self._removed = RemovedFiles(
+            self._device, self._drops, inbox, service.RemovedStore(), self._unfinished, self._drop_now, limit // 2
         )
+        stack.callback(self._removed.close)
+        self._selector.register(self._calls.fd, selectors.EVENT_READ, self._calls.run)
+        stack.callback(self._calls.close)
+        stack.callback(self._selector.close)
+        if state is None:
+            service.keep(self._state(()))
+        else:
+            self._take_over(state)
+        self._removed.start()
 
     # -- processes -------------------------------------------------------------------------------------------------------
 
@@ -287,10 +325,24 @@ class Supervisor:
         self._reap()
         self._check_starting()
         self._rate.sample(self._counters)
+        notify.watchdog()
         try:
             self._drops.trim()
         except OSError as error:
             log.error("the drop log cannot be trimmed: %s", error.strerror)
+
+    def leave(self) -> None:
+        """Leave the mount to the next process that the service manager starts, and exit; for a signal handler."""
+        self._is_leaving = True
+        self._calls.wake()
+
+    def _leave(self) -> NoReturn:
+        log.info("%s is left to a successor", self._config.mountpoint)
+        with self._removed.still():
+            notify.notify("STOPPING=1")
+            notify.wait()
+            logging.shutdown()
+            os._exit(service.HANDED_OVER)  # nothing is to be undone; the workers die with this process
 
     def _connection_has_ended(self) -> bool:
         """Whether the mount is gone, or its connection was aborted."""
@@ -299,14 +351,22 @@ class Supervisor:
     def _start_missing(self) -> None:
         """Have a template, and a worker more than there are slots."""
         if self._template is None:
-            self._template = _Template(self._assignment)
-            self._groups.add(self._template.pid)
-            self._selector.register(self._template.pidfd, selectors.EVENT_READ, self._template_ended)
+            self._use_template(self._new_template())
+        assert self._template is not None
         while len(self._workers) <= self._count:
             worker = _Worker(self._template.fork_worker())
             self._selector.register(worker.commands, selectors.EVENT_READ, functools.partial(self._came_up, worker))
             with self._lock:
                 self._workers.append(worker)
+
+    def _new_template(self) -> _Template:
+        template = _Template(self._assignment)
+        self._groups.add(template.pid)
+        return template
+
+    def _use_template(self, template: _Template) -> None:
+        self._template = template
+        self._selector.register(template.pidfd, selectors.EVENT_READ, self._template_ended)
 
     def _template_ended(self) -> None:
         assert self._template is not None
@@ -332,13 +392,17 @@ class Supervisor:
         self._selector.unregister(worker.commands)
         failure = worker.listen()
         if failure is None:
-            self._selector.register(worker.pidfd, selectors.EVENT_READ, functools.partial(self._ended, worker))
+            self._watch(worker)
             return
         self._forget(worker)
         if failure:
             self._start_failed(failure)
         elif self._is_ready or self._template is None or not self._template.ends_within(1.0):  # else that says more
             self._start_failed("a worker died before it was ready", logging.WARNING)
+
+    def _watch(self, worker: _Worker) -> None:
+        """Hear of the end of a worker that is ready."""
+        self._selector.register(worker.pidfd, selectors.EVENT_READ, functools.partial(self._ended, worker))
 
     def _start_failed(self, why: str, level: int = logging.ERROR) -> None:
         """Wait before the next attempt, the longer the more have failed since a worker has last come to serve. Raises
@@ -374,6 +438,10 @@ class Supervisor:
         self._unmounted = self._unmounted or self._connection_has_ended()
         if self._unmounted:
             return
+        if worker.is_retired:
+            if worker.slot is not None:
+                self._vacant[worker.slot] = 0.0
+            return
         log.warning("worker %d %s and is replaced", worker.pid, how)
         if worker.slot is None:
             return
@@ -397,6 +465,8 @@ class Supervisor:
 
     def _reap(self) -> None:
         """Wait for dead children that nobody watches: workers that could not say any more who they are."""
+        if self._reloading.locked():  # it has children that are not known here yet
+            return
         watched = {worker.pid for worker in self._workers}
         if self._template is not None:
             watched.add(self._template.pid)
@@ -451,6 +521,156 @@ class Supervisor:
                         time.sleep(0.01)
         return True
 
+    # -- new code --------------------------------------------------------------------------------------------------------
+
+    def reload(self) -> int:
+        """Replace the workers one after the other by ones with the code that is on disk; returns how many. To be called in
+        another thread than the loop's.
+
+        Each ends after the request it is in; one that is still in it after `END_TIMEOUT` is killed, and its successor
+        finishes the request. Raises ReloadError; if the new code does not start, nothing has changed.
+        """
+        with self._changing_code():
+            self._check_code()
+            return self._replace_all(self._start_new_code())
+
+    def upgrade(self, control: int, client: int, prepared: contextlib.AbstractContextManager[None]) -> None:
+        """Put the code that is on disk in the place of this process, which enters `prepared` before. The successor goes on
+        with the workers, and with the sockets `control` and `client`. To be called in another thread than the loop's.
+
+        Does not return, or raises ReloadError if the new code cannot take over; then nothing has changed.
+        """
+        with self._changing_code():
+            self._check_code()
+            try:
+                self._calls.call(lambda: self._execute(control, client, prepared))
+            except OSError as error:
+                raise ReloadError(f"the new code cannot be executed, and the old goes on: {error}") from error
+
+    def replace_inherited(self) -> int:
+        """Replace the workers of the predecessor; returns how many. As `reload`."""
+        with self._changing_code():
+            return self._replace_all(self._inherited_workers)
+
+    @contextlib.contextmanager
+    def _changing_code(self) -> Iterator[None]:
+        if not self._reloading.acquire(blocking=False):
+            raise ReloadError("a reload or an upgrade is under way already")
+        try:
+            yield
+        finally:
+            self._reloading.release()
+
+    def _check_code(self) -> None:
+        try:
+            handover.check(self._calls.call(lambda: self._state(())))
+        except handover.HandoverError as error:
+            raise ReloadError(f"the new code cannot take over, and the old goes on: {error}") from error
+
+    def _state(self, removed: tuple[KeptFile, ...]) -> handover.State:
+        return handover.State(
+            connection=self._shared,
+            mount_device=self.mount_device,
+            workers=tuple(
+                handover.ServingWorker(worker.pid, worker.slot, worker.commands.fileno())
+                for worker in self._workers
+                if worker.slot is not None
+            ),
+            groups=tuple(self._groups),
+            removed=removed,
+            restarts=self._restarts,
+            upgrades=self._upgrades + 1,
+            start_time=self._start_time,
+        )
+
+    def _execute(self, control: int, client: int, prepared: contextlib.AbstractContextManager[None]) -> None:
+        # A signal must not end the process before its successor listens to it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            with prepared, self._removed.still() as removed:
+                handover.execute(replace(self._state(removed), control=control, client=client))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _take_over(self, state: handover.State) -> None:
+        """Go on with what the predecessor had."""
+        self.mount_device = state.mount_device
+        self._restarts, self._upgrades, self._start_time = state.restarts, state.upgrades, state.start_time
+        self._groups.update(state.groups)
+        for kept in state.removed:
+            os.set_inheritable(kept.fd, False)
+            self._removed.keep(kept)
+        for serving in state.workers:
+            worker = _Worker.inherited(serving)
+            self._watch(worker)
+            del self._vacant[serving.slot]
+            self._workers.append(worker)
+        self._inherited_workers = self._workers.copy()
+        self._is_ready = True
+
+    def _replace_all(self, outdated: Sequence[_Worker]) -> int:
+        for worker in outdated:
+            self._replace(worker)
+        log.info("%d workers were replaced", len(outdated))
+        return len(outdated)
+
+    def _start_new_code(self) -> list[_Worker]:
+        """Have the next workers forked by a new template, once a first worker of it is ready. Returns the workers that serve
+        with the old code."""
+        template = self._calls.call(self._new_template)
+        first = _Worker(template.fork_worker())
+        if _readable(first.commands, START_TIMEOUT):
+            failure = first.listen()
+        else:
+            failure = f"a worker is not ready after {START_TIMEOUT:.0f} s"
+        if failure is not None:
+            first.close()
+            how = template.end()
+            why = failure or how.splitlines()[-1]  # of a traceback
+            raise ReloadError(f"the new code does not start, and the old workers go on: {why}")
+        return self._calls.call(lambda: self._use_new_code(template, first))
+
+    def _use_new_code(self, template: _Template, first: _Worker) -> list[_Worker]:
+        old, self._template = self._template, None
+        if old is not None:
+            self._selector.unregister(old.pidfd)
+            old.end()
+        outdated = [worker for worker in self._workers if worker.slot is not None]
+        for worker in self._workers.copy():
+            if not worker.pid:
+                self._selector.unregister(worker.commands)
+                self._forget(worker)  # if it comes up after all, it sees that nobody wants it and ends
+            elif worker.slot is None:
+                worker.is_retired = True
+                worker.commands.close()  # what it waits on
+        with self._lock:
+            self._workers.append(first)
+        self._watch(first)
+        self._use_template(template)
+        return outdated
+
+    def _replace(self, worker: _Worker) -> None:
+        """Have `worker`, which serves a slot, replaced by a spare one."""
+        assert worker.slot is not None
+        slot = self._slots[worker.slot]
+        if not _comes_true(self._has_spare, START_TIMEOUT):
+            raise ReloadError("no more workers with the new code get ready, see the log; some with the old code go on")
+        if not _comes_true(lambda: slot.unfinished is None, END_TIMEOUT):
+            log.warning("worker %d is in one request for %.0f s: it is killed", worker.pid, END_TIMEOUT)
+        self._calls.call(lambda: self._retire(worker))
+        if not _comes_true(lambda: slot.owner != worker.pid, START_TIMEOUT):
+            raise ReloadError(f"worker {worker.pid} is not replaced after {START_TIMEOUT:.0f} s; others go on")
+
+    def _has_spare(self) -> bool:
+        with self._lock:
+            return any(worker.is_spare for worker in self._workers)
+
+    def _retire(self, worker: _Worker) -> None:
+        """End it, unless it has ended by itself. If it has received a request just now, its successor finishes that."""
+        if worker in self._workers:
+            worker.is_retired = True
+            os.kill(worker.pid, signal.SIGKILL)
+
     # -- removed files ---------------------------------------------------------------------------------------------------
 
     def _unfinished(self) -> set[int]:
@@ -473,10 +693,12 @@ class Supervisor:
         """The part of `handlefs status` that is about the processes. No worker is asked: one may hang."""
         serving = sorted((worker.slot, worker) for worker in self._serving() if worker.slot is not None)
         return {
+            "uptime": time.monotonic() - self._start_time,
             "operations_per_second": self._rate.per_second(),
             "removed_files": len(getattr(self, "_removed", ())),  # none before the mount
             "workers": [self._worker_status(worker, index) for index, worker in serving],
             "restarts": self._restarts,
+            "upgrades": self._upgrades,
             "finished_in_flight": sum(slot.finished_in_flight for slot in self._slots),
         }
 
@@ -505,23 +727,21 @@ class Supervisor:
         }
 
 
-@contextlib.contextmanager
-def _backing_directory(passthrough: Passthrough) -> Iterator[int | None]:
-    """The directory of a new connection's table of backing IDs, by its descriptor; None if passthrough is off, or may be and
-    there is no room for a table."""
-    with contextlib.ExitStack() as stack:
-        directory = None
-        if passthrough != "off":
-            try:
-                directory = stack.enter_context(table_directory())
-                BackingTable(directory).close()
-            except OSError as error:
-                message = f"no passthrough without a table in {SHARED_MEMORY}: {error.strerror}"
-                if passthrough == "on":
-                    raise StartupError(f"{message}; free space there, or use --passthrough=auto or off") from error
-                log.warning("%s", message)
-                directory = None
-        yield directory
+def _readable(connection: socket.socket, seconds: float) -> bool:
+    """Whether something comes, the end too, within so many seconds."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def _comes_true(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether that happens within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_INTERVAL)
+    return True
 
 
 def _how(status: int) -> str:

@@ -8,11 +8,13 @@ threads, no source and no handle map: none of these could be forked.
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 from typing import NoReturn
 
+from handlefs.errors import StartupError
 from handlefs.process import die_with, set_name
 from handlefs.worker import Assignment, send, work
 
@@ -27,7 +29,11 @@ def main() -> None:
     supervisor = int(sys.argv[2])
     die_with(supervisor)
     set_name("handlefs-tmpl")
-    assignment = Assignment.from_json(orders.recv(_LONGEST_ASSIGNMENT).decode())
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the supervisor may just hold some back
+    try:
+        assignment = Assignment.from_json(orders.recv(_LONGEST_ASSIGNMENT).decode())
+    except StartupError as error:
+        sys.exit(str(error))
     gc.freeze()  # what the workers share with this process is not to be written to
     while True:
         order, descriptors, _, _ = socket.recv_fds(orders, 1, 1)

@@ -27,6 +27,7 @@ from handlefs.daemon import set_up_logging
 from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
 from handlefs.inodecache import InodeCache
+from handlefs.layout import LAYOUT, check_layout
 from handlefs.metrics import Counters
 from handlefs.openfiles import OpenFiles
 from handlefs.opening import open_map, open_source, state_dir_of
@@ -74,18 +75,20 @@ class Assignment:
     backing: int | None
     """Descriptor of the directory of the table of backing IDs; None if there is no passthrough."""
 
-    def descriptors(self) -> tuple[int, ...]:
-        """All descriptors that it names."""
-        numbers = (self.device, self.slots, self.drops, self.removed, self.backing)
-        return tuple(number for number in numbers if number is not None)
+    def descriptors(self) -> dict[str, int]:
+        """All descriptors that it names, by their names here."""
+        names = ("device", "slots", "drops", "removed", "backing")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def to_json(self) -> str:
         """For the template; from_json() reads it back."""
-        return json.dumps(asdict(self) | {"config": self.config.to_dict()})
+        return json.dumps(asdict(self) | {"config": self.config.to_dict(), "layout": LAYOUT})
 
     @classmethod
     def from_json(cls, text: str) -> "Assignment":
+        """What to_json() wrote, maybe by another version. Raises StartupError if that shares memory in another layout."""
         values = json.loads(text)
+        check_layout(values.pop("layout", None))
         return cls(**values | {"config": Config.from_dict(values["config"])})
 
     @property
@@ -215,6 +218,15 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
         _serve_slot(assignment, source, table, json.loads(line)["slot"], commands)
     source.map.close()
     return 0
+
+
+def rehearse(assignment: Assignment) -> None:
+    """Open what a worker opens before it serves, and close it again. Raises StartupError."""
+    SlotMemory(assignment.slots, assignment.slot_count, assignment.negotiated.buffer_size)
+    table = _open_table(assignment)
+    if table is not None:
+        table.close()
+    _open_source(assignment).map.close()
 
 
 def _open_source(assignment: Assignment) -> Source:

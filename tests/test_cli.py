@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,21 @@ def test_foreground_stays_until_interrupted(place: Place) -> None:
     assert not place.is_mounted()
 
 
+@needs_root
+def test_a_start_that_is_ended_leaves_no_mount(place: Place) -> None:
+    """SIGTERM at the moment when the mount is there, but is not served."""
+    argv = [*HANDLEFS, "--foreground", place.source, place.path, "--state-dir", place.state_dir]
+    for _ in range(5):
+        with subprocess.Popen([str(word) for word in argv], stderr=subprocess.PIPE, text=True) as server:
+            end = time.monotonic() + TIMEOUT
+            while not place.is_mounted() and time.monotonic() < end:
+                pass
+            server.send_signal(signal.SIGTERM)
+            _, said = server.communicate(timeout=TIMEOUT)
+            assert "Traceback" not in said
+        assert not place.is_mounted()
+
+
 @pytest.fixture
 def foreground(place: Place) -> Iterator["subprocess.Popen[str]"]:
     """A server in the foreground that serves."""
@@ -438,16 +454,24 @@ def test_a_second_mount_at_the_same_place_is_refused(place: Place) -> None:
 @needs_root
 @both_transports
 def test_the_dead_mount_of_a_killed_server_is_replaced(place: Place) -> None:
+    start = int(time.time())
     place.mount()
-    place.kill()
-    with pytest.raises(OSError, match="not connected"):
-        place.path.stat()
-    assert json.loads(ok("status", "--json"))[0]["state"] == "killed"
-    assert "handlefs restart" in fails("status", place.path)
-    done = handlefs(place.source, place.path, *place.options())
-    assert done.returncode == 0
-    assert f"replacing the dead mount at {place.path}" in done.stderr
-    assert (place.path / "file").read_text() == "content"
+    for again in ((place.source, place.path, *place.options()), ("restart", place.path)):
+        pid = place.pid
+        place.kill()
+        with pytest.raises(OSError, match="not connected"):
+            os.statvfs(place.path)
+        assert json.loads(ok("status", "--json"))[0]["state"] == "killed"
+        assert "handlefs restart" in fails("status", place.path)
+        done = handlefs(*again)
+        assert done.returncode == 0
+        told = re.search(
+            r"the server of (.*), process (.*), was killed, or its mount aborted, at (.*): .*", done.stderr
+        )
+        assert told is not None
+        assert told.group(1, 2) == (str(place.path), str(pid))
+        assert start <= time.mktime(time.strptime(told[3], "%Y-%m-%d %H:%M:%S")) <= time.time()
+        assert (place.path / "file").read_text() == "content"
     ok("umount", place.path)
 
 
@@ -460,7 +484,8 @@ def test_an_aborted_connection_can_be_brought_back(place: Place, tmp_path: Path)
     abort(place, tmp_path)
     wait_for_end(server)
     assert "was aborted: handlefs restart brings it back" in place.log.read_text()
-    ok("restart", place.path)
+    done = handlefs("restart", place.path)
+    assert (done.returncode, "or its mount aborted, at" in done.stderr) == (0, True)
     assert (place.path / "file").read_text() == "content"
     ok("umount", place.path)
 

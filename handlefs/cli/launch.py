@@ -8,11 +8,12 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from handlefs import control, nfs
+from handlefs import control, nfs, notify
 from handlefs.config import Config
 from handlefs.credentials import CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, has_capability
-from handlefs.daemon import in_background, set_up_logging, unmount_on_signals
+from handlefs.daemon import hold_signals, in_background, set_up_logging, unmount_on_signals
 from handlefs.errors import StartupError
 from handlefs.mount import mount_at, unmount
 
@@ -20,6 +21,9 @@ CAPABILITIES = {
     CAP_DAC_READ_SEARCH: ("CAP_DAC_READ_SEARCH", "open files by their handles"),
     CAP_SYS_ADMIN: ("CAP_SYS_ADMIN", "mount"),
 }
+
+if TYPE_CHECKING:
+    from handlefs.handover import State
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +36,15 @@ def missing_capabilities() -> list[str]:
 def launch(config: Config, *, foreground: bool = False) -> None:
     """Check, then serve: until unmounted in the foreground, else return when the mount answers. Raises StartupError."""
     check_privileges()
-    replace_dead_mount(config.mountpoint)
-    check_directories(config)
+    inherited = _inherited(config) if foreground else None
+    if inherited is None:
+        replace_dead_mount(config.mountpoint)
+        check_directories(config)
 
     def serve(on_ready: Callable[[], None]) -> None:
         os.chdir("/")
         set_up_logging(config.log_file, foreground=foreground)
+        hold_signals()
         from handlefs.server import Server  # noqa: PLC0415 - not before the fork: it brings LMDB
 
         def ready() -> None:
@@ -45,12 +52,23 @@ def launch(config: Config, *, foreground: bool = False) -> None:
             log.info("serving %s at %s", config.source, config.mountpoint)
             on_ready()
 
-        Server(config, foreground=foreground).serve(ready)
+        Server(config, foreground=foreground, inherited=inherited).serve(ready)
 
     if foreground:
         serve(lambda: None)
     else:
         in_background(serve)
+
+
+def _inherited(config: Config) -> "State | None":
+    """What a service manager has kept of a killed server of this mount, which then is not to be touched before it is served."""
+    if not notify.has_manager():
+        return None
+    from handlefs import service  # noqa: PLC0415 - it brings LMDB
+
+    set_up_logging(config.log_file, foreground=True)
+
+    return service.inherited(config)
 
 
 def check_privileges() -> None:
@@ -76,7 +94,8 @@ def replace_dead_mount(mountpoint: str) -> None:
         known = control.record(mountpoint)
         source = f" of {known.config.source}" if known else ""
         raise StartupError(f"{mountpoint} is already a handlefs mount{source} (process {pid})")
-    ours = control.record(mountpoint) is not None or mount.fstype == "fuse.handlefs"
+    known = control.record(mountpoint)
+    ours = known is not None or mount.fstype == "fuse.handlefs"
     try:
         os.statvfs(mountpoint)  # not stat(2): the kernel answers that for attr_timeout even after the server's death
     except OSError as error:
@@ -93,7 +112,8 @@ def replace_dead_mount(mountpoint: str) -> None:
             f"{mountpoint} is a dead mount that the NFS server exports: "
             f"bring it back with handlefs restart {shlex.quote(mountpoint)}"
         )
-    print(f"handlefs: replacing the dead mount at {mountpoint} that a killed server left", file=sys.stderr)
+    why = f"{known.obituary()}: " if known else ""
+    print(f"handlefs: {why}replacing the dead mount at {mountpoint}", file=sys.stderr)
     unmount(mountpoint, lazy=True)  # whoever has a file open there gets ENOTCONN in any case
 
 

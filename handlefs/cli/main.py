@@ -10,7 +10,21 @@ import click
 from click.shell_completion import CompletionItem
 
 from handlefs import __version__
-from handlefs.cli import check, completion, evict, export, handle, maps, mount, restart, status, top, umount
+from handlefs.cli import (
+    check,
+    completion,
+    evict,
+    export,
+    handle,
+    maps,
+    mount,
+    reload,
+    restart,
+    status,
+    top,
+    umount,
+    upgrade,
+)
 from handlefs.control import ControlError
 from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.mount import OptionError
@@ -49,7 +63,7 @@ def cli() -> None:
     NFS and its server be restarted at any time without a client noticing."""
 
 
-for module in (mount, umount, restart, status, top, evict, check, handle, export, maps, completion):
+for module in (mount, umount, reload, upgrade, restart, status, top, evict, check, handle, export, maps, completion):
     cli.add_command(module.command)
 
 

@@ -32,6 +32,8 @@ def command(mountpoint: str, transport: str | None) -> None:
         raise click.ClickException(
             f"no handlefs server is known for {mountpoint}: mount it with handlefs SOURCE {shlex.quote(mountpoint)}"
         )
+    if not known.alive():
+        click.echo(f"handlefs: {known.obituary()}: its mount is replaced", err=True)
     config = known.config.with_options({"transport": transport} if transport else {})
     check_privileges()
     check_source(config)

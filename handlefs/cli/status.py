@@ -39,8 +39,7 @@ def _details(mountpoint: str) -> dict[str, Any]:
         if record is None:
             raise
         raise click.ClickException(
-            f"the server of {mountpoint} (process {record.pid}) was killed: "
-            f"bring it back with handlefs restart {shlex.quote(mountpoint)}"
+            f"{record.obituary()}: bring it back with handlefs restart {shlex.quote(mountpoint)}"
         ) from error
     del reply["ok"]
     return reply | {"state": _state(mountpoint, True), "exported": nfs.exported(mountpoint)}

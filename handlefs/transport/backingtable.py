@@ -173,9 +173,22 @@ def table_directory(memory: Path = SHARED_MEMORY) -> Iterator[int]:
             table.make_room()
         yield descriptor
     finally:
-        with contextlib.suppress(FileNotFoundError):  # somebody has tidied up there
-            shutil.rmtree(path)
-        os.close(descriptor)
+        _remove(path, descriptor)
+
+
+@contextlib.contextmanager
+def inherited_directory(descriptor: int) -> Iterator[None]:
+    """A directory that `table_directory` of a predecessor has given, removed at the end of the block."""
+    try:
+        yield
+    finally:
+        _remove(Path(f"/proc/self/fd/{descriptor}").readlink(), descriptor)
+
+
+def _remove(path: Path, descriptor: int) -> None:
+    with contextlib.suppress(FileNotFoundError):  # somebody has tidied up there
+        shutil.rmtree(path)
+    os.close(descriptor)
 
 
 def _new_directory(memory: Path) -> tuple[Path, int]:

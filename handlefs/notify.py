@@ -1,0 +1,82 @@
+"""What a service manager is told (sd_notify(3)), keeps in its descriptor store, and hands over at the start (sd_listen_fds(3)).
+
+Without one (NOTIFY_SOCKET is not set) nothing is sent and nothing was handed over.
+"""
+
+import array
+import contextlib
+import logging
+import os
+import select
+import socket
+from collections.abc import Iterable, Sequence
+
+log = logging.getLogger(__name__)
+
+BARRIER_TIMEOUT = 5.0
+"""Seconds that the manager gets to take in what it was told."""
+_FIRST = 3  # SD_LISTEN_FDS_START
+
+
+def has_manager() -> bool:
+    """Whether there is a service manager to be told things."""
+    return bool(os.environ.get("NOTIFY_SOCKET"))
+
+
+def notify(*assignments: str, descriptors: Sequence[int] = ()) -> None:
+    """Tell the manager ``READY=1`` and the like, with descriptors. That it does not listen is logged."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+            connection.sendmsg(["\n".join(assignments).encode()], rights, 0, address)
+    except OSError as error:
+        log.warning("the service manager does not listen: %s", error.strerror)
+
+
+def watchdog() -> None:
+    """Tell the manager that all is well, if it wants to know (WatchdogSec=)."""
+    if "WATCHDOG_USEC" in os.environ:
+        notify("WATCHDOG=1")
+
+
+def store(name: str, fd: int, *, until_it_hangs_up: bool = False) -> None:
+    """Have the manager keep `fd` until it is removed, or the service stopped for good; or until poll(2) says that it has hung
+    up, as /dev/fuse does when its mount is gone."""
+    notify("FDSTORE=1", f"FDNAME={name}", *([] if until_it_hangs_up else ["FDPOLL=0"]), descriptors=[fd])
+
+
+def remove(names: Iterable[str]) -> None:
+    """Have the manager let go of what is stored under these names."""
+    for name in names:
+        notify("FDSTOREREMOVE=1", f"FDNAME={name}")
+
+
+def wait() -> None:
+    """Return when the manager has taken in all that it was told (sd_notify_barrier(3))."""
+    reader, writer = os.pipe()
+    try:
+        with contextlib.closing(os.fdopen(writer, "wb")):
+            notify("BARRIER=1", descriptors=[writer])
+        poll = select.poll()
+        poll.register(reader, 0)  # POLLHUP alone, when the manager has closed its end
+        if not poll.poll(BARRIER_TIMEOUT * 1000):
+            log.warning("the service manager does not answer")
+    finally:
+        os.close(reader)
+
+
+def received() -> dict[str, int]:
+    """The stored descriptors that this process was started with, by their names; to be called once, at the start. Children do
+    not inherit them."""
+    pid, count, names = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
+    if pid != str(os.getpid()):
+        return {}
+    found = dict(zip(names.split(":"), range(_FIRST, _FIRST + int(count)), strict=True))
+    for fd in found.values():
+        os.set_inheritable(fd, False)
+    return found

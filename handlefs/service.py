@@ -1,0 +1,89 @@
+"""Running under a service manager: what it keeps of a server in its descriptor store, so that a successor takes over the live
+mount (docs/crash-only.md)."""
+
+import logging
+import os
+import re
+import select
+from collections.abc import Mapping
+
+from handlefs import notify
+from handlefs.config import Config
+from handlefs.errors import StartupError
+from handlefs.handover import State
+from handlefs.mount import mount_at
+from handlefs.removed import KeptFile
+
+log = logging.getLogger(__name__)
+
+HANDED_OVER = 75
+"""Exit status of a server that has left its mount to its successor: EX_TEMPFAIL of sysexits(3), which the unit knows."""
+
+_STATE = "state"
+_REMOVED = re.compile("removed-([0-9a-f]+)-([0-9a-f]+)")
+
+
+def keep(state: State) -> None:
+    """Have the manager keep what a successor needs of a new mount."""
+    for name, fd in state.connection.descriptors().items():
+        notify.store(name, fd, until_it_hangs_up=name == "device")
+    fd = state.to_memory()
+    notify.store(_STATE, fd)
+    os.close(fd)
+
+
+class RemovedStore:
+    """The descriptor store, for removed files."""
+
+    def keep(self, file: KeptFile) -> None:
+        """Have the manager keep it, too."""
+        notify.store(_name(file), file.fd)
+
+    def drop(self, file: KeptFile) -> None:
+        """Nobody needs it any more."""
+        notify.remove([_name(file)])
+
+
+def _name(file: KeptFile) -> str:
+    return f"removed-{file.nodeid:x}-{file.unique:x}"
+
+
+def inherited(config: Config) -> State | None:
+    """What the manager has kept of a predecessor, for this process to go on with; None for a new mount. To be called once, at
+    the start.
+
+    A mount that cannot be gone on with, since it was unmounted, or has other options, or is of code with another layout, loses
+    its connection.
+    """
+    stored = notify.received()
+    if not stored:
+        return None
+    try:
+        state = _state(config, stored)
+    except (StartupError, KeyError) as error:
+        reason = error if isinstance(error, StartupError) else f"the service manager has not kept {error}"
+        log.warning("the mount at %s cannot be gone on with: %s", config.mountpoint, reason)
+        notify.remove(stored)
+        for fd in stored.values():
+            os.close(fd)
+        notify.wait()
+        return None
+    os.close(stored[_STATE])
+    return state
+
+
+def _state(config: Config, stored: Mapping[str, int]) -> State:
+    removed = [
+        KeptFile(int(match[1], 16), int(match[2], 16), fd)
+        for name, fd in stored.items()
+        if (match := _REMOVED.fullmatch(name))
+    ]
+    state = State.from_memory(stored[_STATE]).inherited_as(stored, removed)
+    if state.assignment.config != config:
+        raise StartupError("its options have changed")
+    poll = select.poll()
+    poll.register(state.assignment.device, 0)  # POLLERR alone
+    mount = mount_at(config.mountpoint)
+    if poll.poll(0) or mount is None or mount.dev != state.mount_device:
+        raise StartupError("it is not there any more")
+    return state
