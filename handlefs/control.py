@@ -174,22 +174,28 @@ def server_pid(mountpoint: str) -> int:
 def request(mountpoint: str, message: Mapping[str, object], timeout: float = REPLY_TIMEOUT) -> dict[str, Any]:
     """Send one request and return the reply, for which to wait `timeout` seconds. Raises NoServer, or ControlError with the
     server's own words."""
-    with _connected(mountpoint) as connection:
-        connection.settimeout(timeout)
-        try:
-            connection.sendall(json.dumps(message).encode() + b"\n")
-            with connection.makefile("rb") as replies:
-                line = replies.readline()
-        except (BrokenPipeError, ConnectionResetError):
-            line = b""
-        except OSError as error:
-            raise ControlError(f"the server at {mountpoint} does not answer: {error.strerror or error}") from error
+    # A server that is just upgraded may close a connection; its successor answers on the next one.
+    line = _ask(mountpoint, message, timeout) or _ask(mountpoint, message, timeout)
     if not line:
         raise NoServer(f"the handlefs server at {mountpoint} has just ended")
     reply: dict[str, Any] = json.loads(line)
     if not reply["ok"]:
         raise ControlError(f"the server at {mountpoint} says: {reply['error']}")
     return reply
+
+
+def _ask(mountpoint: str, message: Mapping[str, object], timeout: float) -> bytes:
+    """The line that is the reply; empty if the connection ends without one."""
+    with _connected(mountpoint) as connection:
+        connection.settimeout(timeout)
+        try:
+            connection.sendall(json.dumps(message).encode() + b"\n")
+            with connection.makefile("rb") as replies:
+                return replies.readline()
+        except (BrokenPipeError, ConnectionResetError):
+            return b""
+        except OSError as error:
+            raise ControlError(f"the server at {mountpoint} does not answer: {error.strerror or error}") from error
 
 
 # --- server ---------------------------------------------------------------------------------------------------------

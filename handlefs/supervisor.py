@@ -19,6 +19,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -245,8 +246,8 @@ class Supervisor:
         """
         adopt_orphans()
         with contextlib.ExitStack() as stack:
-            self._prepare(stack)
             try:
+                self._prepare(stack)
                 while self._vacant and not self._unmounted:
                     self._step()
                 self._is_ready = True
@@ -256,11 +257,20 @@ class Supervisor:
                     if self._is_leaving:
                         self._leave()
             except BaseException:
-                with contextlib.suppress(OSError):  # unmounted by now; what is to be heard of is the reason
-                    unmount(self._config.mountpoint, lazy=True)
+                self._give_up()
                 raise
             finally:
                 self._end_processes()
+
+    def _give_up(self) -> None:
+        """Something has failed that was not foreseen: a service manager can have another process go on; else unmount."""
+        if notify.has_manager() and (self._is_ready or self._inherited is not None):
+            log.exception("the supervisor has failed, and leaves the mount to a successor")
+            logging.shutdown()
+            os._exit(1)  # nothing is to be undone; the workers die with this process
+        if self.mount_device is not None:
+            with contextlib.suppress(OSError):  # unmounted by now; what is to be heard of is the reason
+                unmount(self._config.mountpoint, lazy=True)
 
     def _prepare(self, stack: contextlib.ExitStack) -> None:
         """Mount, or take over; `stack` undoes it."""
@@ -558,6 +568,8 @@ class Supervisor:
             raise ReloadError("a reload or an upgrade is under way already")
         try:
             yield
+        except CancelledError as error:
+            raise ReloadError("the server is just ending") from error
         finally:
             self._reloading.release()
 

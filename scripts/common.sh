@@ -110,7 +110,7 @@ pip_install() { # pip_install VENV ARGS...
 }
 # All that the installed package is made from.
 package_files() {
-    find handlefs docs/handlefs.8 pyproject.toml setup.py README.md LICENSE -type f ! -name '*.py[co]' ! -name '*.so'
+    find handlefs docs/handlefs.8 systemd pyproject.toml setup.py README.md LICENSE -type f ! -name '*.py[co]' ! -name '*.so'
 }
 fingerprint() { (cd "$top" && package_files | sort | xargs cksum | cksum); }
 install_package() { # install_package VENV: built in a copy, which holds nothing of an earlier build and leaves nothing here

@@ -2,9 +2,11 @@
 
 import contextlib
 import importlib
+import re
 import shlex
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import get_args
 
@@ -32,7 +34,9 @@ def command(mountpoint: str, transport: str | None) -> None:
         raise click.ClickException(
             f"no handlefs server is known for {mountpoint}: mount it with handlefs SOURCE {shlex.quote(mountpoint)}"
         )
-    if not known.alive():
+    if known.alive():
+        _refuse_unit(mountpoint)
+    else:
         click.echo(f"handlefs: {known.obituary()}: its mount is replaced", err=True)
     config = known.config.with_options({"transport": transport} if transport else {})
     check_privileges()
@@ -41,6 +45,13 @@ def command(mountpoint: str, transport: str | None) -> None:
     exported = nfs.threads() > 0 and nfs.exported(mountpoint)
     with _interruptible(), nfs.paused(mountpoint) if exported else contextlib.nullcontext():
         _replace(config)
+
+
+def _refuse_unit(mountpoint: str) -> None:
+    """Raise ClickException if systemd runs the server: it would start its own one again, or none."""
+    cgroups = Path(f"/proc/{control.server_pid(mountpoint)}/cgroup").read_text()
+    if unit := re.search(r"/(handlefs@[^/\n]+\.service)$", cgroups, re.MULTILINE):
+        raise click.ClickException(f"systemd runs this server: use systemctl restart {shlex.quote(unit[1])}")
 
 
 def _replace(config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ from ..support.users import Child
 from .conftest import TIMEOUT
 from .processes import children
 from .test_kills import Model
-from .test_takeover import workload
+from .test_takeover import Code, code, fails, workload
+
+__all__ = ["code"]
 
 UNIT = Path(__file__).parents[2] / "systemd" / "handlefs@.service"
 
@@ -39,6 +42,9 @@ class Service:
     path: Path
     dropin: Path
 
+    code: Path
+    """The directory that handlefs is imported from."""
+
     def configure(self, *options: str, unit: str = "", service: str = "") -> None:
         """Write the drop-in of the instance, as an administrator does."""
         base = self.systemd.scratch
@@ -47,7 +53,7 @@ class Service:
         self.dropin.write_text(
             f"[Unit]\nRequiresMountsFor={self.source}\n{unit}\n"
             f'[Service]\nEnvironment=SOURCE={self.source} "OPTIONS={" ".join(own)}" HANDLEFS_FAULT={self.fault}\n'
-            f"Environment=HANDLEFS_RUNTIME_DIR={control.runtime_dir()} PYTHONPATH={UNIT.parents[1]}\n{service}\n"
+            f"Environment=HANDLEFS_RUNTIME_DIR={control.runtime_dir()} PYTHONPATH={self.code}\n{service}\n"
         )
         self.systemd.systemctl("daemon-reload")
 
@@ -68,6 +74,9 @@ class Service:
         self.kill()
         assert in_the_end(lambda: self.main_pid not in (before, "0"), True, TIMEOUT) is True
         assert in_the_end(lambda: self.systemd.property(self.name, "ActiveState"), "active", TIMEOUT) == "active"
+
+    def is_starting(self) -> bool:
+        return self.systemd.property(self.name, "ActiveState") == "activating" and self.main_pid != "0"
 
     @property
     def main_pid(self) -> str:
@@ -107,7 +116,15 @@ def systemd() -> Iterator[Systemd]:
 
 
 @contextmanager
-def running(systemd: Systemd, root: Path, *options: str, unit: str = "", service: str = "") -> Iterator[Service]:
+def running(
+    systemd: Systemd,
+    root: Path,
+    *options: str,
+    unit: str = "",
+    service: str = "",
+    code: Path = UNIT.parents[1],
+    expected_log: str = "nothing alarming",
+) -> Iterator[Service]:
     """An instance with these options of handlefs, over a new directory in `root`; `unit` and `service` are further lines of
     these sections of its drop-in. At the end it is stopped, and nothing is left of it."""
     number = next(_numbers)
@@ -115,7 +132,7 @@ def running(systemd: Systemd, root: Path, *options: str, unit: str = "", service
     source.mkdir()
     path.mkdir()
     name = systemd.instance(UNIT.name, path)
-    instance = Service(systemd, name, source, path, systemd.units / f"{name}.d" / "instance.conf")
+    instance = Service(systemd, name, source, path, systemd.units / f"{name}.d" / "instance.conf", code)
     instance.configure(*options, unit=unit, service=service)
     try:
         instance.do("start")
@@ -124,7 +141,8 @@ def running(systemd: Systemd, root: Path, *options: str, unit: str = "", service
         instance.do("stop")
         assert not is_mounted(path)
         control.forget(str(path))
-    assert not ALARMING.search(instance.log_file.read_text())
+    lines = [line for line in instance.log_file.read_text().splitlines() if not re.search(expected_log, line)]
+    assert not ALARMING.search("\n".join(lines))
 
 
 _numbers = itertools.count()
@@ -211,6 +229,26 @@ def test_requests_are_finished_after_a_crash(systemd: Systemd, ext4: Path) -> No
         assert service.status()["finished_in_flight"] >= 1
 
 
+def test_a_supervisor_that_fails(systemd: Systemd, ext4: Path, code: Code) -> None:
+    """It does not take the mount with it."""
+    trap = systemd.scratch / "trap"
+    fail = f"        if Path('{trap}').exists():\n            Path('{trap}').unlink()\n            raise SystemError('no luck')"
+    with (
+        code.changed("supervisor", "^(?=import contextlib)", "from pathlib import Path\n"),
+        code.changed("supervisor", '(?<="""What is looked at once a second."""\n)', f"{fail}\n"),
+        running(
+            systemd, ext4, code=code.package.parent, expected_log="the supervisor has failed|^Traceback"
+        ) as service,
+        (service.path / "file").open("w+b", buffering=0) as file,
+    ):
+        file.write(b"content")
+        before = service.main_pid
+        trap.touch()
+        assert in_the_end(lambda: service.main_pid not in (before, "0"), True, TIMEOUT) is True
+        assert Child(os.pread, file.fileno(), 10, 0).result(TIMEOUT) == b"content"
+        assert "SystemError: no luck" in service.log_file.read_text()
+
+
 def test_a_stop_unmounts(systemd: Systemd, ext4: Path) -> None:
     with running(systemd, ext4) as service:
         service.do("stop")
@@ -218,6 +256,17 @@ def test_a_stop_unmounts(systemd: Systemd, ext4: Path) -> None:
         assert systemd.property(service.name, "ActiveState") == "inactive"
         service.do("start")
         assert is_mounted(service.path)
+
+
+def test_a_stop_of_a_server_that_just_starts(systemd: Systemd, ext4: Path) -> None:
+    """Its predecessor's mount is taken away, too, even if it does not know of it yet."""
+    with running(systemd, ext4) as service:
+        for _ in range(5):
+            service.kill()
+            assert in_the_end(service.is_starting, True, TIMEOUT) is True
+            service.do("stop")
+            assert not is_mounted(service.path)
+            service.do("start")
 
 
 def test_a_stop_does_not_wait_for_users_for_ever(systemd: Systemd, ext4: Path) -> None:
@@ -277,6 +326,11 @@ def test_watchdog(systemd: Systemd, ext4: Path) -> None:
         systemd.systemctl("kill", "--kill-who=main", "--signal=STOP", service.name)
         assert in_the_end(lambda: service.main_pid not in (before, "0"), True, TIMEOUT) is True
         assert Child(os.listdir, service.path).result(TIMEOUT) == []
+
+
+def test_restart_leaves_it_to_systemd(systemd: Systemd, ext4: Path) -> None:
+    with running(systemd, ext4) as service:
+        assert f"use systemctl restart '{service.name}'" in fails("restart", service.path)
 
 
 def test_reload(systemd: Systemd, ext4: Path) -> None:

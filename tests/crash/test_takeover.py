@@ -27,7 +27,7 @@ from ..support.users import Child
 from .conftest import TIMEOUT
 from .conftest import serving as crash_ground
 from .processes import children, workers
-from .test_kills import Model
+from .test_kills import Model, random_kills
 
 CLIENTS = 3
 
@@ -294,3 +294,18 @@ def test_one_at_a_time(ext4: Path, command: str) -> None:
         for process, message in zip(both, said, strict=True):
             assert process.returncode == 0 or "is under way already" in message
         assert 0 in [process.returncode for process in both]
+
+
+def test_upgrades_while_workers_are_killed(kind: str, filesystems: FileSystems, pytestconfig: pytest.Config) -> None:
+    with serving(filesystems[kind], "--passthrough=off") as server:
+        with (
+            random_kills(server, 1),
+            workload(server.path, float(pytestconfig.getoption("--stress-seconds"))) as done,
+        ):
+            times = 0
+            while times < 3 or not done.is_set():
+                succeeds(("reload", "upgrade")[times % 2], server.path)
+                times += 1
+        assert server.status()["restarts"] > 0
+        processes = len(workers(server)) + 2
+        assert in_the_end(lambda: len(children(server.pid)), processes, seconds=TIMEOUT) == processes

@@ -26,8 +26,10 @@ VERSIONS = ("3", "4.2")
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "export" in metafunc.fixturenames:
-        exports = () if "control" in metafunc.fixturenames else EXPORTS
-        if "server" not in metafunc.fixturenames:
+        exports: tuple[str, ...] = () if "control" in metafunc.fixturenames else EXPORTS
+        if "direct" in metafunc.fixturenames:
+            exports = tuple(name for name in exports if name.startswith("direct"))
+        elif "server" not in metafunc.fixturenames:
             exports = (CONTROL, *exports)
         metafunc.parametrize("export", exports, indirect=True, scope="session")
     if "version" in metafunc.fixturenames:
@@ -51,6 +53,13 @@ def export(request: pytest.FixtureRequest, nfsd: None) -> Iterator[Export]:
 
 @pytest.fixture
 def server(export: Export) -> HandlefsExport:
+    assert isinstance(export, HandlefsExport)
+    return export
+
+
+@pytest.fixture(scope="session")
+def direct(export: Export) -> HandlefsExport:
+    """A server with the direct transport."""
     assert isinstance(export, HandlefsExport)
     return export
 

@@ -63,6 +63,10 @@ class Export(ABC):
         """Make the server forget all that it can do without."""
 
     @abstractmethod
+    def upgrade(self) -> None:
+        """Have new code take over from the server."""
+
+    @abstractmethod
     def restart(self) -> None:
         """Restart the server, as its administrator does while clients are at work."""
 
@@ -101,6 +105,9 @@ class NativeExport(Export):
         export_natively(self.path, 101)
 
     def evict(self) -> None:
+        pass
+
+    def upgrade(self) -> None:
         pass
 
     def restart(self) -> None:
@@ -156,6 +163,9 @@ class HandlefsExport(Export):
 
     def evict(self) -> None:
         control.request(str(self.path), {"op": "evict", "count": None})
+
+    def upgrade(self) -> None:
+        self.command("upgrade", str(self.path))
 
     def restart(self) -> None:
         self.command("restart", str(self.path))

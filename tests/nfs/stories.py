@@ -23,7 +23,8 @@ from .nfs3 import handle_of
 P = ParamSpec("P")
 T = TypeVar("T")
 
-EVICTION, RESTART, SWITCH, OUTAGE = "eviction", "restart", "switch", "outage"
+EVICTION, UPGRADE, RESTART, SWITCH, OUTAGE = "eviction", "upgrade", "restart", "switch", "outage"
+UNNOTICED = (EVICTION, UPGRADE)
 OLD, NEW = b"old content", b"new content"
 LOST = {errno.ESTALE, errno.EIO, errno.EBADF}  # the latter two for an open file that an NFSv4 client could not reclaim
 BLOCK = 1 << 16
@@ -181,7 +182,7 @@ class Lock(Story):
 
     def check(self) -> None:
         setting = self.setting
-        kept = setting.event == EVICTION or setting.client.version != "3" or isinstance(setting.export, NativeExport)
+        kept = setting.event in UNNOTICED or setting.client.version != "3" or isinstance(setting.export, NativeExport)
         assert self.excludes() == [kept, kept]
         assert os.pread(self.fd, BLOCK, 0) == pattern(1)
         fcntl.lockf(self.fd, fcntl.LOCK_UN)
@@ -284,7 +285,7 @@ class ReplacedOpenFile(Story):
         replace(self.setting, self.place / "file", reuse=self.setting.event == OUTAGE)
 
     def check(self) -> None:
-        expected = {OLD, errno.ESTALE} if self.setting.event == EVICTION else LOST
+        expected = {OLD, errno.ESTALE} if self.setting.event in UNNOTICED else LOST
         assert read_held(self.fd) in expected
         new = self.setting.other.path / self.place.name / "file"
         wait_until(lambda: new.read_bytes() == NEW, "another client finds the new file by its name")

@@ -1,5 +1,5 @@
-"""What a client holds stays valid when everything is evicted, when the server is restarted, also with the other transport, and
-when it is killed.
+"""What a client holds stays valid when everything is evicted, when new code takes over from the server, when that is restarted,
+also with the other transport, and when it is killed.
 
 All stories of both NFS versions live through one event together, and are then checked one by one.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from .knfsd import Client, Export
-from .stories import ENTRIES, EVICTION, OUTAGE, RESTART, STORIES, SWITCH, Setting, Story
+from .knfsd import Client, Export, HandlefsExport
+from .stories import ENTRIES, EVICTION, OUTAGE, RESTART, STORIES, SWITCH, UPGRADE, Setting, Story
 
 Told = dict[tuple[type[Story], str], Story]
 
@@ -35,6 +35,21 @@ def told(
 ) -> Iterator[Told]:
     """The stories, after the event."""
     event = request.param
+    with lived_through(event, export, clients, many) as told:
+        yield told
+    if event == SWITCH:
+        export.switch()  # back
+
+
+@pytest.fixture(scope="module")
+def told_of_upgrade(direct: HandlefsExport, clients: dict[str, Client], many: dict[bytes, int]) -> Iterator[Told]:
+    """The stories, after all code of the server was replaced under them."""
+    with lived_through(UPGRADE, direct, clients, many) as told:
+        yield told
+
+
+@contextmanager
+def lived_through(event: str, export: Export, clients: dict[str, Client], many: dict[bytes, int]) -> Iterator[Told]:
     with ExitStack() as stack:
         told: Told = {}
         for story in STORIES:
@@ -45,8 +60,6 @@ def told(
                 told[story, version] = stack.enter_context(story(Setting(export, event, client, other, place, many)))
         happen(event, export, list(told.values()))
         yield told
-    if event == SWITCH:
-        export.switch()  # back
 
 
 def happen(event: str, export: Export, stories: list[Story]) -> None:
@@ -57,9 +70,15 @@ def happen(event: str, export: Export, stories: list[Story]) -> None:
         return
     for story in stories:
         story.meanwhile()
-    {EVICTION: export.forget, RESTART: export.restart, SWITCH: export.switch}[event]()
+    events = {EVICTION: export.forget, UPGRADE: export.upgrade, RESTART: export.restart, SWITCH: export.switch}
+    events[event]()
 
 
 @pytest.mark.parametrize("story", STORIES, ids=lambda story: story.name)
 def test_story(told: Told, story: type[Story], version: str) -> None:
     told[story, version].check()
+
+
+@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.name)
+def test_story_of_an_upgrade(told_of_upgrade: Told, story: type[Story], version: str) -> None:
+    told_of_upgrade[story, version].check()
