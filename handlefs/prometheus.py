@@ -5,6 +5,7 @@ the server's own work waiting.
 """
 
 import contextlib
+import errno
 import http
 import http.server
 import logging
@@ -58,13 +59,20 @@ class MetricsServer:
         name, port = self._server.socket.getsockname()[:2]
         self.url = f"http://{f'[{name}]' if ':' in name else name}:{port}/metrics"
         """Where the metrics are."""
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Answer from now on, in threads of this process."""
-        threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Listen no more."""
+        if self._thread is not None:
+            self._server.socket.shutdown(
+                socket.SHUT_RDWR
+            )  # wakes the thread, which else looks for an end twice a second
+            self._server.shutdown()
         self._server.server_close()
 
 
@@ -166,8 +174,9 @@ class _HttpServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
             return super().get_request()
-        except OSError:
-            time.sleep(1)  # out of descriptors or memory: who waits still does, and is asked for again at once
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                time.sleep(1)  # who waits still does, and is asked for again at once
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:

@@ -40,9 +40,6 @@ UNMOUNT_TIME = 1.0
 class Serving(Protocol):
     """What serves the requests of one mount."""
 
-    start_time: float
-    """Of time.monotonic()."""
-
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises OSError, StartupError."""
 
@@ -60,12 +57,12 @@ class SingleProcess:
     """Serves in this process, through pyfuse3."""
 
     def __init__(self, config: Config, source: Source) -> None:
-        self.start_time = time.monotonic()
         self._config = config
         self._source = source
         self._operations = Operations(source, read_only=config.options.read_only)
         self._counters = Counters()
         self._rate = Rate()
+        self._started = time.monotonic()
         source.cache = InodeCache(source.cache.statistics().capacity, self._counters.cache)
 
     def serve(self, on_ready: Callable[[], None]) -> None:
@@ -83,7 +80,7 @@ class SingleProcess:
         return (self._counters,)
 
     def status(self) -> dict[str, object]:
-        return {"operations_per_second": self._rate.per_second()}
+        return {"uptime": time.monotonic() - self._started, "operations_per_second": self._rate.per_second()}
 
     def evict(self, count: int | None) -> int:
         return self._source.evict_all() if count is None else self._source.cache.evict(count)
@@ -113,9 +110,9 @@ class Server:
         else:
             self.transport = "direct"
             self.serving = Supervisor(config, cache_size, foreground=foreground, inherited=inherited)
+        self._metrics = self._metrics_server()
         actions = {"reload": self.reload, "upgrade": self.upgrade}
         self._control = ControlServer(self.status, self.evict, config, actions)
-        self._metrics = None if config.metrics is None else _metrics_server(config.metrics, self.status)
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises StartupError if it cannot,
@@ -127,10 +124,10 @@ class Server:
         def ready() -> None:
             nonlocal device
             device = self._mount_device()
-            if self._metrics is not None:
-                self._metrics.start()
             if isinstance(self.serving, Supervisor) and notify.has_manager():
                 signal.signal(signal.SIGUSR1, lambda *_: self._supervisor.leave())
+            if self._metrics is not None:
+                self._metrics.start()
             on_ready()
             notify.notify("READY=1")
             if self._inherited is not None and self._inherited.client is not None:
@@ -198,7 +195,6 @@ class Server:
             "map": {"entries": self.source.map.count(), "bytes": self.source.map.bytes_on_disk()},
             "read_only": self.config.options.read_only,
             "metrics": None if self._metrics is None else self._metrics.url,
-            "uptime": time.monotonic() - self.serving.start_time,
             **Totals(self.serving.counters()).status(),
             **self.serving.status(),
         }
@@ -206,6 +202,19 @@ class Server:
     def evict(self, count: int | None) -> int:
         """Drop up to `count` of the least recently used cached inodes, or everything (None); returns how many."""
         return self.serving.evict(count)
+
+    def _metrics_server(self) -> "MetricsServer | None":
+        if self.config.metrics is None:
+            return None
+        from handlefs.prometheus import MetricsServer  # noqa: PLC0415 - most servers do without its library
+
+        try:
+            return MetricsServer(self.config.metrics, self.status)
+        except StartupError as error:
+            if self._inherited is None:
+                raise
+            log.error("%s", error)  # the mount is there, and goes on
+            return None
 
     def reload(self, _connection: socket.socket) -> dict[str, object]:
         """Replace the workers by ones with the code that is on disk. Raises ControlError."""
@@ -249,12 +258,6 @@ class Server:
                 "with pyfuse3 there are no workers to be replaced: use handlefs restart, with --transport=direct from now on"
             )
         return self.serving
-
-
-def _metrics_server(address: str, status: Callable[[], dict[str, object]]) -> "MetricsServer":
-    from handlefs.prometheus import MetricsServer  # noqa: PLC0415 - most servers do without its library
-
-    return MetricsServer(address, status)
 
 
 def _stays(mountpoint: str, device: tuple[int, int]) -> bool:

@@ -225,7 +225,6 @@ class Supervisor:
         self._vacant = dict.fromkeys(range(self._count), 0.0)  # slot → when it may be filled
         self._deaths: dict[int, tuple[int, int]] = {}  # slot → (request, workers that it killed)
         self._groups: set[int] = set()  # of processes: each template's, with its workers
-        self.start_time = time.monotonic()
         self._restarts = 0
         self._upgrades = 0
         self._inherited_workers: list[_Worker] = []
@@ -238,6 +237,7 @@ class Supervisor:
         self._unmounted = False
         self._connection = select.poll()
         self._rate = Rate()
+        self._start_time = time.monotonic()
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until the mount is gone; calls `on_ready` once all workers serve.
@@ -592,7 +592,7 @@ class Supervisor:
             removed=removed,
             restarts=self._restarts,
             upgrades=self._upgrades + 1,
-            start_time=self.start_time,
+            start_time=self._start_time,
         )
 
     def _execute(self, control: int, client: int, prepared: contextlib.AbstractContextManager[None]) -> None:
@@ -607,7 +607,7 @@ class Supervisor:
     def _take_over(self, state: handover.State) -> None:
         """Go on with what the predecessor had."""
         self.mount_device = state.mount_device
-        self._restarts, self._upgrades, self.start_time = state.restarts, state.upgrades, state.start_time
+        self._restarts, self._upgrades, self._start_time = state.restarts, state.upgrades, state.start_time
         self._groups.update(state.groups)
         for kept in state.removed:
             os.set_inheritable(kept.fd, False)
@@ -705,6 +705,7 @@ class Supervisor:
         """The part of `handlefs status` that is about the processes. No worker is asked: one may hang."""
         serving = sorted((worker.slot, worker) for worker in self._serving() if worker.slot is not None)
         return {
+            "uptime": time.monotonic() - self._start_time,
             "operations_per_second": self._rate.per_second(),
             "removed_files": len(getattr(self, "_removed", ())),  # none before the mount
             "workers": [self._worker_status(worker, index) for index, worker in serving],

@@ -39,7 +39,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--passthrough", default="off,auto", help="modes, one after the other (%(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="OPTION", help="of handlefs, as --workers=1")
     parser.add_argument("--nfs", action="store_true", help="clients over NFSv3 and NFSv4.2, in the NFS lab's guest")
-    parser.add_argument("--disturb", default=",".join(DISTURBANCES), help="by what (%(default)s)")
+    parser.add_argument("--disturb", default=",".join(DISTURBANCES), help="by what, all by default (%(default)s)")
     parser.add_argument(
         "--pause", type=float, nargs=2, metavar="S", help="between them, at random (0.02 0.1; NFS: 0.05 0.25)"
     )

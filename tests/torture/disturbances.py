@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from handlefs import control
@@ -41,7 +42,7 @@ class Victim:
 
 
 Disturbance = Callable[[Victim, random.Random], int]
-"""Does something to a server; returns how many processes it has killed."""
+"""Does something to a server; returns how many processes it has killed, or how many times it has succeeded."""
 
 
 def _kill(victim: Victim, chance: random.Random, name: str, most: int = 1) -> int:
@@ -72,50 +73,93 @@ def kill_all(victim: Victim, chance: random.Random) -> int:
     return _kill(victim, chance, ".*", most=1000)
 
 
-DISTURBANCES: Mapping[str, tuple[Disturbance, int]] = {
-    "worker": (kill_worker, 70),
-    "spare": (kill_spare, 10),
-    "template": (kill_template, 5),
-    "all": (kill_all, 1),
+def renew(victim: Victim, _chance: random.Random, command: str) -> int:
+    """`handlefs reload` or `upgrade`. It may be refused, when what it has just started is killed."""
+    try:
+        control.request(str(victim.mountpoint), {"op": command}, control.RELOAD_TIMEOUT)
+    except control.ControlError as error:
+        if "the old workers go on" not in str(error) and "others go on" not in str(error):
+            raise
+        return 0
+    return 1
+
+
+def reload(victim: Victim, chance: random.Random) -> int:
+    return renew(victim, chance, "reload")
+
+
+def upgrade(victim: Victim, chance: random.Random) -> int:
+    return renew(victim, chance, "upgrade")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A disturbance, and how often it is chosen among those of its `lane`: in each lane there is one at a time, and the lanes
+    know nothing of each other."""
+
+    act: Disturbance
+    weight: int
+    lane: str = "kills"
+
+
+DISTURBANCES: Mapping[str, Kind] = {
+    "worker": Kind(kill_worker, 70),
+    "spare": Kind(kill_spare, 10),
+    "template": Kind(kill_template, 5),
+    "all": Kind(kill_all, 1),
+    "reload": Kind(reload, 1, "renewals"),
+    "upgrade": Kind(upgrade, 1, "renewals"),
 }
-"""By name, with how often each is chosen."""
+"""By name."""
+
+KILLS = tuple(name for name, kind in DISTURBANCES.items() if kind.lane == "kills")
+_RENEWAL_PAUSE = (0.2, 2.0)
 
 
 class Disturbed:
-    """Disturbances at random times, in a thread: `times` are those of time.monotonic() at which something was killed."""
+    """Disturbances at random times: `times` are those of time.monotonic() at which something was killed or replaced."""
 
     def __init__(self, victim: Victim, names: Sequence[str], seed: int, pause: tuple[float, float]) -> None:
-        """Wait between `pause` seconds, at random, between two disturbances out of `names`."""
+        """With `pause` seconds, at random, between two kills."""
         self.times: list[float] = []
         self.counts: Counter[str] = Counter()
         self._victim = victim
-        self._names = list(names)
-        self._weights = [DISTURBANCES[name][1] for name in names]
-        self._chance = random.Random(seed)
-        self._pause = pause
+        self._seed = seed
+        self._lanes = {
+            lane: ([name for name in names if DISTURBANCES[name].lane == lane], pauses)
+            for lane, pauses in (("kills", pause), ("renewals", _RENEWAL_PAUSE))
+        }
         self._stop = threading.Event()
         self._failures: list[BaseException] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Until the end of the block; what has failed in the thread is raised there."""
-        thread = threading.Thread(target=self._run, name="disturbances", daemon=True)
-        thread.start()
+        """Until the end of the block; what has failed is raised there."""
+        threads = [
+            threading.Thread(target=self._run, args=(lane, names, pause), name=lane, daemon=True)
+            for lane, (names, pause) in self._lanes.items()
+            if names
+        ]
+        for thread in threads:
+            thread.start()
         try:
             yield
         finally:
             self._stop.set()
-            thread.join()
+            for thread in threads:
+                thread.join()
         if self._failures:
             raise self._failures[0]
 
-    def _run(self) -> None:
+    def _run(self, lane: str, names: Sequence[str], pause: tuple[float, float]) -> None:
+        chance = random.Random(f"{self._seed} {lane}")
+        weights = [DISTURBANCES[name].weight for name in names]
         try:
-            while not self._stop.wait(self._chance.uniform(*self._pause)):
-                (name,) = self._chance.choices(self._names, self._weights)
+            while not self._stop.wait(chance.uniform(*pause)):
+                (name,) = chance.choices(names, weights)
                 now = time.monotonic()
-                if killed := DISTURBANCES[name][0](self._victim, self._chance):
-                    self.counts[name] += killed
+                if done := DISTURBANCES[name].act(self._victim, chance):
+                    self.counts[name] += done
                     self.times.append(now)
         except BaseException as error:
             self._failures.append(error)

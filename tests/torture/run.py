@@ -20,7 +20,7 @@ from handlefs import control
 from ..posix.compare import in_the_end
 from ..support.users import ALICE, BOB, ROOT, STAFF_ALICE, Child
 from .client import RECORD, Assignment, Client, Report, log_record
-from .disturbances import DISTURBANCES, Disturbed, Victim
+from .disturbances import KILLS, Disturbed, Victim
 from .features import FEATURES
 from .tree import expect
 
@@ -44,7 +44,7 @@ class Plan:
     disturbed: float = 60.0
     roots: Sequence[tuple[Path, frozenset[str]]] = ()
     """With what a client can do there; the mount itself by default."""
-    disturbances: Sequence[str] = tuple(DISTURBANCES)
+    disturbances: Sequence[str] = KILLS
     pause: tuple[float, float] = (0.02, 0.1)
     clients: int = CLIENTS
     closes: bool = True
@@ -79,7 +79,7 @@ class Figures:
         killed = ", ".join(f"{count} {name}" for name, count in sorted(self.disturbances.items()))
         return [
             f"{self.steps.total():,} steps of {len(self.steps)} kinds, none wrong; the source is as the clients say",
-            f"killed: {killed or 'nothing'}",
+            f"killed or renewed: {killed or 'nothing'}",
             f"{self.restarts:,} workers replaced, {self.finished:,} requests finished by a successor",
             f"steps per second: {self.peace_rate:,.0f} in peace, {self.disturbed_rate:,.0f} disturbed: {self.lost:.0%} lost",
             f"a call takes {spread(self.peace_calls)} in peace, {spread(self.hit_calls)} when something is killed meanwhile",
@@ -139,7 +139,7 @@ def torture(plan: Plan) -> Figures:
     _check_source(base, assignments, reports)
     facts = _check_processes(plan, victim, descriptors)
     after = status(plan)
-    peace, hit = _sort_calls(calls, phases, disturbed.times)
+    peace, hit = _sort_calls(calls, phases, sorted(disturbed.times))
     return Figures(
         steps=sum((report.steps for report in reports), Counter()),
         disturbances=disturbed.counts,

@@ -15,6 +15,7 @@ from ..support.filesystems import FileSystems
 from ..support.server import mounted
 from ..support.users import ALICE, ROOT, Child, User
 from .client import Assignment, Client, Report
+from .disturbances import DISTURBANCES, KILLS
 from .features import FEATURES
 from .run import PATIENCE, Plan, check_competition, torture
 from .tree import File, WrongResult
@@ -33,15 +34,20 @@ on_each = pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"], indirect=Tru
 
 
 @on_each
-@pytest.mark.parametrize("passthrough", ["off", "auto"])
+@pytest.mark.parametrize(("passthrough", "disturbances"), [("off", KILLS), ("auto", tuple(DISTURBANCES))])
 def test_clients_do_not_notice(
-    kind: str, passthrough: str, filesystems: FileSystems, pytestconfig: pytest.Config
+    kind: str,
+    passthrough: str,
+    disturbances: tuple[str, ...],
+    filesystems: FileSystems,
+    pytestconfig: pytest.Config,
 ) -> None:
+    """Neither of kills nor, with passthrough, of kills while the workers and the supervisor are replaced by newer code."""
     source = filesystems[kind] / f"torture-{passthrough}"
     source.mkdir()
     with mounted(source, None, "--transport=direct", f"--passthrough={passthrough}") as server:
         seconds = float(pytestconfig.getoption("--stress-seconds"))
-        figures = torture(Plan(server.path, source, SEED, peace=2, disturbed=seconds))
+        figures = torture(Plan(server.path, source, SEED, peace=2, disturbed=seconds, disturbances=disturbances))
     print(*figures.lines(), sep="\n")
     assert figures.restarts > 0
     assert figures.finished > 0
