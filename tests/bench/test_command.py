@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.children import environment
 from bench.figures import Figure, load
 from bench.report import BEGIN, END, PAGE
-from bench.speed import environment
 
 from ..support.filesystems import scratch_directory, unmount
 
