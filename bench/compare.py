@@ -24,7 +24,7 @@ from bench.tables import number
 
 RELEVANT = 1.05
 """Smaller changes are not worth a word, however sure they are."""
-CONTEXT = ("kernel", "machine", "file system")
+CONTEXT = ("kernel", "machine", "file system", "scale")
 STEADY_UNITS = ("MiB", "descriptors", "bytes an entry")
 STEADY_RELEVANT = 1.25
 WORSE, BETTER, SAME, UNKNOWN, BROKEN, MENDED = "worse", "better", "same", "too few samples", "fails now", "works now"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import examples, kernel
+from bench.children import environment
 from bench.errors import BenchError, UnavailableError, WorkloadError
 from bench.figures import NATIVE
 
@@ -184,7 +185,12 @@ def _start(contestant: Contestant, arguments: list[str], log: Path) -> "subproce
     try:
         with log.open("wb") as output:
             return subprocess.Popen(
-                arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=environment(),
             )
     except OSError as error:
         raise BenchError(f"{contestant.name}: cannot start {arguments[0]}: {error.strerror}") from error

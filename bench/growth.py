@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import kernel
+from bench.children import environment
 from bench.contestants import Place
 from bench.errors import BenchError
 from bench.figures import NATIVE, Figure, Part
 from bench.plan import Plan
-from bench.speed import environment
 from bench.workloads import make_files
 
 FILES_IN_DIRECTORY = 1000

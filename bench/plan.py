@@ -126,6 +126,7 @@ class Plan:
         found = {"kernel": platform.release(), "machine": kernel.machine()}
         found["file system"] = kernel.filesystem_type(self.work)
         found["versions"] = ", ".join(f"{name} {number}" for name, number in self._versions().items())
+        found["scale"] = self.sizes.scale
         found["date"] = time.strftime("%Y-%m-%d", time.gmtime())
         found["load average at the end"] = f"{os.getloadavg()[0]:.2f}"
         return Conditions({**found, **facts}, self._commands, self._mount_options, self.left_out)

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench import requests
+from bench.children import environment
 from bench.contestants import Contestant, handlefs
 from bench.errors import BenchError
 from bench.figures import Figure, Part
 from bench.plan import Plan
-from bench.speed import environment
 from bench.workloads import make_files
 from handlefs.accelerator import native
 

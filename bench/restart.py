@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench import kernel
+from bench.children import environment
 from bench.errors import BenchError, UnavailableError
 from bench.figures import Figure, Part
 from bench.plan import Plan
-from bench.speed import environment
 from bench.workloads import make_files
 from handlefs import control
 from handlefs.cli.main import cli
@@ -65,26 +65,31 @@ def measure(plan: Plan) -> Part:
     """The part `restart`."""
     plan.steps.expect(len(EVENTS) * plan.sizes.pauses)
     make_files(plan.work / "source", 1, b"content")
-    figures = []
+    figures: list[Figure] = []
     with _mounted(plan.work) as mountpoint:
         for name, event in EVENTS.items():
-            pauses: list[float] = []
-            failed: list[float] = []
-            failure = ""
-            try:
-                for _ in range(plan.sizes.pauses):
-                    plan.steps.step(name)
-                    pause, errors = _probed(mountpoint, event)
-                    pauses.append(pause * 1e3)
-                    failed.append(errors)
-            except UnavailableError as error:
-                failure = str(error)
-            figures += [
-                Figure("restart", name, name, "longest pause", "ms", tuple(pauses), failure),
-                Figure("restart", name, name, "failed calls", "calls", tuple(failed), failure),
-            ]
+            figures += _measured(plan, mountpoint, name, event)
     command = f"handlefs {{source}} {{mount}} --state-dir {{state}} {' '.join(OPTIONS)}"
     return Part(plan.conditions(server=command, events=f"{plan.sizes.pauses} of each"), figures)
+
+
+def _measured(plan: Plan, mountpoint: Path, name: str, event: Callable[[Path], None]) -> list[Figure]:
+    """The event again and again."""
+    pauses: list[float] = []
+    failed: list[float] = []
+    try:
+        for _ in range(plan.sizes.pauses):
+            plan.steps.step(name)
+            pause, errors = _probed(mountpoint, event)
+            pauses.append(pause * 1e3)
+            failed.append(errors)
+    except UnavailableError as error:
+        return [Figure("restart", name, name, "longest pause", "ms", (), str(error))]
+    return [
+        Figure("restart", name, name, "longest pause", "ms", tuple(pauses)),
+        Figure("restart", name, name, "of all", "ms", (max(pauses),)),
+        Figure("restart", name, name, "failed calls", "calls", tuple(failed)),
+    ]
 
 
 @contextmanager

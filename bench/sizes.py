@@ -8,6 +8,7 @@ from dataclasses import dataclass
 class Sizes:
     """How much each part does."""
 
+    scale: str = "full"
     # speed
     small: int = 4000  # files
     large: int = 100_000  # files
@@ -44,6 +45,7 @@ class Sizes:
 SCALES: Mapping[str, Sizes] = {
     "full": Sizes(),
     "quick": Sizes(
+        scale="quick",
         large=8000,
         calls=600,
         changes=400,
@@ -64,6 +66,7 @@ SCALES: Mapping[str, Sizes] = {
     ),
     # To try that everything works: the figures mean nothing.
     "tiny": Sizes(
+        scale="tiny",
         small=200,
         large=300,
         calls=100,

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from bench import kernel
+from bench.children import environment
 from bench.contestants import Place
 from bench.errors import WorkloadError
 from bench.figures import Figure, Part
@@ -23,7 +24,6 @@ from bench.plan import Plan, Steps
 from bench.sizes import Sizes
 from bench.workloads import NAMES, WORKLOADS, Sample, State, Workload, make_files, prepare, restore
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 SAMPLE_SECONDS = 120  # after which a server is taken for stuck
 
 DROPPED = {State.COLD_NAMES: kernel.NAMES, State.COLD: kernel.NAMES_AND_DATA}
@@ -157,12 +157,6 @@ def measure_once(row: Row, place: Place, places: Sequence[Place], sizes: Sizes) 
     sample = _run_client(row, place, sizes)
     os.sync()  # what was written is not for the next contestant to wait for
     return sample
-
-
-def environment() -> dict[str, str]:
-    """For children that run modules of this checkout, from whatever directory."""
-    inherited = os.environ.get("PYTHONPATH")
-    return os.environ | {"PYTHONPATH": f"{CHECKOUT}{os.pathsep}{inherited}" if inherited else str(CHECKOUT)}
 
 
 def _run_client(row: Row, place: Place, sizes: Sizes) -> Sample:

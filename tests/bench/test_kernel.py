@@ -1,0 +1,87 @@
+"""What is asked of the kernel about a server and its worker processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench import kernel
+
+# A parent with a child, each of which has 32 MiB of its own and ten descriptors more than it needs; the child computes.
+SERVER = """
+import os, sys
+room = bytearray(os.urandom(1 << 20) * 32)
+held = [os.open("/dev/null", os.O_RDONLY) for _ in range(10)]
+if os.fork() == 0:
+    room = bytearray(os.urandom(1 << 20) * 32)
+    print("ready", flush=True)
+    while True:
+        pass
+os.wait()
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[int]:
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process.pid
+        for pid in reversed(kernel.processes(process.pid)):
+            kernel.kill(pid)
+
+
+def test_descendants_belong_to_a_server(server: int) -> None:
+    processes = kernel.processes(server)
+    assert processes[0] == server
+    assert len(processes) == 2
+
+
+def test_memory_and_descriptors_of_all_processes(server: int) -> None:
+    assert kernel.memory(server) > 64
+    assert kernel.memory(server) < 200
+    assert 20 < kernel.descriptors(server) < 60
+
+
+def test_a_child_that_computes_is_not_quiet(server: int) -> None:
+    before = kernel.cpu_seconds(server)
+    time.sleep(0.2)
+    assert kernel.cpu_seconds(server) > before
+
+
+def test_a_process_that_has_ended_needs_nothing() -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    assert kernel.cpu_seconds(process.pid) == 0
+    kernel.kill(process.pid)
+
+
+def test_mounts(ext4: Path) -> None:
+    assert kernel.is_mounted(ext4)
+    assert not kernel.is_mounted(ext4 / "nothing")
+    assert "rw" in kernel.mount_options(ext4).split(",")
+    assert kernel.filesystem_type(ext4 / "any") == "ext4"
+
+
+def test_dropped_caches_drop_what_is_dropped(ext4: Path) -> None:
+    """A file's pages are not in memory any more."""
+    path = ext4 / "cached"
+    path.write_bytes(os.urandom(1 << 20))
+    assert _cached(path)
+    kernel.drop_caches(kernel.NAMES_AND_DATA)
+    assert not _cached(path)
+    path.unlink()
+
+
+def _cached(path: Path) -> bool:
+    with path.open("rb", buffering=0) as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(4096)], 0, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False

@@ -1,0 +1,82 @@
+"""Workloads: what they do in a directory, alone and with several clients."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.client import together
+from bench.sizes import SCALES
+from bench.workloads import BY_NAME, NAMES, Sample, Share, Stopwatch, Workload, prepare, restore
+
+SIZES = SCALES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("workloads") / "source"
+    prepare(path, SIZES)
+    return path
+
+
+def content(directory: Path) -> dict[Path, int]:
+    """Every path, with the size of the files."""
+    return {path: path.stat().st_size if path.is_file() else 0 for path in directory.rglob("*")}
+
+
+@pytest.mark.parametrize("workload", BY_NAME.values(), ids=lambda workload: workload.name)
+def test_directory_is_left_as_it_was(directory: Path, workload: Workload) -> None:
+    before = content(directory)
+    sample = workload.run(directory, SIZES, Share())
+    assert sample.seconds > 0
+    assert sample.operations > 0
+    assert content(directory) == before
+
+
+@pytest.mark.parametrize(
+    "workload", [one for one in BY_NAME.values() if one.parallel], ids=lambda workload: workload.name
+)
+def test_clients_share_the_work(directory: Path, workload: Workload) -> None:
+    before = content(directory)
+    sample = together(workload, directory, SIZES, 4)
+    assert sample.seconds == sample.ended - sample.began > 0
+    alone = workload.run(directory, SIZES, Share()).operations
+    assert alone <= sample.operations <= 4 * alone
+    assert content(directory) == before
+
+
+def test_time_of_several_clients_is_from_the_first_start_to_the_last_end() -> None:
+    """One after the other on the only CPU, each fast: together they are no faster."""
+    samples = [Sample(1, 100, began=0, ended=1), Sample(1, 100, began=1, ended=2)]
+    assert Sample.together(samples) == Sample(2, 200, 0, 2)
+
+
+def test_a_client_that_fails_is_told(directory: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        together(BY_NAME["stat-cold"], directory / "missing", SIZES, 2)
+
+
+def test_stopwatch_counts_only_what_runs() -> None:
+    watch = Stopwatch()
+    for _ in range(2):
+        with watch.running():
+            time.sleep(0.01)
+        time.sleep(0.05)
+    sample = watch.sample(2)
+    assert sample.ended - sample.began >= sample.seconds + 0.05
+    assert sample.seconds >= 0.02
+
+
+def test_what_a_failed_workload_leaves_is_removed(directory: Path) -> None:
+    (directory / "changes" / "clone").mkdir()
+    (directory / "changes" / "clone" / "file").write_text("half a clone")
+    restore(directory)
+    assert not list((directory / "changes").iterdir())
+
+
+def test_a_listing_that_is_not_complete_is_an_error(directory: Path) -> None:
+    with pytest.raises(RuntimeError, match="shows 300 files instead of 301"):
+        NAMES.run(directory, replace(SIZES, large=301), Share())
