@@ -88,7 +88,10 @@ class Server:
         if config.transport == "pyfuse3":
             self.transport, self.serving = "pyfuse3", SingleProcess(config, self.source)
         else:
-            self.transport, self.serving = "direct", Supervisor(config, cache_size, foreground=foreground)
+            self.transport, self.serving = (
+                "direct",
+                Supervisor(config, self.source.volumes.opened, self.state_dir, cache_size, foreground=foreground),
+            )
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Mount and serve until unmounted; calls `on_ready` when the mount answers. Raises StartupError if it cannot,

@@ -21,8 +21,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from handlefs import __version__
 from handlefs.config import Config, Passthrough
 from handlefs.droplog import DropLog
 from handlefs.errors import StartupError
@@ -35,6 +37,7 @@ from handlefs.slot import Slot, SlotMemory
 from handlefs.statedir import SHARED_MEMORY
 from handlefs.transport import direct
 from handlefs.transport.backingtable import BackingTable, table_directory
+from handlefs.volumes import OpenedSource
 from handlefs.worker import COUNTED, Assignment, answer_eio
 
 log = logging.getLogger(__name__)
@@ -181,9 +184,13 @@ class _Template:
 class Supervisor:
     """One mount; `serve` runs it once."""
 
-    def __init__(self, config: Config, cache_size: int, *, foreground: bool) -> None:
+    def __init__(
+        self, config: Config, source: OpenedSource, state_dir: Path, cache_size: int, *, foreground: bool
+    ) -> None:
         """`cache_size` is for all workers together; in the `foreground` they log to stderr."""
         self._config = config
+        self._source = source
+        self._state_dir = state_dir
         self._foreground = foreground
         self._count = config.workers
         self._cache_size = cache_size
@@ -244,6 +251,8 @@ class Supervisor:
         stack.callback(self._removed.close)
         self._removed.start()
         stack.callback(self._selector.close)
+        state_dir = os.open(self._state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, state_dir)
         self._assignment = Assignment(
             config=self._config,
             foreground=self._foreground,
@@ -252,6 +261,10 @@ class Supervisor:
             flags=negotiated.flags,
             max_write=negotiated.max_write,
             slot_count=self._count,
+            version=__version__,
+            source=self._source.fd,
+            filesystem=self._source.filesystem,
+            state_dir=state_dir,
             device=self._device,
             slots=memory.fd,
             drops=self._drops.fd,

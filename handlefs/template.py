@@ -13,6 +13,7 @@ import sys
 import time
 from typing import NoReturn
 
+from handlefs import __version__
 from handlefs.process import die_with, set_name
 from handlefs.worker import Assignment, send, work
 
@@ -28,6 +29,8 @@ def main() -> None:
     die_with(supervisor)
     set_name("handlefs-tmpl")
     assignment = Assignment.from_json(orders.recv(_LONGEST_ASSIGNMENT).decode())
+    if assignment.version != __version__:
+        sys.exit(f"handlefs {__version__} cannot serve a mount of version {assignment.version}: restart it")
     gc.freeze()  # what the workers share with this process is not to be written to
     while True:
         order, descriptors, _, _ = socket.recv_fds(orders, 1, 1)

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from handlefs import faults
@@ -26,10 +27,11 @@ from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.daemon import set_up_logging
 from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
+from handlefs.filesystem import FileSystem
 from handlefs.inodecache import InodeCache
 from handlefs.metrics import Counting, SharedCounters
 from handlefs.openfiles import OpenFiles
-from handlefs.opening import open_map, open_source, state_dir_of
+from handlefs.opening import open_map, open_source
 from handlefs.operations import Operations
 from handlefs.process import die_with, set_name
 from handlefs.protocol import abi
@@ -42,6 +44,7 @@ from handlefs.transport.backingtable import BackingTable
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.receiver import Receiver
 from handlefs.transport.replay import CHANGING, Replay
+from handlefs.volumes import OpenedSource
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,14 @@ class Assignment:
     flags: int
     max_write: int
     slot_count: int
+    version: str
+    """Of handlefs: all processes of a mount share memory, so they must have the same."""
+    source: int
+    """Descriptor of the source's directory: what is at its path may be another one by now."""
+    filesystem: FileSystem
+    """The source's."""
+    state_dir: int
+    """Descriptor of the state directory, for the same reason."""
     device: int
     """Descriptor of /dev/fuse."""
     slots: int
@@ -79,8 +90,8 @@ class Assignment:
 
     def descriptors(self) -> tuple[int, ...]:
         """All descriptors that it names."""
-        numbers = (self.device, self.slots, self.drops, self.removed, self.backing)
-        return tuple(number for number in numbers if number is not None)
+        numbers = (self.source, self.state_dir, self.device, self.slots, self.drops, self.removed)
+        return numbers if self.backing is None else (*numbers, self.backing)
 
     def to_json(self) -> str:
         """For the template; from_json() reads it back."""
@@ -89,7 +100,8 @@ class Assignment:
     @classmethod
     def from_json(cls, text: str) -> "Assignment":
         values = json.loads(text)
-        return cls(**values | {"config": Config.from_dict(values["config"])})
+        config, filesystem = Config.from_dict(values["config"]), FileSystem(*values["filesystem"])
+        return cls(**values | {"config": config, "filesystem": filesystem})
 
     @property
     def negotiated(self) -> Negotiated:
@@ -220,8 +232,8 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
 
 def _open_source(assignment: Assignment) -> Source:
     config = assignment.config
-    source = open_source(config.source, 0, config)
-    source.attach_map(open_map(state_dir_of(source, config.state_dir), source))
+    source = open_source(config.source, 0, config, OpenedSource(assignment.source, assignment.filesystem))
+    source.attach_map(open_map(Path(f"/proc/self/fd/{assignment.state_dir}"), source))
     return source
 
 
