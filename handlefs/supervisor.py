@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from handlefs import connection, handover, interpreter, notify, service
@@ -36,6 +37,7 @@ from handlefs.process import adopt_orphans
 from handlefs.protocol import abi
 from handlefs.removed import KeptFile, RemovedFiles
 from handlefs.slot import Slot, SlotMemory
+from handlefs.volumes import OpenedSource
 from handlefs.worker import COUNTED, Assignment, answer_eio
 
 log = logging.getLogger(__name__)
@@ -206,11 +208,20 @@ class Supervisor:
     """One mount; `serve` runs it once."""
 
     def __init__(
-        self, config: Config, cache_size: int, *, foreground: bool, inherited: handover.State | None = None
+        self,
+        config: Config,
+        source: OpenedSource,
+        state_dir: Path,
+        cache_size: int,
+        *,
+        foreground: bool,
+        inherited: handover.State | None = None,
     ) -> None:
         """`cache_size` is for all workers together; in the `foreground` they log to stderr. It mounts, or takes over what it
         has `inherited`."""
         self._config = config
+        self._source = source
+        self._state_dir = state_dir
         self._foreground = foreground
         self._count = config.workers
         self._cache_size = cache_size
@@ -277,7 +288,9 @@ class Supervisor:
         """Mount, or take over; `stack` undoes it."""
         state = self._inherited
         if state is None:
-            opened = connection.mounted(self._config, self._cache_size, foreground=self._foreground)
+            opened = connection.mounted(
+                self._config, self._source, self._state_dir, self._cache_size, foreground=self._foreground
+            )
         else:
             opened = connection.inherited(state.connection)
         self._shared = stack.enter_context(opened)
