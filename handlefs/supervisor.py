@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from handlefs import connection, handover, interpreter, notify, service
@@ -35,6 +36,7 @@ from handlefs.process import adopt_orphans
 from handlefs.protocol import abi
 from handlefs.removed import KeptFile, RemovedFiles
 from handlefs.slot import Slot, SlotMemory
+from handlefs.volumes import OpenedSource
 from handlefs.worker import Assignment, answer_eio
 
 log = logging.getLogger(__name__)
@@ -205,11 +207,20 @@ class Supervisor:
     """One mount; `serve` runs it once."""
 
     def __init__(
-        self, config: Config, cache_size: int, *, foreground: bool, inherited: handover.State | None = None
+        self,
+        config: Config,
+        source: OpenedSource,
+        state_dir: Path,
+        cache_size: int,
+        *,
+        foreground: bool,
+        inherited: handover.State | None = None,
     ) -> None:
         """`cache_size` is for all workers together; in the `foreground` they log to stderr. It mounts, or takes over what it
         has `inherited`."""
         self._config = config
+        self._source = source
+        self._state_dir = state_dir
         self._foreground = foreground
         self._count = config.workers
         self._cache_size = cache_size
@@ -276,7 +287,9 @@ class Supervisor:
         """Mount, or take over; `stack` undoes it."""
         state = self._inherited
         if state is None:
-            opened = connection.mounted(self._config, self._cache_size, foreground=self._foreground)
+            opened = connection.mounted(
+                self._config, self._source, self._state_dir, self._cache_size, foreground=self._foreground
+            )
         else:
             opened = connection.inherited(state.connection)
         self._shared = stack.enter_context(opened)

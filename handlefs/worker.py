@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from handlefs import faults
@@ -26,11 +27,12 @@ from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.daemon import set_up_logging
 from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
+from handlefs.filesystem import FileSystem
 from handlefs.inodecache import InodeCache
 from handlefs.layout import LAYOUT, check_layout
 from handlefs.metrics import Counters
 from handlefs.openfiles import OpenFiles
-from handlefs.opening import open_map, open_source, state_dir_of
+from handlefs.opening import open_map, open_source
 from handlefs.operations import Operations
 from handlefs.process import die_with, set_name
 from handlefs.protocol import abi
@@ -43,6 +45,7 @@ from handlefs.transport.backingtable import BackingTable
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.receiver import Receiver
 from handlefs.transport.replay import CHANGING, Replay
+from handlefs.volumes import OpenedSource
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,12 @@ class Assignment:
     flags: int
     max_write: int
     slot_count: int
+    source: int
+    """Descriptor of the source's directory: what is at its path may be another one by now."""
+    filesystem: FileSystem
+    """The source's."""
+    state_dir: int
+    """Descriptor of the state directory, for the same reason."""
     device: int
     """Descriptor of /dev/fuse."""
     slots: int
@@ -77,7 +86,7 @@ class Assignment:
 
     def descriptors(self) -> dict[str, int]:
         """All descriptors that it names, by their names here."""
-        names = ("device", "slots", "drops", "removed", "backing")
+        names = ("source", "state_dir", "device", "slots", "drops", "removed", "backing")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def to_json(self) -> str:
@@ -89,7 +98,18 @@ class Assignment:
         """What to_json() wrote, maybe by another version. Raises StartupError if that shares memory in another layout."""
         values = json.loads(text)
         check_layout(values.pop("layout", None))
-        return cls(**values | {"config": Config.from_dict(values["config"])})
+        config, filesystem = Config.from_dict(values["config"]), FileSystem(*values["filesystem"])
+        return cls(**values | {"config": config, "filesystem": filesystem})
+
+    @property
+    def opened_source(self) -> OpenedSource:
+        """The source, as the first supervisor has opened it."""
+        return OpenedSource(self.source, self.filesystem)
+
+    @property
+    def state_path(self) -> Path:
+        """The state directory, wherever it is by now."""
+        return Path(f"/proc/self/fd/{self.state_dir}")
 
     @property
     def negotiated(self) -> Negotiated:
@@ -236,8 +256,8 @@ def rehearse(assignment: Assignment) -> None:
 
 def _open_source(assignment: Assignment) -> Source:
     config = assignment.config
-    source = open_source(config.source, 0, config)
-    source.attach_map(open_map(state_dir_of(source, config.state_dir), source))
+    source = open_source(config.source, 0, config, assignment.opened_source)
+    source.attach_map(open_map(assignment.state_path, source))
     return source
 
 
