@@ -91,6 +91,12 @@ def sizes_of(arguments: argparse.Namespace) -> Sizes:
     return sizes if arguments.minutes is None else replace(sizes, minutes=arguments.minutes)
 
 
+def workloads_of(arguments: argparse.Namespace) -> list[str]:
+    """The names of the workloads of the part `speed`."""
+    named: list[str] = arguments.workload
+    return named or [workload.name for workload in WORKLOADS if workload.quick or arguments.scale != "quick"]
+
+
 @contextmanager
 def workplace(directory: Path) -> Iterator[Path]:
     """A new directory for everything that is made; it is removed when all servers have ended."""
@@ -113,7 +119,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> bool:
             bar = Bar(console, name)
             part_work = work / name
             part_work.mkdir()
-            plan = Plan(part_work, work / "bin", ready, sizes, bar, arguments.workload, left_out)
+            plan = Plan(part_work, work / "bin", ready, sizes, bar, workloads_of(arguments), left_out)
             try:
                 with bar.shown():
                     part = PARTS[name](plan)

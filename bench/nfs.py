@@ -56,7 +56,7 @@ def guest_sizes(sizes: Sizes) -> Sizes:
         random=min(sizes.random, 500),
         sources=1,
         rounds=min(sizes.rounds, 7),
-        minutes=min(sizes.minutes, MINUTES),
+        minutes=min(sizes.minutes / 3, MINUTES),
     )
 
 

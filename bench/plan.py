@@ -73,8 +73,8 @@ class Plan:
     everybody: Sequence[Contestant]
     sizes: Sizes
     steps: Steps
-    workloads: Sequence[str] = ()
-    """Names of the workloads to measure; all if there are none."""
+    workloads: Sequence[str]
+    """Names of the workloads of the part `speed`."""
     unavailable: Mapping[str, str] = field(default_factory=dict)
     """Contestants that would take part if they were on this machine, and what is missing."""
     left_out: dict[str, str] = field(default_factory=dict)
