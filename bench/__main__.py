@@ -66,7 +66,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="another contestant: a command that serves {source} at {mount} in the foreground")  # fmt: skip
     add("--without", action="append", default=[], metavar="NAME", help="leave out a contestant; may be repeated")
     add("--workload", action="append", default=[], choices=[workload.name for workload in WORKLOADS], metavar="NAME",
-        help=f"part speed: only this one; may be repeated. One of: {', '.join(w.name for w in WORKLOADS)}")  # fmt: skip
+        help=f"in speed and nfs: only this one; may be repeated. One of: {', '.join(w.name for w in WORKLOADS)}")  # fmt: skip
     add("--rounds", type=positive, metavar="N", help="samples of each figure in the parts with rounds")
     add("--minutes", type=float, metavar="M", help="begin no round of a part that would not end within")
     return parser.parse_args(argv)
@@ -92,7 +92,7 @@ def sizes_of(arguments: argparse.Namespace) -> Sizes:
 
 
 def workloads_of(arguments: argparse.Namespace) -> list[str]:
-    """The names of the workloads of the part `speed`."""
+    """The names of the workloads that are wanted."""
     named: list[str] = arguments.workload
     return named or [workload.name for workload in WORKLOADS if workload.quick or arguments.scale != "quick"]
 

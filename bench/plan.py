@@ -74,7 +74,7 @@ class Plan:
     sizes: Sizes
     steps: Steps
     workloads: Sequence[str]
-    """Names of the workloads of the part `speed`."""
+    """Names of those that are wanted of the parts `speed` and `nfs`."""
     unavailable: Mapping[str, str] = field(default_factory=dict)
     """Contestants that would take part if they were on this machine, and what is missing."""
     left_out: dict[str, str] = field(default_factory=dict)
