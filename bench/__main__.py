@@ -66,7 +66,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="another contestant: a command that serves {source} at {mount} in the foreground")  # fmt: skip
     add("--without", action="append", default=[], metavar="NAME", help="leave out a contestant; may be repeated")
     add("--workload", action="append", default=[], choices=[workload.name for workload in WORKLOADS], metavar="NAME",
-        help=f"part speed: only this one; may be repeated. One of: {', '.join(w.name for w in WORKLOADS)}")  # fmt: skip
+        help=f"in speed and nfs: only this one; may be repeated. One of: {', '.join(w.name for w in WORKLOADS)}")  # fmt: skip
     add("--rounds", type=positive, metavar="N", help="samples of each figure in the parts with rounds")
     add("--minutes", type=float, metavar="M", help="begin no round of a part that would not end within")
     return parser.parse_args(argv)
@@ -91,6 +91,12 @@ def sizes_of(arguments: argparse.Namespace) -> Sizes:
     return sizes if arguments.minutes is None else replace(sizes, minutes=arguments.minutes)
 
 
+def workloads_of(arguments: argparse.Namespace) -> list[str]:
+    """The names of the workloads that are wanted."""
+    named: list[str] = arguments.workload
+    return named or [workload.name for workload in WORKLOADS if workload.quick or arguments.scale != "quick"]
+
+
 @contextmanager
 def workplace(directory: Path) -> Iterator[Path]:
     """A new directory for everything that is made; it is removed when all servers have ended."""
@@ -113,7 +119,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> bool:
             bar = Bar(console, name)
             part_work = work / name
             part_work.mkdir()
-            plan = Plan(part_work, work / "bin", ready, sizes, bar, arguments.workload, left_out)
+            plan = Plan(part_work, work / "bin", ready, sizes, bar, workloads_of(arguments), left_out)
             try:
                 with bar.shown():
                     part = PARTS[name](plan)

@@ -1,4 +1,4 @@
-"""In the guest: python -m bench.nfsguest FILESYSTEM SIZES
+"""In the guest: python -m bench.nfsguest FILESYSTEM SIZES WORKLOAD...
 
 Exports a directory and a handlefs mount of another one, mounts both with NFSv3 and v4.2, and measures them in interleaved
 rounds. Writes lines of JSON to descriptor 3: the steps, and at the end the figures.
@@ -24,10 +24,6 @@ from tests.nfs.knfsd import Client, Export, HandlefsExport, NativeExport, start_
 REPORTS = 3
 VERSIONS = ("3", "4.2")
 HANDLEFS = "handlefs"
-WORKLOADS = (
-    "stat-cold", "ls-cold", "open", "create", "rename", "unlink", "mkdir", "read-4k", "write-4k",
-    "seq-read-cold", "rand-read-cold", "seq-write",
-)  # fmt: skip
 
 
 class Told:
@@ -57,14 +53,14 @@ def exports(filesystem: Path, sizes: Sizes) -> dict[str, Export]:
     }
 
 
-def measured(exported: dict[str, Export], sizes: Sizes) -> tuple[list[Figure], int]:
+def measured(exported: dict[str, Export], sizes: Sizes, workloads: Sequence[str]) -> tuple[list[Figure], int]:
     """The figures, and the number of rounds that were done."""
     places = [
         Place(Contestant(f"{name} {version}", None), Client(export, version).path, export.source)
         for name, export in exported.items()
         for version in VERSIONS
     ]
-    rounds = Rounds([Row(BY_NAME[name], 1) for name in WORKLOADS], places, sizes)
+    rounds = Rounds([Row(BY_NAME[name], 1) for name in workloads], places, sizes)
     rounds.run(sizes.rounds, sizes.minutes * 60, Told())
     return [_renamed(figure) for figure in rounds.figures()], rounds.done
 
@@ -79,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     sizes = Sizes(**json.loads(arguments[1]))
     start_nfsd()
     exported = exports(Path("/mnt", arguments[0]), sizes)
-    figures, rounds = measured(exported, sizes)
+    figures, rounds = measured(exported, sizes, arguments[2:])
     options = kernel.mount_options(exported[HANDLEFS].path)
     facts = {"rounds": str(rounds), "handlefs": f"direct, without passthrough, which this kernel lacks; {options}"}
     tell({"kernel": platform.release(), "facts": facts, "figures": [asdict(figure) for figure in figures]})

@@ -73,8 +73,8 @@ class Plan:
     everybody: Sequence[Contestant]
     sizes: Sizes
     steps: Steps
-    workloads: Sequence[str] = ()
-    """Names of the workloads to measure; all if there are none."""
+    workloads: Sequence[str]
+    """Names of those that are wanted of the parts `speed` and `nfs`."""
     unavailable: Mapping[str, str] = field(default_factory=dict)
     """Contestants that would take part if they were on this machine, and what is missing."""
     left_out: dict[str, str] = field(default_factory=dict)

@@ -70,13 +70,14 @@ Run = Callable[[Path, Sizes, Share], Sample]
 class Workload:
     """Something to measure; `name` is for options and results, `title` for tables, of which `table` names one.
 
-    `parallel`: also with several clients. `unit`: of a sample, "µs" for each operation, or "s".
+    `quick`: in the quick mode too. `parallel`: also with several clients. `unit`: of a sample, "µs" for each operation, or "s".
     """
 
     name: str
     title: str
     state: State
     run: Run
+    quick: bool = False
     parallel: bool = False
     table: str = "speed"
     unit: str = "µs"
@@ -320,13 +321,14 @@ def _build(directory: Path, _sizes: Sizes, _share: Share) -> Sample:
 
 
 WORKLOADS = (
-    Workload("stat-cold", "stat, cold", State.COLD_NAMES, _stat, parallel=True),
+    Workload("stat-cold", "stat, cold", State.COLD_NAMES, _stat, quick=True, parallel=True),
     Workload("stat-warm", "stat, warm", State.AS_IS, _warm_calls(os.stat)),
     Workload(
         "ls-cold",
         "ls -l, {small:,} files, cold",
         State.COLD_NAMES,
         _listing("small", lambda sizes: sizes.small, attributes=True),
+        quick=True,
     ),
     Workload(
         "ls-large-cold",
@@ -334,19 +336,19 @@ WORKLOADS = (
         State.COLD_NAMES,
         _listing("large", lambda sizes: sizes.large, attributes=True),
     ),
-    Workload("open", "open, close", State.AS_IS, _warm_calls(_open)),
-    Workload("create", "create, close", State.AS_IS, _in_batches(_create), parallel=True),
+    Workload("open", "open, close", State.AS_IS, _warm_calls(_open), quick=True),
+    Workload("create", "create, close", State.AS_IS, _in_batches(_create), quick=True, parallel=True),
     Workload("rename", "rename", State.AS_IS, _in_batches(_rename)),
-    Workload("unlink", "unlink", State.AS_IS, _in_batches(_unlink)),
+    Workload("unlink", "unlink", State.AS_IS, _in_batches(_unlink), quick=True),
     Workload("mkdir", "mkdir", State.AS_IS, _in_batches(_mkdir)),
     Workload("tree", "mkdir and rmdir, 10 nested", State.AS_IS, _in_batches(_tree)),
-    Workload("read-4k", "open, read 4 KiB, close", State.AS_IS, _warm_calls(_read), parallel=True),
+    Workload("read-4k", "open, read 4 KiB, close", State.AS_IS, _warm_calls(_read), quick=True, parallel=True),
     Workload("write-4k", "open, write 4 KiB, close", State.AS_IS, _warm_calls(_write)),
     Workload("seq-read-cold", "sequential read, 128 KiB, cold", State.COLD, _fio("read")),
     Workload("rand-read-cold", "random read, 4 KiB, cold", State.COLD, _fio("randread")),
     Workload("seq-read", "sequential read, 128 KiB", State.WARM_DATA, _fio("read")),
-    Workload("rand-read", "random read, 4 KiB", State.WARM_DATA, _fio("randread")),
-    Workload("seq-write", "sequential write, 128 KiB", State.WARM_DATA, _fio("write")),
+    Workload("rand-read", "random read, 4 KiB", State.WARM_DATA, _fio("randread"), quick=True),
+    Workload("seq-write", "sequential write, 128 KiB", State.WARM_DATA, _fio("write"), quick=True),
     Workload("rand-write", "random write, 4 KiB", State.WARM_DATA, _fio("randwrite")),
     Workload("clone", "git clone, {sources:,} C files", State.AS_IS, _clone, table="applications", unit="s"),
     Workload("build", "make, {sources:,} C files", State.AS_IS, _build, table="applications", unit="s"),

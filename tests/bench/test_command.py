@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ PARTS = (
     "map",
     "restart",
     "profile",
-)  # nfs boots a machine: tests/nfs has its own
+)
 WORKLOADS = ("create", "rand-read", "clone")
 OTHERS = ("direct-4", "direct-nopass", "passthrough_fh", "passthrough_hp", "bindfs", "mergerfs")
 
@@ -115,6 +116,17 @@ def check_growth(tables: dict[str, list[Figure]]) -> None:
     assert held["direct", "300"] - held["direct", "100"] < 50
     memory = {figure.column: figure.samples[0] for figure in tables["growth-memory"]}
     assert 1 < memory["direct"] < 200
+
+
+def test_nfs(place: Path, scratch: Path) -> None:
+    """In the lab: both versions, on both exports."""
+    results = scratch / "results.json"
+    done = bench(place, results, "--only", "nfs", "--workload", "create", "--workload", "ls-cold")
+    assert done.returncode == 0, done.stderr
+    part = load(results)["nfs"]
+    assert "User-Mode Linux" in part.conditions.facts["kernel"]
+    cells = {(figure.table, figure.row, figure.column) for figure in part.figures if figure.samples}
+    assert cells == set(product(("nfs-3", "nfs-4.2"), ("create", "ls-cold"), ("native", "handlefs")))
 
 
 def test_peers_that_end(place: Path, scratch: Path) -> None:
