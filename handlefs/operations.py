@@ -85,9 +85,9 @@ class Changes:
 class Peers(Protocol):
     """The other processes that serve the same mount, and what they are told."""
 
-    def removing(self, nodeid: int, fd: int) -> None:
-        """The object of `nodeid`, open as `fd` (maybe O_PATH), is about to lose a name, or has none. A client may have it
-        open, or get it open, so it has to live on."""
+    def removing(self, nodeid: int, fd: int, *, is_new: bool = False) -> None:
+        """The object of `nodeid`, open as `fd` (maybe O_PATH), is about to lose a name, or has none since it `is_new`. A client
+        may have it open, or get it open, so it has to live on."""
 
     def released(self, nodeid: int, fh: int) -> None:
         """The open file `fh` of `nodeid` is closed."""
@@ -358,7 +358,7 @@ class Operations:
         file = OpenFile(fd, 0)
         entry, fh = self._opened(file, handle_of(fd), flags)
         if self._peers is not None:
-            self._peers.removing(entry.nodeid, fd)
+            self._peers.removing(entry.nodeid, fd, is_new=True)
         return entry, fh
 
     def _opened(self, file: OpenFile, made: tuple[FileHandle, int], flags: int) -> tuple[Entry, int]:

@@ -187,9 +187,9 @@ class OtherProcesses:
         self._drops = drops
         self._keeper = keeper
 
-    def removing(self, nodeid: int, fd: int) -> None:
+    def removing(self, nodeid: int, fd: int, *, is_new: bool = False) -> None:
         """Have the supervisor keep the object."""
-        self._keeper.hand_over(nodeid, self._slot.unique, fd)
+        self._keeper.hand_over(nodeid, self._slot.unique, fd, is_new=is_new)
 
     def released(self, nodeid: int, fh: int) -> None:
         """Have the others close what they have opened for `fh`."""
