@@ -43,7 +43,7 @@ from handlefs.transport.backing import BackingFiles
 from handlefs.transport.backingtable import BackingTable
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.receiver import Receiver
-from handlefs.transport.replay import CHANGING, Replay
+from handlefs.transport.replay import RECORDED, Replay, failure
 from handlefs.volumes import OpenedSource
 
 log = logging.getLogger(__name__)
@@ -136,10 +136,14 @@ class Worker:
     def _serve(self, message: memoryview) -> None:
         """Execute a request that was just read, and reply."""
         opcode = _opcode(message)
-        if opcode not in CHANGING:
+        if opcode not in RECORDED:
             self._reply(message, self._dispatcher.answer(message))
             return
-        intent = self._replay.intent(opcode, message)
+        try:
+            intent = self._replay.intent(opcode, message)
+        except OSError as error:
+            self._reply(message, failure(message, error.errno or errno.EIO))
+            return
         if intent:
             self._slot.executing(intent)
         self._record_and_reply(message, self._dispatcher.answer(message))
@@ -154,8 +158,11 @@ class Worker:
         elif state == EXECUTING:
             self._record_and_reply(message, self._replay.finish(_opcode(message), message, self._slot.intent))
         else:
+            if _opcode(message) == abi.FUSE_TMPFILE:  # nothing leads back to the file that a killed worker has made
+                self._dispatcher.abandoned(self._slot.unique)
             self._handle(message)
         self._slot.count_finished()
+        self._replay.keep_nothing()
 
     def _record_and_reply(self, message: memoryview, reply: Sequence[bytes] | None) -> None:
         if reply is not None:
