@@ -54,6 +54,7 @@ START_TIMEOUT = 20.0
 """Seconds after which a worker that has been ordered must be ready."""
 
 _TICK = 1.0
+_OWN_DESCRIPTORS = 40
 _SHORTEST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
 _LONGEST_REPLY = 64 * 1024
@@ -246,8 +247,8 @@ class Supervisor:
         self._counters = [SharedCounters(slot.counters, COUNTED) for slot in self._slots]
         self._drops = DropLog.create()
         stack.callback(os.close, self._drops.fd)
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._removed = RemovedFiles(self._device, self._drops, self._unfinished, self._drop_now, limit // 2)
+        kept = self._descriptors_for_removed_files()
+        self._removed = RemovedFiles(self._device, self._drops, self._unfinished, self._drop_now, kept)
         stack.callback(self._removed.close)
         self._removed.start()
         stack.callback(self._selector.close)
@@ -271,6 +272,17 @@ class Supervisor:
             removed=self._removed.outbox.fileno(),
             backing=table if negotiated.has(abi.FUSE_PASSTHROUGH) else None,
         )
+
+    def _descriptors_for_removed_files(self) -> int:
+        """At most half of all. Raises StartupError if too few are left for everything else."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        others = _OWN_DESCRIPTORS + 2 * (self._count + 1)
+        if limit < others:
+            raise StartupError(
+                f"{self._count} workers need {others} descriptors, and this process may have {limit}: "
+                "raise the limit (ulimit -n), or give fewer --workers"
+            )
+        return min(limit // 2, limit - others)
 
     # -- processes -------------------------------------------------------------------------------------------------------
 

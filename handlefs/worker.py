@@ -196,8 +196,8 @@ def answer_eio(device: int, message: memoryview) -> None:
         os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.EIO, unique))
 
 
-class OtherProcesses:
-    """The other workers and the supervisor, as `Operations` want to tell them things."""
+class MountPeers:
+    """The other workers and the supervisor: the `Peers` of this process's operations."""
 
     def __init__(self, slot: Slot, drops: DropLog, keeper: Keeper) -> None:
         self._slot = slot
@@ -262,7 +262,7 @@ def _serve_slot(
         log.warning("cannot lock a request's memory: a worker that is killed may fail its request: %s", error.strerror)
     source.cache = InodeCache(share(assignment.cache_size, index, assignment.slot_count))
     slot, negotiated, drops = memory[index], assignment.negotiated, DropLog(assignment.drops)
-    peers = OtherProcesses(slot, drops, Keeper(socket.socket(fileno=assignment.removed)))
+    peers = MountPeers(slot, drops, Keeper(socket.socket(fileno=assignment.removed)))
     # Numbered by their requests: a successor that repeats one opens the same file, not a second.
     open_files = OpenFiles(iter(lambda: slot.unique, None))
     read_only = assignment.config.options.read_only

@@ -159,3 +159,9 @@ def test_the_supervisor_is_killed_after_others_have_created(source: Path) -> Non
         assert all_gone(processes)
         run("umount", "--lazy", server.path)
         server.start()
+
+
+def test_too_few_descriptors_for_the_workers(source: Path) -> None:
+    with pytest.raises(RuntimeError, match="64 workers need 170 descriptors, and this process may have 128"):  # noqa: SIM117
+        with mounted(source, None, "--transport=direct", "--workers=64", nofile=128):
+            pass
