@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from handlefs import __version__
 from handlefs.process import die_with, set_name
+from handlefs.sandbox import confine
 from handlefs.worker import Assignment, send, work
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ def main() -> None:
     supervisor = int(sys.argv[2])
     die_with(supervisor)
     set_name("handlefs-tmpl")
+    confine()
     assignment = Assignment.from_json(orders.recv(_LONGEST_ASSIGNMENT).decode())
     if assignment.version != __version__:
         sys.exit(f"handlefs {__version__} cannot serve a mount of version {assignment.version}: restart it")

@@ -23,7 +23,6 @@ from typing import Any
 
 from handlefs import faults
 from handlefs.config import Config
-from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.daemon import set_up_logging
 from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
@@ -221,8 +220,6 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
     """The life of a worker process; returns its exit status: 0 when the mount is gone or the supervisor wants no more."""
     try:
         set_up_logging(assignment.config.log_file, foreground=assignment.foreground)
-        # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
-        drop_capability(CAP_SYS_RESOURCE)
         source = _open_source(assignment)
         table = _open_table(assignment)
     except StartupError as error:
