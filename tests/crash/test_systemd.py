@@ -26,7 +26,7 @@ from ..support.users import Child
 from .conftest import TIMEOUT
 from .processes import children
 from .test_kills import Model
-from .test_takeover import Code, code, fails, workload
+from .test_takeover import PROCESSES, Code, code, fails, workload
 
 __all__ = ["code"]
 
@@ -180,7 +180,7 @@ def test_restarts_and_crashes_under_a_checked_workload(
                 service.crash() if crashes and times % 2 else service.do("restart")
                 assert service.main_pid != before
                 times += 1
-        assert in_the_end(lambda: len(children(service.pid())), 6, seconds=TIMEOUT) == 6
+        assert in_the_end(lambda: len(children(service.pid())), PROCESSES, seconds=TIMEOUT) == PROCESSES
         assert in_the_end(lambda: service.descriptors() <= descriptors, True, seconds=TIMEOUT) is True
         assert in_the_end(service.stored, stored, seconds=TIMEOUT) == stored
 
