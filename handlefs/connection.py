@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from handlefs.config import Config, Passthrough
 from handlefs.droplog import DropLog
@@ -16,6 +17,7 @@ from handlefs.slot import SlotMemory
 from handlefs.statedir import SHARED_MEMORY
 from handlefs.transport import direct
 from handlefs.transport.backingtable import BackingTable, inherited_directory, table_directory
+from handlefs.volumes import OpenedSource
 from handlefs.worker import Assignment
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,9 @@ class Connection:
 
 
 @contextlib.contextmanager
-def mounted(config: Config, cache_size: int, *, foreground: bool) -> Iterator[Connection]:
+def mounted(
+    config: Config, opened: OpenedSource, state_dir: Path, cache_size: int, *, foreground: bool
+) -> Iterator[Connection]:
     """A new mount, whose connection is cut at the end of the block.
 
     Raises OSError if the mount fails, ProtocolError if the kernel is too old, StartupError if passthrough=on is not possible.
@@ -45,6 +49,10 @@ def mounted(config: Config, cache_size: int, *, foreground: bool) -> Iterator[Co
         table = stack.enter_context(_backing_directory(config.passthrough))
         device, negotiated = direct.mount(config, passthrough=table is not None)
         stack.callback(os.close, device)
+        source = os.dup(opened.fd)
+        stack.callback(os.close, source)
+        state = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, state)
         slots = SlotMemory.create(config.workers, negotiated.buffer_size).fd
         stack.callback(os.close, slots)
         drops = DropLog.create().fd
@@ -59,6 +67,9 @@ def mounted(config: Config, cache_size: int, *, foreground: bool) -> Iterator[Co
             flags=negotiated.flags,
             max_write=negotiated.max_write,
             slot_count=config.workers,
+            source=source,
+            filesystem=opened.filesystem,
+            state_dir=state,
             device=device,
             slots=slots,
             drops=drops,

@@ -9,14 +9,16 @@ from handlefs.errors import StartupError
 from handlefs.handlemap import HandleMap, how_to_replace
 from handlefs.mount import mounts
 from handlefs.source import Source
+from handlefs.volumes import OpenedSource
 
 LARGEST_DEFAULT_CACHE = 16384
 
 
-def open_source(path: str, cache_size: int, config: Config) -> Source:
-    """The source at `path`; StartupError if it is not there or has no file handles."""
+def open_source(path: str, cache_size: int, config: Config, opened: OpenedSource | None = None) -> Source:
+    """The source at `path`, or the one that another process has `opened`; StartupError if it is not there or has no file
+    handles."""
     try:
-        return Source(path, cache_size=cache_size, submounts=config.submounts)
+        return Source(path, cache_size=cache_size, submounts=config.submounts, opened=opened)
     except OSError as error:
         raise StartupError(_cannot_open(path, error)) from error
 

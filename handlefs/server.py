@@ -100,16 +100,22 @@ class Server:
             )
         limit = _raise_descriptor_limit()
         cache_size = default_cache_size(limit) if config.cache_size is None else config.cache_size
-        self.source = open_source(config.source, cache_size, config)
-        self.state_dir = state_dir_of(self.source, config.state_dir)
-        key_file = Path(config.key_file) if config.key_file else None
-        self.source.attach_map(open_map(self.state_dir, self.source, key_file))
+        opened = inherited.assignment.opened_source if inherited else None
+        self.source = open_source(config.source, cache_size, config, opened)
+        if inherited is None:
+            self.state_dir = state_dir_of(self.source, config.state_dir)
+        else:  # by a descriptor of our own: it is needed until the map is closed
+            self.state_dir = Path(f"/proc/self/fd/{os.dup(inherited.assignment.state_dir)}")
+        self._open_map()
         self.serving: Serving
         if config.transport == "pyfuse3":
             self.transport, self.serving = "pyfuse3", SingleProcess(config, self.source)
         else:
             self.transport = "direct"
-            self.serving = Supervisor(config, cache_size, foreground=foreground, inherited=inherited)
+            source = self.source.volumes.opened
+            self.serving = Supervisor(
+                config, source, self.state_dir, cache_size, foreground=foreground, inherited=inherited
+            )
         self._metrics = self._metrics_server()
         actions = {"reload": self.reload, "upgrade": self.upgrade}
         self._control = ControlServer(self.status, self.evict, config, actions)
@@ -172,6 +178,10 @@ class Server:
             self.transport, self.serving = "pyfuse3", SingleProcess(self.config, self.source)
             self.serving.serve(on_ready)
 
+    def _open_map(self) -> None:
+        key_file = Path(self.config.key_file) if self.config.key_file else None
+        self.source.attach_map(open_map(self.state_dir, self.source, key_file))
+
     def _close_map(self) -> None:
         try:
             self.source.map.close()
@@ -191,7 +201,7 @@ class Server:
             "filesystem": filesystem._asdict(),
             "source_id": self.source.identity.source_id,
             "nodeids": "mapped" if self.source.inline is None else "inline (ino, generation)",
-            "state_dir": os.fspath(self.state_dir),
+            "state_dir": os.fspath(self.state_dir.resolve()),
             "map": {"entries": self.source.map.count(), "bytes": self.source.map.bytes_on_disk()},
             "read_only": self.config.options.read_only,
             "metrics": None if self._metrics is None else self._metrics.url,
@@ -239,7 +249,7 @@ class Server:
         try:
             yield
         finally:
-            self.source.attach_map(open_map(self.state_dir, self.source))
+            self._open_map()
 
     def _finish_upgrade(self, client: int) -> None:
         """Replace the workers with the old code, and answer the `client` that waits."""

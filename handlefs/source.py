@@ -26,7 +26,7 @@ from handlefs.nodeid import (
     has_wildcard_generation,
     inline_format,
 )
-from handlefs.volumes import Submounts, Volume, Volumes
+from handlefs.volumes import OpenedSource, Submounts, Volume, Volumes
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +76,14 @@ class Source:
     Its methods raise OSError with the errno for the client: ESTALE for a node that is gone or never was.
     """
 
-    def __init__(self, path: str, *, cache_size: int, submounts: Submounts = "cross") -> None:
-        """Open the directory `path`, whose handles must be decodable; OSError otherwise."""
+    def __init__(
+        self, path: str, *, cache_size: int, submounts: Submounts = "cross", opened: OpenedSource | None = None
+    ) -> None:
+        """Open the directory `path`, or take the one that another process has `opened`. Its handles must be decodable; OSError
+        otherwise."""
         self.path = path
         self.cache = InodeCache(cache_size)
-        self.volumes = Volumes(path, submounts)
+        self.volumes = Volumes(path, submounts, opened)
         self.handle, _ = handle_of(self.volumes.root.fd)
         self.identity = SourceIdentity(self.volumes.root.filesystem.identity, self.handle)
         root_fd = open_by_handle_at(self.volumes.root.fd, self.handle, os.O_PATH)

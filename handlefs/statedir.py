@@ -26,7 +26,7 @@ class StateDirectory:
     copy-on-write file system (btrfs) each time: on a full disk that is a SIGBUS. So the lock files are on a tmpfs, with
     all their space allocated, and the directory holds links to them:
 
-        locks → /dev/shm/handlefs-RANDOM      ENVIRONMENT/lock.mdb → ../locks/ENVIRONMENT
+        locks → /dev/shm/handlefs-RANDOM      ENVIRONMENT/lock.mdb → /dev/shm/handlefs-RANDOM/ENVIRONMENT
 
     They must be the same files for everybody. A random token, made by the first user and written there and to ``in-use``,
     tells: a process in another mount namespace, with another /dev/shm, does not find it, and is refused. The links stay, so
@@ -94,7 +94,7 @@ class StateDirectory:
         _link(self.path / "locks", locks)
         for name in environments:
             (self.path / name).mkdir(mode=0o700, exist_ok=True)
-            _link(self.path / name / "lock.mdb", None if locks is None else Path("../locks", name))
+            _link(self.path / name / "lock.mdb", None if locks is None else locks / name)
             if locks is not None:
                 allocate_lock_file(locks / name)
         if locks is not None:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from handlefs import connection, handover, interpreter, notify, service
@@ -35,6 +36,7 @@ from handlefs.process import adopt_orphans
 from handlefs.protocol import abi
 from handlefs.removed import KeptFile, RemovedFiles
 from handlefs.slot import Slot, SlotMemory
+from handlefs.volumes import OpenedSource
 from handlefs.worker import Assignment, answer_eio
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ START_TIMEOUT = 20.0
 """Seconds after which a worker that has been ordered must be ready."""
 
 _TICK = 1.0
+_OWN_DESCRIPTORS = 40
 _POLL_INTERVAL = 0.002
 _SHORTEST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
@@ -205,11 +208,20 @@ class Supervisor:
     """One mount; `serve` runs it once."""
 
     def __init__(
-        self, config: Config, cache_size: int, *, foreground: bool, inherited: handover.State | None = None
+        self,
+        config: Config,
+        source: OpenedSource,
+        state_dir: Path,
+        cache_size: int,
+        *,
+        foreground: bool,
+        inherited: handover.State | None = None,
     ) -> None:
         """`cache_size` is for all workers together; in the `foreground` they log to stderr. It mounts, or takes over what it
         has `inherited`."""
         self._config = config
+        self._source = source
+        self._state_dir = state_dir
         self._foreground = foreground
         self._count = config.workers
         self._cache_size = cache_size
@@ -276,7 +288,9 @@ class Supervisor:
         """Mount, or take over; `stack` undoes it."""
         state = self._inherited
         if state is None:
-            opened = connection.mounted(self._config, self._cache_size, foreground=self._foreground)
+            opened = connection.mounted(
+                self._config, self._source, self._state_dir, self._cache_size, foreground=self._foreground
+            )
         else:
             opened = connection.inherited(state.connection)
         self._shared = stack.enter_context(opened)
@@ -290,10 +304,15 @@ class Supervisor:
         self._slots = [memory[index] for index in range(self._count)]
         self._counters = [Counters(slot.counters) for slot in self._slots]
         self._drops = DropLog(assignment.drops)
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         inbox = stack.enter_context(socket.socket(fileno=os.dup(self._shared.inbox)))
         self._removed = RemovedFiles(
-            self._device, self._drops, inbox, service.RemovedStore(), self._unfinished, self._drop_now, limit // 2
+            self._device,
+            self._drops,
+            inbox,
+            service.RemovedStore(),
+            self._unfinished,
+            self._drop_now,
+            self._descriptors_for_removed_files(),
         )
         stack.callback(self._removed.close)
         self._selector.register(self._calls.fd, selectors.EVENT_READ, self._calls.run)
@@ -304,6 +323,17 @@ class Supervisor:
         else:
             self._take_over(state)
         self._removed.start()
+
+    def _descriptors_for_removed_files(self) -> int:
+        """At most half of all. Raises StartupError if too few are left for everything else."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        others = _OWN_DESCRIPTORS + 2 * (self._count + 1)
+        if limit < others:
+            raise StartupError(
+                f"{self._count} workers need {others} descriptors, and this process may have {limit}: "
+                "raise the limit (ulimit -n), or give fewer --workers"
+            )
+        return min(limit // 2, limit - others)
 
     # -- processes -------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import os
 import select
 import threading
 from hashlib import blake2b
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from handlefs.filesystem import FileSystem, identify
 from handlefs.handle import AT_EMPTY_PATH, FileHandle, handle_of
@@ -53,22 +53,33 @@ class Volume:
         return _mask(self.id + handle.data[8:16])
 
 
+class OpenedSource(NamedTuple):
+    """A source that another process has opened: all processes of a mount have the same, whatever has become of its path."""
+
+    fd: int
+    """The directory, open for reading, before anything mounted below it is hidden."""
+    filesystem: FileSystem
+
+
 class Volumes:
     """Finds the volume of a mount ID or of a volume ID; safe to use from several threads."""
 
-    def __init__(self, path: str, submounts: Submounts) -> None:
-        """Open the directory `path` as the source; OSError if it is no directory or has no file handles."""
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def __init__(self, path: str, submounts: Submounts, opened: OpenedSource | None = None) -> None:
+        """Open the directory `path` as the source, or take the one that is `opened`. OSError if it is no directory or has no
+        file handles."""
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if opened is None else os.dup(opened.fd)
+        fd = -1
         try:
-            filesystem = identify(fd)
-            if submounts == "hide":
-                tree = _without_submounts(fd)
-                os.close(fd)
-                fd = tree
+            filesystem = identify(directory) if opened is None else opened.filesystem
+            fd = _without_submounts(directory) if submounts == "hide" else os.dup(directory)
             _, mount_id = handle_of(fd)
         except OSError:
-            os.close(fd)
+            os.close(directory)
+            if fd >= 0:
+                os.close(fd)
             raise
+        self.opened = OpenedSource(directory, filesystem)
+        """For other processes."""
         self._path = path
         self._cross = submounts == "cross"
         self.root = Volume(fd, mount_id, filesystem, _volume_id(filesystem, ""), 0)
@@ -78,6 +89,10 @@ class Volumes:
         self._mount_table_file = open("/proc/self/mountinfo", "rb")  # noqa: SIM115 - kept open to be polled
         self._mount_table.register(self._mount_table_file, select.POLLPRI)
         self._mounts_below: list[Mount] | None = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "opened"):
+            os.close(self.opened.fd)
 
     def of_mount(self, mount_id: int) -> Volume:
         """The volume with `mount_id`; OSError(ESTALE) if it is not (or no longer) mounted below the source."""

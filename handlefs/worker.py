@@ -18,19 +18,20 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from handlefs import faults
 from handlefs.config import Config
-from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.daemon import set_up_logging
 from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
+from handlefs.filesystem import FileSystem
 from handlefs.inodecache import InodeCache
 from handlefs.layout import LAYOUT, check_layout
 from handlefs.metrics import Counters
 from handlefs.openfiles import OpenFiles
-from handlefs.opening import open_map, open_source, state_dir_of
+from handlefs.opening import open_map, open_source
 from handlefs.operations import Operations
 from handlefs.process import die_with, set_name
 from handlefs.protocol import abi
@@ -42,7 +43,8 @@ from handlefs.transport.backing import BackingFiles
 from handlefs.transport.backingtable import BackingTable
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.receiver import Receiver
-from handlefs.transport.replay import CHANGING, Replay
+from handlefs.transport.replay import RECORDED, Replay, failure
+from handlefs.volumes import OpenedSource
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,12 @@ class Assignment:
     flags: int
     max_write: int
     slot_count: int
+    source: int
+    """Descriptor of the source's directory: what is at its path may be another one by now."""
+    filesystem: FileSystem
+    """The source's."""
+    state_dir: int
+    """Descriptor of the state directory, for the same reason."""
     device: int
     """Descriptor of /dev/fuse."""
     slots: int
@@ -77,7 +85,7 @@ class Assignment:
 
     def descriptors(self) -> dict[str, int]:
         """All descriptors that it names, by their names here."""
-        names = ("device", "slots", "drops", "removed", "backing")
+        names = ("source", "state_dir", "device", "slots", "drops", "removed", "backing")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def to_json(self) -> str:
@@ -89,7 +97,18 @@ class Assignment:
         """What to_json() wrote, maybe by another version. Raises StartupError if that shares memory in another layout."""
         values = json.loads(text)
         check_layout(values.pop("layout", None))
-        return cls(**values | {"config": Config.from_dict(values["config"])})
+        config, filesystem = Config.from_dict(values["config"]), FileSystem(*values["filesystem"])
+        return cls(**values | {"config": config, "filesystem": filesystem})
+
+    @property
+    def opened_source(self) -> OpenedSource:
+        """The source, as the first supervisor has opened it."""
+        return OpenedSource(self.source, self.filesystem)
+
+    @property
+    def state_path(self) -> Path:
+        """The state directory, wherever it is by now."""
+        return Path(f"/proc/self/fd/{self.state_dir}")
 
     @property
     def negotiated(self) -> Negotiated:
@@ -125,10 +144,14 @@ class Worker:
     def _serve(self, message: memoryview) -> None:
         """Execute a request that was just read, and reply."""
         opcode = _opcode(message)
-        if opcode not in CHANGING:
+        if opcode not in RECORDED:
             self._reply(message, self._dispatcher.answer(message))
             return
-        intent = self._replay.intent(opcode, message)
+        try:
+            intent = self._replay.intent(opcode, message)
+        except OSError as error:
+            self._reply(message, failure(message, error.errno or errno.EIO))
+            return
         if intent:
             self._slot.executing(intent)
         self._record_and_reply(message, self._dispatcher.answer(message))
@@ -145,8 +168,11 @@ class Worker:
         elif state == EXECUTING:
             self._record_and_reply(message, self._replay.finish(_opcode(message), message, self._slot.intent))
         else:
+            if _opcode(message) == abi.FUSE_TMPFILE:  # nothing leads back to the file that a killed worker has made
+                self._dispatcher.abandoned(self._slot.unique)
             self._handle(message)
         self._slot.count_finished()
+        self._replay.keep_nothing()
 
     def _record_and_reply(self, message: memoryview, reply: Sequence[bytes] | None) -> None:
         if reply is not None:
@@ -179,8 +205,8 @@ def answer_eio(device: int, message: memoryview) -> None:
         os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.EIO, unique))
 
 
-class OtherProcesses:
-    """The other workers and the supervisor, as `Operations` want to tell them things."""
+class MountPeers:
+    """The other workers and the supervisor: the `Peers` of this process's operations."""
 
     def __init__(self, slot: Slot, drops: DropLog, keeper: Keeper) -> None:
         self._slot = slot
@@ -204,8 +230,6 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
     """The life of a worker process; returns its exit status: 0 when the mount is gone or the supervisor wants no more."""
     try:
         set_up_logging(assignment.config.log_file, foreground=assignment.foreground)
-        # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
-        drop_capability(CAP_SYS_RESOURCE)
         source = _open_source(assignment)
         table = _open_table(assignment)
     except StartupError as error:
@@ -231,8 +255,8 @@ def rehearse(assignment: Assignment) -> None:
 
 def _open_source(assignment: Assignment) -> Source:
     config = assignment.config
-    source = open_source(config.source, 0, config)
-    source.attach_map(open_map(state_dir_of(source, config.state_dir), source))
+    source = open_source(config.source, 0, config, assignment.opened_source)
+    source.attach_map(open_map(assignment.state_path, source))
     return source
 
 
@@ -255,7 +279,7 @@ def _serve_slot(
     slot, negotiated, drops = memory[index], assignment.negotiated, DropLog(assignment.drops)
     counters = Counters(slot.counters)
     source.cache = InodeCache(share(assignment.cache_size, index, assignment.slot_count), counters.cache)
-    peers = OtherProcesses(slot, drops, Keeper(socket.socket(fileno=assignment.removed)))
+    peers = MountPeers(slot, drops, Keeper(socket.socket(fileno=assignment.removed)))
     # Numbered by their requests: a successor that repeats one opens the same file, not a second.
     open_files = OpenFiles(iter(lambda: slot.unique, None), counters.files)
     read_only = assignment.config.options.read_only
