@@ -15,7 +15,7 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -24,9 +24,11 @@ from handlefs.accelerator import native
 CAP_DAC_OVERRIDE = 1
 CAP_DAC_READ_SEARCH = 2
 CAP_FSETID = 4
+CAP_SETPCAP = 8
 CAP_SYS_ADMIN = 21
 CAP_SYS_RESOURCE = 24
 
+_PR_GET_SECUREBITS = 27
 _PR_SET_SECUREBITS = 28
 _SECBIT_NO_SETUID_FIXUP = 1 << 2
 _CLONE_FS = 0x200
@@ -70,8 +72,16 @@ def _prepare_thread() -> None:
     if getattr(_thread, "prepared", False):
         return
     _check(_libc.unshare(_CLONE_FS))
-    _check(_libc.prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0))
+    keep_capabilities_as_others()
     _thread.prepared = True
+
+
+def keep_capabilities_as_others() -> None:
+    """Have this thread, and those that it will start, keep its capabilities when its fsuid changes. The first time this
+    needs CAP_SETPCAP."""
+    bits = _libc.prctl(_PR_GET_SECUREBITS, 0, 0, 0, 0)
+    if not bits & _SECBIT_NO_SETUID_FIXUP:
+        _check(_libc.prctl(_PR_SET_SECUREBITS, bits | _SECBIT_NO_SETUID_FIXUP, 0, 0, 0))
 
 
 @contextmanager
@@ -152,6 +162,18 @@ def drop_capability(capability: int) -> None:
     header, data = _capabilities()
     word, bit = divmod(capability, 32)
     data[word].effective &= ~(1 << bit)
+    _check(_capset(header, data))
+
+
+def keep_only(capabilities: Collection[int]) -> None:
+    """Give up all other capabilities, in every set but the bounding one, for good: for this thread, and so for those that it
+    will start."""
+    header, data = _capabilities()
+    for word, sets in enumerate(data):
+        kept = sum(1 << capability % 32 for capability in capabilities if capability // 32 == word)
+        sets.permitted &= kept
+        sets.effective = sets.permitted
+        sets.inheritable = 0  # and with it the ambient set
     _check(_capset(header, data))
 
 

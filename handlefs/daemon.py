@@ -156,7 +156,9 @@ def unmount_on_signals(mountpoint: str) -> None:
 
     def leave() -> None:
         there = mount_at(mountpoint)
-        if there is None or ours is None or there.mount_id != ours.mount_id:
+        if there is None:
+            return  # unmounted just now
+        if ours is None or there.mount_id != ours.mount_id:
             log.error("%s is not our mount any more, or something is mounted over it: not unmounting", mountpoint)
             return
         try:

@@ -49,15 +49,16 @@ class DropLog:
         os.write(self.fd, b"".join([_EVENT.pack(nodeid, FORGOTTEN) for nodeid in nodeids]))
 
     def news(self) -> list[tuple[int, int]]:
-        """The events since the last call: (node ID, fh or `FORGOTTEN`)."""
+        """The events since the last call: (node ID, fh or `FORGOTTEN`); of too many, the latest."""
         with self._lock:
-            words = array.array("Q", os.pread(self.fd, self._size() - self._position, self._position))
+            end = self._size()
+            self._position = max(self._position, end - _KEPT)
+            words = array.array("Q", os.pread(self.fd, end - self._position, self._position))
             self._position += len(words) * words.itemsize
         return list(zip(words[::2], words[1::2], strict=True))
 
     def trim(self) -> None:
-        """Free the memory of old events; for one process to call now and then. A reader that is millions of events behind
-        gets zeros for them."""
+        """Free the memory of old events, for one process to call now and then."""
         end = self._size() - _KEPT
         if end > self._trimmed + _KEPT:
             fallocate(self.fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, self._trimmed, end - self._trimmed)

@@ -103,12 +103,17 @@ class OpenFiles:
     def make_room(self) -> int:
         """The process is out of descriptors: close files that can be opened again when they are asked for, those of another
         process's `fh` or else half of those that still have a name; returns how many."""
+        if closed := self.close_restored():
+            return closed
         with self._lock:
-            candidates = list(self._restored)
-            if not candidates:
-                candidates = [key for key, file in self._files.items() if os.fstat(file.fd).st_nlink]
-                candidates = candidates[: len(candidates) // 2 + 1]
-            dropped = [self._remove(nodeid, fh) for nodeid, fh in candidates]
+            candidates = [key for key, file in self._files.items() if os.fstat(file.fd).st_nlink]
+            dropped = [self._remove(nodeid, fh) for nodeid, fh in candidates[: len(candidates) // 2 + 1]]
+        return len(dropped)
+
+    def close_restored(self) -> int:
+        """Close the files of other processes' `fh`; returns how many there were."""
+        with self._lock:
+            dropped = [self._remove(nodeid, fh) for nodeid, fh in tuple(self._restored)]
         return len(dropped)
 
     def counts(self) -> tuple[int, int]:
@@ -116,6 +121,11 @@ class OpenFiles:
         with self._lock:
             directories = sum(1 for _, fh in self._files if fh & _DIRECTORY)
             return len(self._files) - directories, directories
+
+
+def number_of(fh: int) -> int:
+    """The number that `OpenFiles.add` took for it."""
+    return fh >> _ID_SHIFT
 
 
 def reopen_flags(fh: int) -> int:

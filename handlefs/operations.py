@@ -88,9 +88,9 @@ class Peers(Protocol):
     def may_hold(self, nodeid: int) -> bool:
         """Whether a client may have the file `nodeid` open in a way that needs one of these processes."""
 
-    def removing(self, nodeid: int, fd: int) -> None:
-        """The object of `nodeid`, open as `fd` (maybe O_PATH), is about to lose a name, or has none. A client may have it
-        open, or get it open, so it has to live on."""
+    def removing(self, nodeid: int, fd: int, *, is_new: bool = False) -> None:
+        """The object of `nodeid`, open as `fd` (maybe O_PATH), is about to lose a name, or has none since it `is_new`. A client
+        may have it open, or get it open, so it has to live on."""
 
     def released(self, nodeid: int, fh: int) -> None:
         """The open file `fh` of `nodeid` is closed."""
@@ -137,7 +137,7 @@ class Operations:
         if name == b"." and not entry.attributes.stat.st_nlink and nodeid != ROOT_NODEID:
             # Removed, but perhaps held by nobody but our own cache: ask the file system again without that.
             self.source.cache.forget(nodeid)
-            if self._peers is not None and self.open_files.any_of(nodeid) is None:
+            if self._peers is not None:
                 # Or by our peers, for clients that have it open. But then the kernel has an inode, and does not ask.
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             del inode
@@ -306,11 +306,17 @@ class Operations:
             if st.S_ISDIR(stat.st_mode) or self._peers.may_hold(self._nodeid(handle, mount_id)):
                 self._hand_over(self._peers, directory, name)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ESTALE):  # no object or none with a node ID
+            if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ESTALE):  # no object, or none with a node ID
                 raise
 
     def _hand_over(self, peers: Peers, directory: Inode, name: bytes) -> None:
-        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
+        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = with_descriptors(self.source.cache, lambda: os.open(name, flags, dir_fd=directory.fd))
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                return  # it dies with this process, if that is killed while a client has it open
+            raise
         try:
             peers.removing(self._nodeid(*handle_of(fd)), fd)
         finally:
@@ -326,7 +332,11 @@ class Operations:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._check_writable()
         with _without_fsetid(kill_suidgid and bool(flags & os.O_TRUNC)):
-            file = self._open_node(nodeid, flags & _OPEN_FLAGS | (os.O_NOATIME if self.read_only else 0))
+            file = self._open_node(
+                nodeid,
+                flags & _OPEN_FLAGS | (os.O_NOATIME if self.read_only else 0),
+                may_append=bool(flags & os.O_APPEND),
+            )
         return self.open_files.add(file, flags)
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Entry, int]:
@@ -368,7 +378,7 @@ class Operations:
         file = OpenFile(fd, 0)
         entry, fh = self._opened(file, handle_of(fd), flags)
         if self._peers is not None:
-            self._peers.removing(entry.nodeid, fd)
+            self._peers.removing(entry.nodeid, fd, is_new=True)
         return entry, fh
 
     def _opened(self, file: OpenFile, made: tuple[FileHandle, int], flags: int) -> tuple[Entry, int]:
@@ -464,12 +474,21 @@ class Operations:
         """The open file `fh` of `nodeid`, opened again if this process does not know it."""
         file = self.open_files.get(nodeid, fh)
         if file is None:
-            file = self.open_files.restore(self._open_node(nodeid, reopen_flags(fh)), fh)
+            file = self.open_files.restore(self._open_node(nodeid, reopen_flags(fh), may_append=True), fh)
         return file
 
-    def _open_node(self, nodeid: int, flags: int) -> OpenFile:
-        """Open `nodeid`. A file made with mode 0400 and opened for writing by its creator is no problem: the kernel has
-        checked the permission, and this process does not need it."""
+    def _open_node(self, nodeid: int, flags: int, *, may_append: bool = False) -> OpenFile:
+        """Open `nodeid`; if it `may_append`, also a file that can only be appended to (chattr +a). A file made with mode 0400
+        and opened for writing by its creator is no problem: the kernel has checked the permission, and this process does
+        not need it."""
+        try:
+            return self._open_as(nodeid, flags)
+        except OSError as error:
+            if not may_append or error.errno != errno.EPERM or flags & os.O_ACCMODE == os.O_RDONLY:
+                raise
+        return self._open_as(nodeid, flags | os.O_APPEND)
+
+    def _open_as(self, nodeid: int, flags: int) -> OpenFile:
         fd = self.source.open(nodeid, flags | os.O_NONBLOCK)
         if fd is None:
             inode = self.inode(nodeid)
@@ -505,8 +524,7 @@ class Operations:
         file, inode = self.open_file(nodeid, fh), self.inode(nodeid)
         return self._with_nodes(file, inode, self._list(file, offset, size))
 
-    @staticmethod
-    def _list(file: OpenFile, offset: int, size: int) -> list[DirectoryEntry]:
+    def _list(self, file: OpenFile, offset: int, size: int) -> list[DirectoryEntry]:
         with file.lock:
             os.lseek(file.fd, offset, os.SEEK_SET)
             entries = getdents(file.fd, size)
@@ -514,7 +532,7 @@ class Operations:
                 # Not even ".": ext4 lists nothing from the start of a descriptor that was first read at the end
                 # (ext4_dx_readdir takes what it computed there for the start's), as of one that was opened again.
                 flags = fcntl.fcntl(file.fd, fcntl.F_GETFL)
-                fresh = os.open(b"/proc/self/fd/%d" % file.fd, flags | os.O_CLOEXEC)
+                fresh = self._open_path(file.fd, flags)
                 os.dup2(fresh, file.fd, inheritable=False)
                 os.close(fresh)
                 entries = getdents(file.fd, size)

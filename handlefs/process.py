@@ -1,12 +1,17 @@
 """What a process tells the kernel about itself (prctl(2))."""
 
 import ctypes
+import itertools
 import os
 import signal
+from collections.abc import Collection
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_PR_CAPBSET_READ = 23
+_PR_CAPBSET_DROP = 24
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -29,6 +34,21 @@ def set_name(name: str) -> None:
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parents die."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def no_new_privileges() -> None:
+    """No execve(2) gives this process, or those that it starts, more privileges."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def drop_from_bounding_set(capabilities: Collection[int]) -> None:
+    """Nothing that this thread, or one that it starts, executes can have capabilities but these. Needs CAP_SETPCAP."""
+    for capability in itertools.count():
+        held = _libc.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0)
+        if held < 0:
+            return  # EINVAL: this kernel has no more
+        if held and capability not in capabilities:
+            _prctl(_PR_CAPBSET_DROP, capability)
 
 
 def _prctl(option: int, value: object) -> None:

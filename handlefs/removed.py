@@ -31,7 +31,7 @@ SEND_TIMEOUT = 0.1
 PROMPT = 256 * 1024
 """Bytes on the disk that are to be free without delay; what is less, the workers let go of within a second."""
 
-_MESSAGE = struct.Struct("=QQ")  # node ID, number of the request that removes it
+_MESSAGE = struct.Struct("=QQ?")  # node ID, number of the request, whether it makes the object
 _DESCRIPTOR = struct.Struct("=i")
 _TIMEVAL = struct.Struct("=qq")
 _TICK = 1.0
@@ -51,13 +51,13 @@ class Keeper:
         self._outbox = outbox
         self._flags = 0
 
-    def hand_over(self, nodeid: int, unique: int, fd: int) -> None:
-        """Give the supervisor a descriptor of `nodeid`, which the request `unique` is about to take a name from. If the
-        sender dies now, it arrives all the same. With a supervisor that takes nothing, the file is kept by this worker alone.
-        """
+    def hand_over(self, nodeid: int, unique: int, fd: int, *, is_new: bool = False) -> None:
+        """Give the supervisor a descriptor of `nodeid`, which the request `unique` is about to take a name from, or has made
+        without one (`is_new`). If the sender dies now, it arrives all the same. With a supervisor that takes nothing, the file
+        is kept by this worker alone."""
         try:
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))
-            self._outbox.sendmsg([_MESSAGE.pack(nodeid, unique)], [rights], self._flags)
+            self._outbox.sendmsg([_MESSAGE.pack(nodeid, unique, is_new)], [rights], self._flags)
             self._flags = 0
         except OSError as error:
             if error.errno not in _CANNOT_SEND:
@@ -89,6 +89,8 @@ class Store(Protocol):
 @dataclass(slots=True)
 class _Kept:
     file: KeptFile
+    is_new: bool = False
+    """Whether the kernel has not known it yet: it makes its inode some time after the reply, when the client's thread runs."""
     pause: float = _ROUND
     is_stored: bool = False
 
@@ -200,9 +202,9 @@ class RemovedFiles:
                 self._refuse(descriptors)
                 continue
             self._is_full = False
-            nodeid, unique = _MESSAGE.unpack(message)
+            nodeid, unique, is_new = _MESSAGE.unpack(message)
             self._let_go(nodeid)
-            self._kept[nodeid] = _Kept(KeptFile(nodeid, unique, descriptors[0]))
+            self._kept[nodeid] = _Kept(KeptFile(nodeid, unique, descriptors[0]), is_new)
             self._look_in(_ROUND, nodeid)
 
     def _refuse(self, descriptors: Sequence[int]) -> None:
@@ -224,7 +226,7 @@ class RemovedFiles:
         for nodeid in due:
             kept = self._kept[nodeid]
             links, size = _links_and_size(kept.file.fd)
-            if kept.file.unique in unfinished or (not links and self._is_known(nodeid)):
+            if kept.file.unique in unfinished or (not links and self._is_needed(kept, nodeid in forgotten)):
                 if kept.pause >= _TO_BE_STORED:
                     self._keep_in_store(kept)
                 kept.pause = min(2 * kept.pause, _LONGEST_PAUSE)
@@ -262,6 +264,13 @@ class RemovedFiles:
         if not kept.is_stored:
             self._store.keep(kept.file)
             kept.is_stored = True
+
+    def _is_needed(self, kept: _Kept, is_forgotten: bool) -> bool:
+        """Whether somebody has the object open, or will have. One that the kernel does not know yet is given time, until it is
+        known or `is_forgotten`; not for ever, since that may have been told before the object came here."""
+        is_known = self._is_known(kept.file.nodeid)
+        kept.is_new = kept.is_new and not is_known and not is_forgotten and kept.pause < _LONGEST_PAUSE
+        return is_known or kept.is_new
 
     def _is_known(self, nodeid: int) -> bool:
         """Whether the kernel of the mount has an inode for `nodeid`: one that is open, a working directory or mapped. To

@@ -53,6 +53,7 @@ START_TIMEOUT = 20.0
 """Seconds after which a worker that has been ordered must be ready."""
 
 _TICK = 1.0
+_OWN_DESCRIPTORS = 40
 _POLL_INTERVAL = 0.002
 _SHORTEST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
@@ -303,10 +304,15 @@ class Supervisor:
         self._slots = [memory[index] for index in range(self._count)]
         self._counters = [Counters(slot.counters) for slot in self._slots]
         self._drops = DropLog(assignment.drops)
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         inbox = stack.enter_context(socket.socket(fileno=os.dup(self._shared.inbox)))
         self._removed = RemovedFiles(
-            self._device, self._drops, inbox, service.RemovedStore(), self._unfinished, self._drop_now, limit // 2
+            self._device,
+            self._drops,
+            inbox,
+            service.RemovedStore(),
+            self._unfinished,
+            self._drop_now,
+            self._descriptors_for_removed_files(),
         )
         stack.callback(self._removed.close)
         self._selector.register(self._calls.fd, selectors.EVENT_READ, self._calls.run)
@@ -317,6 +323,17 @@ class Supervisor:
         else:
             self._take_over(state)
         self._removed.start()
+
+    def _descriptors_for_removed_files(self) -> int:
+        """At most half of all. Raises StartupError if too few are left for everything else."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        others = _OWN_DESCRIPTORS + 2 * (self._count + 1)
+        if limit < others:
+            raise StartupError(
+                f"{self._count} workers need {others} descriptors, and this process may have {limit}: "
+                "raise the limit (ulimit -n), or give fewer --workers"
+            )
+        return min(limit // 2, limit - others)
 
     # -- processes -------------------------------------------------------------------------------------------------------
 

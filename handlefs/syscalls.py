@@ -11,10 +11,11 @@ from handlefs.accelerator import native
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 
+_AT_SYMLINK_NOFOLLOW = 0x100
 _AT_EMPTY_PATH = 0x1000
 _STATX_BASIC_STATS = 0x7FF
 _STATX_BTIME = 0x800
-_BTIME, _CTIME = 80, 96  # offsets in struct statx
+_UID, _MODE, _BTIME, _CTIME = 20, 28, 80, 96  # offsets in struct statx
 _UTIME_NOW = (1 << 30) - 1
 _UTIME_OMIT = (1 << 30) - 2
 _SYS_GETDENTS64 = 217 if os.uname().machine == "x86_64" else 61  # 61: the generic table (arm64, riscv)
@@ -86,21 +87,33 @@ def syncfs(fd: int) -> None:
         _raise_errno()
 
 
-def statx(fd: int) -> bytes:
-    """The 256 bytes of struct statx for the object `fd`, which may be O_PATH, with the basic fields and the birth time."""
+def statx(fd: int, name: bytes = b"") -> bytes:
+    """The 256 bytes of struct statx for the object `fd`, which may be O_PATH, or for what is under `name` in it (no link is
+    followed), with the basic fields and the birth time."""
     buffer = ctypes.create_string_buffer(256)
-    if _statx(fd, b"", _AT_EMPTY_PATH, _STATX_BASIC_STATS | _STATX_BTIME, buffer) < 0:
+    flags = _AT_SYMLINK_NOFOLLOW if name else _AT_EMPTY_PATH
+    if _statx(fd, name, flags, _STATX_BASIC_STATS | _STATX_BTIME, buffer) < 0:
         _raise_errno()
     return buffer.raw
 
 
-def birth_time(fd: int) -> int:
-    """When the object `fd` was made, in nanoseconds since the epoch; where the file system does not keep that, when its
-    inode last changed."""
-    buffer = statx(fd)
+class Origin(NamedTuple):
+    """How an object came into being."""
+
+    mode: int
+    uid: int
+    time: int
+    """When it was made, in nanoseconds since the epoch; where the file system does not keep that, when its inode last
+    changed."""
+
+
+def origin(fd: int, name: bytes) -> Origin:
+    """The origin of what is under `name` in the directory `fd`."""
+    buffer = statx(fd, name)
     (mask,) = struct.unpack_from("=I", buffer)
+    (uid,), (mode,) = struct.unpack_from("=I", buffer, _UID), struct.unpack_from("=H", buffer, _MODE)
     seconds, nanoseconds = struct.unpack_from("=qI", buffer, _BTIME if mask & _STATX_BTIME else _CTIME)
-    return int(seconds) * 10**9 + int(nanoseconds)
+    return Origin(mode, uid, seconds * 10**9 + nanoseconds)
 
 
 def getdents(fd: int, size: int) -> list[DirectoryEntry]:

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from handlefs.errors import StartupError
 from handlefs.process import die_with, set_name
+from handlefs.sandbox import confine
 from handlefs.worker import Assignment, send, work
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ def main() -> None:
     supervisor = int(sys.argv[2])
     die_with(supervisor)
     set_name("handlefs-tmpl")
+    confine()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the supervisor may just hold some back
     try:
         assignment = Assignment.from_json(orders.recv(_LONGEST_ASSIGNMENT).decode())

@@ -23,7 +23,6 @@ from typing import Any
 
 from handlefs import faults
 from handlefs.config import Config
-from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
 from handlefs.daemon import set_up_logging
 from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
@@ -44,7 +43,7 @@ from handlefs.transport.backing import BackingFiles
 from handlefs.transport.backingtable import BackingTable
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.receiver import Receiver
-from handlefs.transport.replay import CHANGING, Replay
+from handlefs.transport.replay import RECORDED, Replay, failure
 from handlefs.volumes import OpenedSource
 
 log = logging.getLogger(__name__)
@@ -145,10 +144,14 @@ class Worker:
     def _serve(self, message: memoryview) -> None:
         """Execute a request that was just read, and reply."""
         opcode = _opcode(message)
-        if opcode not in CHANGING:
+        if opcode not in RECORDED:
             self._reply(message, self._dispatcher.answer(message))
             return
-        intent = self._replay.intent(opcode, message)
+        try:
+            intent = self._replay.intent(opcode, message)
+        except OSError as error:
+            self._reply(message, failure(message, error.errno or errno.EIO))
+            return
         if intent:
             self._slot.executing(intent)
         self._record_and_reply(message, self._dispatcher.answer(message))
@@ -165,8 +168,11 @@ class Worker:
         elif state == EXECUTING:
             self._record_and_reply(message, self._replay.finish(_opcode(message), message, self._slot.intent))
         else:
+            if _opcode(message) == abi.FUSE_TMPFILE:  # nothing leads back to the file that a killed worker has made
+                self._dispatcher.abandoned(self._slot.unique)
             self._handle(message)
         self._slot.count_finished()
+        self._replay.keep_nothing()
 
     def _record_and_reply(self, message: memoryview, reply: Sequence[bytes] | None) -> None:
         if reply is not None:
@@ -199,8 +205,8 @@ def answer_eio(device: int, message: memoryview) -> None:
         os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.EIO, unique))
 
 
-class OtherProcesses:
-    """The other workers and the supervisor, as `Operations` want to tell them things."""
+class MountPeers:
+    """The other workers and the supervisor: the `Peers` of this process's operations."""
 
     def __init__(self, slot: Slot, drops: DropLog, keeper: Keeper, table: BackingTable | None) -> None:
         self._slot = slot
@@ -212,9 +218,9 @@ class OtherProcesses:
         """Whether it is open, or may be, without the kernel holding it by a backing ID."""
         return self._table is None or self._table.needs_server(nodeid)
 
-    def removing(self, nodeid: int, fd: int) -> None:
+    def removing(self, nodeid: int, fd: int, *, is_new: bool = False) -> None:
         """Have the supervisor keep the object."""
-        self._keeper.hand_over(nodeid, self._slot.unique, fd)
+        self._keeper.hand_over(nodeid, self._slot.unique, fd, is_new=is_new)
 
     def released(self, nodeid: int, fh: int) -> None:
         """Have the others close what they have opened for `fh`."""
@@ -229,8 +235,6 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
     """The life of a worker process; returns its exit status: 0 when the mount is gone or the supervisor wants no more."""
     try:
         set_up_logging(assignment.config.log_file, foreground=assignment.foreground)
-        # Data is written by this process whoever the client is, so it must not be exempt from disk quotas.
-        drop_capability(CAP_SYS_RESOURCE)
         source = _open_source(assignment)
         table = _open_table(assignment)
     except StartupError as error:
@@ -280,7 +284,7 @@ def _serve_slot(
     slot, negotiated, drops = memory[index], assignment.negotiated, DropLog(assignment.drops)
     counters = Counters(slot.counters)
     source.cache = InodeCache(share(assignment.cache_size, index, assignment.slot_count), counters.cache)
-    peers = OtherProcesses(slot, drops, Keeper(socket.socket(fileno=assignment.removed)), table)
+    peers = MountPeers(slot, drops, Keeper(socket.socket(fileno=assignment.removed)), table)
     # Numbered by their requests: a successor that repeats one opens the same file, not a second.
     open_files = OpenFiles(iter(lambda: slot.unique, None), counters.files)
     read_only = assignment.config.options.read_only

@@ -17,16 +17,20 @@ from handlefs.accelerator import native
 from handlefs.cli.fuseprobe import FEATURES, FuseProtocol, ask_kernel, try_passthrough
 from handlefs.cli.launch import CAPABILITIES, missing_capabilities
 from handlefs.cli.params import DIRECTORY, json_option, print_json, print_table
+from handlefs.credentials import CAP_SETPCAP, has_capability
 from handlefs.filesystem import identify
 from handlefs.handle import FileHandle, handle_of, open_by_handle_at
 from handlefs.mount import mounts_below
 from handlefs.nodeid import inline_format
 from handlefs.protocol import abi
+from handlefs.sandbox import CAPABILITIES as WORKER_CAPABILITIES
+from handlefs.sandbox import Capability
 
 Verdict = Literal["ok", "limited", "missing"]
 STYLES = {"ok": "green", "limited": "yellow", "missing": "bold red"}
 HELPERS = ("/sbin", "/usr/sbin", "/usr/local/sbin", "/sbin/fs.d", "/sbin/fs")
 
+OTHERS = Capability("CAP_SETPCAP", "keep its capabilities while it makes files in the name of others")
 WITHOUT_HANDLES = (
     "serve a directory on a file system with file handles (ext4, XFS, btrfs, tmpfs); for overlayfs mount it with "
     "nfs_export=on,index=on, for a FUSE file system its server must support NFS export"
@@ -181,6 +185,10 @@ def _capabilities() -> Iterator[Finding]:
             yield Finding(name, "missing", f"needed to {use}", "run handlefs as root")
         else:
             yield Finding(name, "ok", f"may {use}")
+    for number, capability in {CAP_SETPCAP: OTHERS, **WORKER_CAPABILITIES}.items():
+        if number not in CAPABILITIES and not has_capability(number):
+            advice = "run handlefs as root; in a container, allow it"
+            yield Finding(capability.name, "limited", f"cannot {capability.use}", advice)
 
 
 def _fuse(source: str) -> Iterator[Finding]:

@@ -9,7 +9,8 @@ to another file: so an ID is in the table before a reply names it, and out of th
 between is an ID that nobody uses and that is closed with the connection:
 
     open:     register │ commit │ reply     killed at the first │: the ID is nowhere, the successor registers another one;
-                                            at the second: a record stays, and the successor adds its own to it
+                                            at the second: the successor finds its own record (of a file without a name, which
+                                            it makes anew, it removes the old one: `abandoned`)
     release:  commit │ close                killed at the │: the ID is nowhere; the successor finds no record and does nothing
 
 The kernel does such I/O with the credentials of this process, not the client's. So that a write clears set-id bits, the
@@ -61,6 +62,12 @@ class BackingFiles:
         backing_id = self._table.released(nodeid, fh)
         if backing_id != NO_BACKING:
             self._close(backing_id)
+
+    def abandoned(self, request: int) -> None:
+        """Nobody will release what the request of that number has opened, if anything."""
+        if self._table is not None:
+            for nodeid, fh in self._table.opened_by(request):
+                self.released(nodeid, fh)
 
     def _close(self, backing_id: int) -> None:
         fcntl.ioctl(self._device, abi.FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))

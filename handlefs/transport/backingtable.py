@@ -22,12 +22,16 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import lmdb
 
+from handlefs.openfiles import number_of
 from handlefs.statedir import SHARED_MEMORY, allocate_lock_file
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NO_BACKING = 0
 """Not a backing ID: the file's data goes through the server."""
@@ -49,8 +53,8 @@ _FROZEN = _KEY.pack(0, 0)  # no node has the ID 0
 class BackingTable:
     """Which inodes are open, and with which backing ID; for any number of processes and threads.
 
-    There is a record for each open file, by its `fh`. So a RELEASE may be repeated (by the successor of a killed process); an
-    OPEN that is repeated leaves a record too many, with which its inode keeps its backing ID until the mount is gone.
+    There is a record for each open file, by its `fh`. So a RELEASE may be repeated (by the successor of a killed process), and
+    an OPEN too, which has the same `fh` then.
 
     A table that can grow no more is frozen, for good: known inodes keep their backing IDs, even when they are closed,
     and others get none. Were an open forgotten instead, a later one of the same inode could be given another ID, and
@@ -115,6 +119,15 @@ class BackingTable:
         with self._env.begin() as transaction:
             return _backing_id(transaction, nodeid) == NO_BACKING or transaction.get(_FROZEN) is not None
 
+    def opened_by(self, request: int) -> list[tuple[int, int]]:
+        """Node ID and `fh` of what the request of that number has opened. All records are looked at."""
+
+        def find(transaction: lmdb.Transaction) -> list[tuple[int, int]]:
+            keys = [_KEY.unpack(key) for key in transaction.cursor().iternext(values=False)]
+            return [(nodeid, fh) for nodeid, fh in keys if number_of(fh) == request]
+
+        return self._run(find)
+
     def make_room(self) -> None:
         """Make sure that there is memory for two records more; every change does so. OSError: ENOSPC, also when it is full."""
         needed = (self._env.info()["last_pgno"] + 1) * _PAGE_SIZE + _ROOM
@@ -127,7 +140,7 @@ class BackingTable:
         os.posix_fallocate(self._file, 0, size)
         self._allocated = size
 
-    def _run(self, work: Callable[[lmdb.Transaction], int]) -> int:
+    def _run(self, work: Callable[[lmdb.Transaction], T]) -> T:
         try:
             with self._env.begin(write=True) as transaction:
                 return work(transaction)

@@ -185,6 +185,10 @@ class Dispatcher:
             return None
         return abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique), payload
 
+    def abandoned(self, request: int) -> None:
+        """Nobody will release what the request of that number has opened, if anything."""
+        self._backing.abandoned(request)
+
     # -- pieces of replies -----------------------------------------------------------------------------------------------
 
     def _entry(self, entry: Entry) -> bytes:
@@ -357,8 +361,10 @@ class Dispatcher:
 
     def _release(self, request: Request) -> Reply:
         fh, *_ = abi.fuse_release_in.unpack_from(request.body)
-        self._operations.release(request.nodeid, fh)
-        self._backing.released(request.nodeid, fh)
+        try:
+            self._operations.release(request.nodeid, fh)
+        finally:
+            self._backing.released(request.nodeid, fh)
         return b""
 
     def _releasedir(self, request: Request) -> Reply:

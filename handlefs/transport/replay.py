@@ -5,11 +5,10 @@ again and compares: `Replay.finish` executes the request or, if that was done, m
 call with requests that may be repeated: a LOOKUP for the entry of a new object, an OPEN for its descriptor.
 """
 
-import contextlib
+import errno
 import os
 import stat
 import struct
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,14 +16,14 @@ from handlefs.handle import FileHandle, name_to_handle_at
 from handlefs.operations import Operations
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated
-from handlefs.syscalls import birth_time
+from handlefs.syscalls import Origin, origin
 from handlefs.volumes import Volume
 
 Reply = Sequence[bytes] | None
 Answer = Callable[[memoryview], Reply]
 """Executes a request and gives its reply, as `Dispatcher.answer` does."""
 
-CHANGING = frozenset(
+RECORDED = frozenset(
     {
         abi.FUSE_SETATTR,
         abi.FUSE_SYMLINK,
@@ -48,13 +47,15 @@ CHANGING = frozenset(
         abi.FUSE_REMOVEXATTR,
     }
 )
-"""Requests that must not be executed again once they are answered: the same may have been changed by others since, and what
-was opened would never be released."""
+"""Requests whose reply is recorded before it is sent, since they must not be executed again once they are answered: the same
+may have been changed by others since, and what was opened would never be released."""
 
 _CREATION_FLAGS = os.O_CREAT | os.O_EXCL | os.O_TRUNC
-_CLOCK_REALTIME_COARSE = 5  # clock_gettime(2); Python's time has no name for it
 _TIME = struct.Struct("=q")
 _HANDLE_TYPE = struct.Struct("=i")
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENODATA})
+_NOT_NOW = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.EINTR})
+"""Errors that say nothing of how the next system call will end."""
 
 
 class _Request(NamedTuple):
@@ -126,21 +127,42 @@ class Replay:
 
     def intent(self, opcode: int, message: memoryview) -> bytes:
         """What to record before the request `message` is executed; empty if it may be repeated as it is, be it because it
-        will fail: of that, its execution tells."""
+        will fail: of that, its execution tells. Raises OSError if that cannot be found out: it must not be executed then."""
         once = self._once.get(opcode)
-        if once is not None:
-            with contextlib.suppress(OSError, struct.error):
-                return once.look(self._operations, _Request.parse(message, once.head_size))
-        return b""
+        if once is None:
+            return b""
+        try:
+            return once.look(self._operations, _Request.parse(message, once.head_size))
+        except struct.error:
+            return b""
+        except OSError as error:
+            if error.errno in _NOT_NOW:
+                raise
+            return b""
 
     def finish(self, opcode: int, message: memoryview, intent: bytes) -> Reply:
         """The reply to the request `message`, which was being executed after its `intent` was recorded."""
         once = self._once[opcode]
         request = _Request.parse(message, once.head_size)
-        with contextlib.suppress(OSError):  # what cannot be looked at fails when it is executed, too
-            if once.was_done(self._operations, request, intent):
-                return once.rest(self._answer, request)
-        return self._answer(message)
+        try:
+            was_done = once.was_done(self._operations, request, intent)
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                return failure(message, error.errno or errno.EIO)
+            was_done = False
+        return once.rest(self._answer, request) if was_done else self._answer(message)
+
+    def keep_nothing(self) -> None:
+        """Close what a repeated request has opened: if that is over for the client, this process came too late to hear of
+        it."""
+        self._operations.open_files.close_restored()
+        self._operations.source.evict_all()
+
+
+def failure(message: memoryview, number: int) -> Reply:
+    """The reply that the request `message` has failed with errno `number`."""
+    unique = abi.fuse_in_header.unpack_from(message)[2]
+    return (abi.fuse_out_header.pack(abi.fuse_out_header.size, -number, unique),)
 
 
 # -- intents -------------------------------------------------------------------------------------------------------------
@@ -165,9 +187,10 @@ def _victim(operations: Operations, request: _Request) -> bytes:
 
 
 def _vacancy(operations: Operations, request: _Request) -> bytes:
-    if _handle_at(operations, request.nodeid, request.name):
-        return b""
-    return _TIME.pack(time.clock_gettime_ns(_CLOCK_REALTIME_COARSE))  # file times are taken from it
+    # No clock of ours: the file system's own tells, with the granularity that the time of a new object will have.
+    directory = operations.inode(request.nodeid)
+    changed = os.fstat(directory.fd).st_ctime_ns
+    return b"" if _handle_at(operations, request.nodeid, request.name) else _TIME.pack(changed)
 
 
 def _new_attribute(operations: Operations, request: _Request) -> bytes:
@@ -207,35 +230,31 @@ def _attribute_is_gone(operations: Operations, request: _Request, _intent: bytes
 
 
 def _is_new(is_wanted: Callable[[int, int, _Request], bool]) -> Callable[[Operations, _Request, bytes], bool]:
-    """Whether there is an object of the caller's, born since the intent, for which `is_wanted` (descriptor, mode, request)."""
+    """Whether there is an object of the caller's, made since the intent, for which `is_wanted` (directory's descriptor, mode,
+    request)."""
 
     def was_made(operations: Operations, request: _Request, intent: bytes) -> bool:
         directory = operations.inode(request.nodeid)
-        fd = os.open(request.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
-        try:
-            status = os.fstat(fd)
-            uid = request.header[4]
-            (since,) = _TIME.unpack(intent)
-            return status.st_uid == uid and birth_time(fd) >= since and is_wanted(fd, status.st_mode, request)
-        finally:
-            os.close(fd)
+        found: Origin = origin(directory.fd, request.name)
+        (since,) = _TIME.unpack(intent)
+        return found.uid == request.header[4] and found.time >= since and is_wanted(directory.fd, found.mode, request)
 
     return was_made
 
 
-def _directory(_fd: int, mode: int, _request: _Request) -> bool:
+def _directory(_parent: int, mode: int, _request: _Request) -> bool:
     return stat.S_ISDIR(mode)
 
 
-def _node(_fd: int, mode: int, request: _Request) -> bool:
+def _node(_parent: int, mode: int, request: _Request) -> bool:
     return stat.S_IFMT(mode) == stat.S_IFMT(abi.fuse_mknod_in.unpack(request.head)[0])
 
 
-def _symlink(fd: int, mode: int, request: _Request) -> bool:
-    return stat.S_ISLNK(mode) and os.readlink(b"", dir_fd=fd) + b"\0" == request.second
+def _symlink(parent: int, mode: int, request: _Request) -> bool:
+    return stat.S_ISLNK(mode) and os.readlink(request.name, dir_fd=parent) + b"\0" == request.second
 
 
-def _file(_fd: int, mode: int, _request: _Request) -> bool:
+def _file(_parent: int, mode: int, _request: _Request) -> bool:
     return stat.S_ISREG(mode)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..posix.compare import in_the_end
@@ -58,3 +59,14 @@ def template(supervisor: int) -> int:
 def has_ended(pid: int, seconds: float = TIMEOUT) -> bool:
     """Whether the process, no child of ours, ends within so many seconds."""
     return in_the_end(lambda: state(pid) in (None, "Z"), True, seconds=seconds) is True
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """During the block the process does nothing, if it does not end."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        if not has_ended(pid, 0):
+            os.kill(pid, signal.SIGCONT)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,7 @@ from ..support.filesystems import FileSystems, run
 from ..support.server import Mounted, mounted
 from ..support.users import ALICE, Child
 from .conftest import TIMEOUT
-from .processes import all_gone, children, has_ended, kill, name, template, workers, zombies
+from .processes import all_gone, children, has_ended, kill, name, stopped, template, workers, zombies
 
 
 @pytest.fixture
@@ -28,16 +25,6 @@ def source(kind: str, filesystems: FileSystems, request: pytest.FixtureRequest) 
     path.mkdir()
     path.chmod(0o777)
     return path
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        if not has_ended(pid, 0):
-            os.kill(pid, signal.SIGCONT)
 
 
 def answers(server: Mounted) -> bool:
@@ -75,7 +62,7 @@ def test_a_start_without_enough_processes(source: Path) -> None:
         process_limit() as limit,
         limit.at(6),
         limit.joined(),
-        pytest.raises(RuntimeError, match="cannot fork a worker"),
+        pytest.raises(RuntimeError, match=r"cannot (fork|start) a worker"),
         mounted(source, None),
     ):
         pass
@@ -159,3 +146,9 @@ def test_the_supervisor_is_killed_after_others_have_created(source: Path) -> Non
         assert all_gone(processes)
         run("umount", "--lazy", server.path)
         server.start()
+
+
+def test_too_few_descriptors_for_the_workers(source: Path) -> None:
+    with pytest.raises(RuntimeError, match="64 workers need 170 descriptors, and this process may have 128"):  # noqa: SIM117
+        with mounted(source, None, "--transport=direct", "--workers=64", nofile=128):
+            pass

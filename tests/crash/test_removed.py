@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -105,3 +109,51 @@ def test_the_source_fails() -> None:
 
         assert Child(client).result(TIMEOUT) == ["EIO"] * 11
         assert server.pid == supervisor
+
+
+@contextmanager
+def busy(cpu: int) -> Iterator[None]:
+    """Processes that take that CPU from whoever has no priority."""
+
+    def work() -> NoReturn:
+        os.sched_setaffinity(0, {cpu})
+        while True:
+            pass
+
+    hogs = [Child(work) for _ in range(3)]
+    try:
+        yield
+    finally:
+        for hog in hogs:
+            hog.end()
+
+
+def test_a_new_file_without_a_name_is_kept_for_a_slow_client(ext4: Path) -> None:
+    """The client's kernel makes the inode when the client's thread runs, which may be long after the reply."""
+    source = ext4 / "slow-client"
+    source.mkdir()
+    cpu = max(os.sched_getaffinity(0))
+
+    def client(opened: int, killed: int) -> bytes:
+        os.sched_setaffinity(0, {cpu})
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        fd = os.open(server.path, os.O_TMPFILE | os.O_RDWR, 0o600)
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        os.write(fd, b"content")
+        os.eventfd_write(opened, 1)
+        os.eventfd_read(killed)
+        return os.pread(fd, 10, 0)
+
+    with mounted(source, None, "--transport=direct", "--passthrough=off") as server, busy(cpu):
+        for _ in range(12):
+            opened, killed = os.eventfd(0), os.eventfd(0)
+            child = Child(client, opened, killed)
+            poll = select.poll()
+            poll.register(opened, select.POLLIN)
+            assert poll.poll(TIMEOUT * 1000)
+            for pid in workers(server):
+                kill(pid)
+            os.eventfd_write(killed, 1)
+            assert child.result(TIMEOUT) == b"content"
+            os.close(opened)
+            os.close(killed)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from handlefs import control
+from handlefs.mount import unmount
 
 from ..posix.compare import in_the_end, outcome
 from ..support.filesystems import UnavailableError, is_mounted, run
@@ -25,7 +26,7 @@ from ..support.users import Child
 from .conftest import TIMEOUT
 from .processes import children
 from .test_kills import Model
-from .test_takeover import Code, code, fails, workload
+from .test_takeover import PROCESSES, Code, code, fails, workload
 
 __all__ = ["code"]
 
@@ -74,6 +75,13 @@ class Service:
         self.kill()
         assert in_the_end(lambda: self.main_pid not in (before, "0"), True, TIMEOUT) is True
         assert in_the_end(lambda: self.systemd.property(self.name, "ActiveState"), "active", TIMEOUT) == "active"
+
+    def settled(self) -> None:
+        """Wait until it runs or has ended."""
+        assert (
+            in_the_end(lambda: self.systemd.property(self.name, "SubState") in ("running", "dead"), True, TIMEOUT)
+            is True
+        )
 
     def is_starting(self) -> bool:
         return self.systemd.property(self.name, "ActiveState") == "activating" and self.main_pid != "0"
@@ -172,7 +180,7 @@ def test_restarts_and_crashes_under_a_checked_workload(
                 service.crash() if crashes and times % 2 else service.do("restart")
                 assert service.main_pid != before
                 times += 1
-        assert in_the_end(lambda: len(children(service.pid())), 6, seconds=TIMEOUT) == 6
+        assert in_the_end(lambda: len(children(service.pid())), PROCESSES, seconds=TIMEOUT) == PROCESSES
         assert in_the_end(lambda: service.descriptors() <= descriptors, True, seconds=TIMEOUT) is True
         assert in_the_end(service.stored, stored, seconds=TIMEOUT) == stored
 
@@ -292,10 +300,18 @@ def test_unmounting_while_nobody_serves(systemd: Systemd, ext4: Path) -> None:
     with running(systemd, ext4, service="RestartSec=3") as service:
         (service.path / "file").touch()
         service.kill()
-        run("umount", service.path, timeout=TIMEOUT)
+        Child(unmount, str(service.path)).result(TIMEOUT)
         assert not is_mounted(service.path)
         assert in_the_end(lambda: is_mounted(service.path), True, TIMEOUT) is True
         assert Child(os.listdir, service.path).result(TIMEOUT) == ["file"]
+
+
+def test_the_command_umount_while_nobody_serves(systemd: Systemd, ext4: Path) -> None:
+    """It may ask the file system something first, and then waits for the next process."""
+    with running(systemd, ext4, service="RestartSec=1") as service:
+        service.kill()
+        run("umount", service.path, timeout=TIMEOUT)
+        service.settled()
 
 
 def test_other_options_need_a_new_mount(systemd: Systemd, ext4: Path) -> None:

@@ -16,7 +16,7 @@ from ..support.filesystems import filesystem
 from ..support.server import mounted
 from .disturbances import DISTURBANCES
 from .over_nfs import exported
-from .run import CLIENTS, Plan, torture
+from .run import CLIENTS, TABLE, Figures, Plan, torture
 
 
 def main() -> int:
@@ -25,8 +25,15 @@ def main() -> int:
     kinds = arguments.fs.split(",")
     if arguments.nfs and not IN_GUEST:
         return _in_guests(arguments, kinds)
-    runs = [(kind, mode) for kind in kinds for mode in (["off"] if arguments.nfs else arguments.passthrough.split(","))]
-    return 0 if all(_run(arguments, kind, mode) for kind, mode in runs) else 1
+    rows = []
+    for kind in kinds:
+        for mode in ["off"] if arguments.nfs else arguments.passthrough.split(","):
+            figures = _run(arguments, kind, mode)
+            if figures is None:
+                return 1
+            rows.append(f"| {kind}, {'NFS' if arguments.nfs else f'passthrough {mode}'} | {figures.row()} |")
+    print(TABLE, *rows, sep="\n")
+    return 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -66,8 +73,8 @@ def _in_guests(arguments: argparse.Namespace, kinds: list[str]) -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace, kind: str, passthrough: str) -> bool:
-    """One file system in one mode, with the figures printed; False if something was wrong."""
+def _run(arguments: argparse.Namespace, kind: str, passthrough: str) -> Figures | None:
+    """One file system in one mode, with the figures printed; None if something was wrong."""
     options = ("--transport=direct", f"--passthrough={passthrough}", *arguments.option)
     where = "over NFSv3 and NFSv4.2" if arguments.nfs else " ".join(options[1:])
     print(f"{kind}, {where}: {time.strftime('%H:%M:%S')}", flush=True)
@@ -77,7 +84,9 @@ def _run(arguments: argparse.Namespace, kind: str, passthrough: str) -> bool:
                 plan = stack.enter_context(exported(Path("/mnt", kind), arguments.seed))
             else:
                 root = stack.enter_context(filesystem(kind))
-                plan = Plan(stack.enter_context(mounted(root, None, *options)).path, root, arguments.seed)
+                server = stack.enter_context(mounted(root, None, *options))
+                stack.push(lambda kind, error, trace: _add_log(error, server.read_log()))
+                plan = Plan(server.path, root, arguments.seed)
             figures = torture(_as_asked(plan, arguments))
     except (AssertionError, OSError, RuntimeError) as error:  # a wrong result, or an error in the server's log
         print(
@@ -86,9 +95,14 @@ def _run(arguments: argparse.Namespace, kind: str, passthrough: str) -> bool:
             sep="\n  ",
             flush=True,
         )
-        return False
+        return None
     print(*(f"  {line}" for line in figures.lines()), sep="\n", flush=True)
-    return True
+    return figures
+
+
+def _add_log(error: BaseException | None, log: str) -> None:
+    if error is not None:
+        error.add_note("the end of the log:\n  " + "\n  ".join(log.splitlines()[-40:]))
 
 
 def _as_asked(plan: Plan, arguments: argparse.Namespace) -> Plan:

@@ -86,6 +86,26 @@ class Figures:
             ", ".join(f"{name} {value}" for name, value in self.facts.items()),
         ]
 
+    def row(self) -> str:
+        """A row of `TABLE`, without its first column."""
+        return " | ".join(
+            (
+                f"{self.steps.total():,}",
+                ", ".join(f"{count} {name}" for name, count in sorted(self.disturbances.items())),
+                f"{self.finished:,}",
+                f"{self.peace_rate:,.0f} → {self.disturbed_rate:,.0f} ({self.lost:.0%} lost)",
+                spread(self.peace_calls),
+                spread(self.hit_calls),
+            )
+        )
+
+
+TABLE = (
+    "| source | steps, all right | killed, renewed | finished by a successor | steps per second "
+    "| a call in peace | a call at a kill |\n"
+    "|---|---|---|---|---|---|---|"
+)
+
 
 def spread(seconds: Sequence[float]) -> str:
     """Median, 99% and maximum of sorted times."""

@@ -1,0 +1,58 @@
+"""What a worker may do: its requests come from clients, so it keeps no privilege that serving them does not need.
+
+The capabilities below are those without which some operation of a client fails (tests/crash/test_sandbox.py). CAP_SYS_RESOURCE
+is not among them: data is written by a worker whoever the client is, so it must not be exempt from disk quotas.
+"""
+
+import resource
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from handlefs.credentials import (
+    CAP_DAC_OVERRIDE,
+    CAP_DAC_READ_SEARCH,
+    CAP_FSETID,
+    CAP_SETPCAP,
+    CAP_SYS_ADMIN,
+    CAP_SYS_RESOURCE,
+    has_capability,
+    keep_capabilities_as_others,
+    keep_only,
+)
+from handlefs.process import drop_from_bounding_set, no_new_privileges
+
+
+class Capability(NamedTuple):
+    """A capability by its name, and what it is for."""
+
+    name: str
+    use: str
+
+
+CAPABILITIES: Mapping[int, Capability] = {
+    0: Capability("CAP_CHOWN", "give files to the users that make them, and to others"),
+    CAP_DAC_OVERRIDE: Capability("CAP_DAC_OVERRIDE", "serve any user: the kernel of the mount has checked permissions"),
+    CAP_DAC_READ_SEARCH: Capability("CAP_DAC_READ_SEARCH", "open files by their handles"),
+    3: Capability("CAP_FOWNER", "change modes, times and attributes of files of any user"),
+    CAP_FSETID: Capability("CAP_FSETID", "keep set-id bits for clients that may"),
+    6: Capability("CAP_SETGID", "make files in the name of any group"),
+    7: Capability("CAP_SETUID", "make files in the name of any user"),
+    9: Capability("CAP_LINUX_IMMUTABLE", "set the flags of chattr +i and +a"),
+    CAP_SYS_ADMIN: Capability("CAP_SYS_ADMIN", "pass reads and writes through, and set trusted.* attributes"),
+    27: Capability("CAP_MKNOD", "make device files"),
+    31: Capability("CAP_SETFCAP", "give files capabilities (setcap)"),
+}
+"""What workers keep, of what handlefs was started with."""
+
+
+def confine() -> None:
+    """Give up everything else, for this process and its children, for good. Call it before any thread is started."""
+    _, limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if has_capability(CAP_SYS_RESOURCE):
+        limit = resource.RLIM_INFINITY  # for the slot, instead of CAP_IPC_LOCK
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+    if has_capability(CAP_SETPCAP):
+        keep_capabilities_as_others()
+        drop_from_bounding_set(CAPABILITIES)
+    keep_only(CAPABILITIES)
+    no_new_privileges()
