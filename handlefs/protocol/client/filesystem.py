@@ -322,17 +322,25 @@ class Client:
             return self._at(path, lambda inode: self.open_inode(inode, flags), follow=not flags & os.O_NOFOLLOW)
         return self._in(path, lambda parent, name: self._create(parent, name, flags, mode))
 
-    def _create(self, parent: Inode, name: bytes, flags: int, mode: int) -> "File":
+    def _create(self, parent: Inode, name: bytes, flags: int, mode: int, links: int = 0) -> File:
         """Open `name`, made if it is not there. ESTALE, which the server says too, makes the caller look once more: somebody
         else has made it, or removed it."""
         try:
-            inode = self._walk(parent, _checked(name), follow=not flags & (os.O_EXCL | os.O_NOFOLLOW))
+            inode = self._child(parent, _checked(name))
         except FileNotFoundError:
-            pass
-        else:
-            if flags & os.O_EXCL:
-                raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
-            return self.open_inode(inode, flags)
+            return self._create_new(parent, name, flags, mode)
+        if flags & os.O_EXCL:
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+        if inode.kind != st.S_IFLNK or flags & os.O_NOFOLLOW:
+            return self.open_inode(_regular(inode), flags)
+        if links == _MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        directory, slash, last = self._readlink(inode).rpartition(b"/")  # what it leads to may have to be made
+        if slash:
+            parent = self._walk(parent, directory + slash, follow=True)
+        return self._create(parent, last, flags, mode, links + 1)
+
+    def _create_new(self, parent: Inode, name: bytes, flags: int, mode: int) -> File:
         body = abi.fuse_create_in.pack(flags, st.S_IFREG | st.S_IMODE(mode), self._umask, 0) + name + b"\0"
         entry, file, _ = self.session.create(abi.FUSE_CREATE, parent, body, self._sender)
         self._remember(parent, name, entry)
@@ -377,8 +385,8 @@ def _split(path: bytes) -> tuple[bytes, bytes]:
 
 def _checked(name: bytes) -> bytes:
     """`name`, if it can be the name of something that is made or removed."""
-    if name in (b"", b"."):
-        raise OSError(errno.EINVAL if name else errno.EBUSY, "not a name")
+    if name in (b"", b".", b".."):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
     return name
 
 
