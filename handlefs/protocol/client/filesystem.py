@@ -95,7 +95,7 @@ class Client:
     def _in(self, path: Path, use: Callable[[Inode, bytes], T]) -> T:
         """What `use` makes of the directory and the last component of `path`."""
         directory, name = _split(os.fsencode(path))
-        return self._at(directory, lambda parent: use(parent, name))
+        return self._at(directory, lambda parent: use(_directory(parent), name))
 
     def _walk(self, start: Inode, path: bytes, *, follow: bool, links: int = 0) -> Inode:
         here = self.session.table.root if path.startswith(b"/") else start
@@ -114,9 +114,7 @@ class Client:
 
     def _child(self, parent: Inode, name: bytes) -> Inode:
         """The inode of `name` in `parent`, remembered or looked up."""
-        if parent.kind != st.S_IFDIR:
-            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        known = self._names.get((parent, name))
+        known = self._names.get((_directory(parent), name))
         if known is not None and time.monotonic() < known[1]:
             return known[0]
         # Whatever was known: the answer has a handle, and so the same inode if it still is the same object.
@@ -298,9 +296,7 @@ class Client:
 
     def scan_inode(self, inode: Inode) -> list[tuple[Dirent, Entry | None]]:
         """`scandir` of an inode that is held."""
-        if inode.kind != st.S_IFDIR:
-            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        directory = self._opened(abi.FUSE_OPENDIR, inode, os.O_RDONLY | os.O_DIRECTORY)
+        directory = self._opened(abi.FUSE_OPENDIR, _directory(inode), os.O_RDONLY | os.O_DIRECTORY)
         entries: list[tuple[Dirent, Entry | None]] = []
         try:
             while more := self.session.readdirplus(directory, self._listing(directory, entries), self._sender):
@@ -388,6 +384,12 @@ def _checked(name: bytes) -> bytes:
     if name in (b"", b".", b".."):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
     return name
+
+
+def _directory(inode: Inode) -> Inode:
+    if inode.kind != st.S_IFDIR:
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    return inode
 
 
 def _regular(inode: Inode) -> Inode:
