@@ -289,9 +289,12 @@ def wrong_server(path: Path, answers: list[bytes | int]) -> Iterator[None]:
         peer, _ = listener.accept()
         init = abi.fuse_init_out.pack(7, 45, 0, 1 << 30, 0, 0, 1 << 16, 1, 16, 0, 1 << 30, 0, 0) + pack_handle_init(128)
         for answer in [init, *answers]:
-            message = peer.recv(1 << 17)
+            while True:
+                message = peer.recv(1 << 17)
+                _, opcode, unique, *_ = abi.fuse_in_header.unpack_from(message)
+                if opcode != abi.FUSE_BATCH_FORGET:
+                    break
             number, payload = (-answer, b"") if isinstance(answer, int) else (0, answer)
-            _, _, unique, *_ = abi.fuse_in_header.unpack_from(message)
             peer.send(abi.fuse_out_header.pack(16 + len(payload), number, unique) + payload)
         peer.recv(1)
         peer.close()

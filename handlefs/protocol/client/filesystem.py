@@ -95,7 +95,7 @@ class Client:
     def _in(self, path: Path, use: Callable[[Inode, bytes], T]) -> T:
         """What `use` makes of the directory and the last component of `path`."""
         directory, name = _split(os.fsencode(path))
-        return self._at(directory, lambda parent: use(parent, name))
+        return self._at(directory, lambda parent: use(_directory(parent), name))
 
     def _walk(self, start: Inode, path: bytes, *, follow: bool, links: int = 0) -> Inode:
         here = self.session.table.root if path.startswith(b"/") else start
@@ -114,9 +114,7 @@ class Client:
 
     def _child(self, parent: Inode, name: bytes) -> Inode:
         """The inode of `name` in `parent`, remembered or looked up."""
-        if parent.kind != st.S_IFDIR:
-            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        known = self._names.get((parent, name))
+        known = self._names.get((_directory(parent), name))
         if known is not None and time.monotonic() < known[1]:
             return known[0]
         # Whatever was known: the answer has a handle, and so the same inode if it still is the same object.
@@ -298,9 +296,7 @@ class Client:
 
     def scan_inode(self, inode: Inode) -> list[tuple[Dirent, Entry | None]]:
         """`scandir` of an inode that is held."""
-        if inode.kind != st.S_IFDIR:
-            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        directory = self._opened(abi.FUSE_OPENDIR, inode, os.O_RDONLY | os.O_DIRECTORY)
+        directory = self._opened(abi.FUSE_OPENDIR, _directory(inode), os.O_RDONLY | os.O_DIRECTORY)
         entries: list[tuple[Dirent, Entry | None]] = []
         try:
             while more := self.session.readdirplus(directory, self._listing(directory, entries), self._sender):
@@ -322,17 +318,25 @@ class Client:
             return self._at(path, lambda inode: self.open_inode(inode, flags), follow=not flags & os.O_NOFOLLOW)
         return self._in(path, lambda parent, name: self._create(parent, name, flags, mode))
 
-    def _create(self, parent: Inode, name: bytes, flags: int, mode: int) -> "File":
+    def _create(self, parent: Inode, name: bytes, flags: int, mode: int, links: int = 0) -> File:
         """Open `name`, made if it is not there. ESTALE, which the server says too, makes the caller look once more: somebody
         else has made it, or removed it."""
         try:
-            inode = self._walk(parent, _checked(name), follow=not flags & (os.O_EXCL | os.O_NOFOLLOW))
+            inode = self._child(parent, _checked(name))
         except FileNotFoundError:
-            pass
-        else:
-            if flags & os.O_EXCL:
-                raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
-            return self.open_inode(inode, flags)
+            return self._create_new(parent, name, flags, mode)
+        if flags & os.O_EXCL:
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+        if inode.kind != st.S_IFLNK or flags & os.O_NOFOLLOW:
+            return self.open_inode(_regular(inode), flags)
+        if links == _MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        directory, slash, last = self._readlink(inode).rpartition(b"/")  # what it leads to may have to be made
+        if slash:
+            parent = self._walk(parent, directory + slash, follow=True)
+        return self._create(parent, last, flags, mode, links + 1)
+
+    def _create_new(self, parent: Inode, name: bytes, flags: int, mode: int) -> File:
         body = abi.fuse_create_in.pack(flags, st.S_IFREG | st.S_IMODE(mode), self._umask, 0) + name + b"\0"
         entry, file, _ = self.session.create(abi.FUSE_CREATE, parent, body, self._sender)
         self._remember(parent, name, entry)
@@ -377,9 +381,15 @@ def _split(path: bytes) -> tuple[bytes, bytes]:
 
 def _checked(name: bytes) -> bytes:
     """`name`, if it can be the name of something that is made or removed."""
-    if name in (b"", b"."):
-        raise OSError(errno.EINVAL if name else errno.EBUSY, "not a name")
+    if name in (b"", b".", b".."):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
     return name
+
+
+def _directory(inode: Inode) -> Inode:
+    if inode.kind != st.S_IFDIR:
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    return inode
 
 
 def _regular(inode: Inode) -> Inode:

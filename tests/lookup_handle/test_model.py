@@ -1,0 +1,315 @@
+"""Client and server against a plain directory, in a random order of everything: what one says, the other must say too."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as some
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from handlefs.config import Config
+from handlefs.protocol.client import Client, File
+from handlefs.protocol.client.inodes import Inode
+from handlefs.protocol.client.replies import Stat
+from handlefs.unixserver import UnixServer
+
+NAMES = some.sampled_from(("a", "b", "c", "a/a", "a/b", "b/a", "b/b/c"))
+DATA = some.binary(max_size=40)
+_numbers = itertools.count()
+
+
+class InThisProcess:
+    """A server in threads of this process, which can be ended and started again in no time."""
+
+    def __init__(self, source: Path, base: Path, entry_timeout: float) -> None:
+        self._config = Config(
+            str(source),
+            str(base / "socket"),
+            socket=True,
+            state_dir=str(base / "state"),
+            node_table=8,
+            entry_timeout=entry_timeout,
+        )
+        self.start()
+
+    def start(self) -> None:
+        ready = threading.Event()
+        self.server = UnixServer(self._config)
+        self._thread = threading.Thread(target=self.server.serve, args=(ready.set,), daemon=True)
+        self._thread.start()
+        assert ready.wait(30)
+
+    def stop(self) -> None:
+        self.server.stop()
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    @property
+    def socket(self) -> str:
+        return self._config.mountpoint
+
+
+class AgainstADirectory(RuleBasedStateMachine):
+    """Set by the test: where to work, and the server."""
+
+    served: Path
+    plain: Path
+    server: InThisProcess
+    client: Client
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A new directory each time: what the client remembers of names does not matter.
+        self.base = f"example-{next(_numbers)}"
+        (self.served / self.base).mkdir()
+        self.directory = self.plain / self.base
+        self.directory.mkdir()
+        self.opened: list[tuple[File, int]] = []
+        self.held: list[tuple[Inode, int]] = []
+
+    def teardown(self) -> None:
+        for file, fd in self.opened:
+            os.close(fd)
+            with contextlib.suppress(OSError):  # ESTALE: removed, and then lost with a server
+                file.close()
+        for _, fd in self.held:
+            os.close(fd)
+
+    def agree(self, name: str, ours: Callable[[str], object], theirs: Callable[[Path], object]) -> object:
+        """Both calls on `name` must come to the same result or the same error."""
+        found, expected = outcome(lambda: ours(f"/{self.base}/{name}")), outcome(lambda: theirs(self.directory / name))
+        assert found == expected, (name, found, expected)
+        return found
+
+    # -- changes -------------------------------------------------------------------------------------------------------
+
+    @rule(name=NAMES, data=DATA)
+    def write(self, name: str, data: bytes) -> None:
+        def write(path: str) -> object:
+            with self.client.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC) as file:
+                return file.write(data)
+
+        self.agree(name, write, lambda path: path.write_bytes(data))
+
+    @rule(name=NAMES, data=DATA)
+    def append(self, name: str, data: bytes) -> None:
+        def append(path: str) -> object:
+            with self.client.open(path, os.O_WRONLY | os.O_APPEND) as file:
+                return file.write(data)
+
+        self.agree(name, append, lambda path: _with(path, os.O_WRONLY | os.O_APPEND, lambda fd: os.write(fd, data)))
+
+    @rule(name=NAMES)
+    def create(self, name: str) -> None:
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
+        self.agree(
+            name,
+            lambda path: self.client.open(path, flags, 0o640).close(),
+            lambda path: _with(path, flags, lambda _: None, 0o640),
+        )
+
+    @rule(name=NAMES, size=some.integers(0, 100))
+    def truncate(self, name: str, size: int) -> None:
+        self.agree(name, lambda path: self.client.truncate(path, size), lambda path: os.truncate(path, size))
+
+    @rule(name=NAMES)
+    def mkdir(self, name: str) -> None:
+        self.agree(name, self.client.mkdir, Path.mkdir)
+
+    @rule(name=NAMES)
+    def unlink(self, name: str) -> None:
+        self.agree(name, self.client.unlink, Path.unlink)
+
+    @rule(name=NAMES)
+    def rmdir(self, name: str) -> None:
+        self.agree(name, self.client.rmdir, Path.rmdir)
+
+    @rule(old=NAMES, new=NAMES)
+    def rename(self, old: str, new: str) -> None:
+        self.agree(
+            old,
+            lambda path: self.client.rename(path, f"/{self.base}/{new}"),
+            lambda path: os.rename(path, self.directory / new),
+        )
+
+    @rule(old=NAMES, new=NAMES)
+    def link(self, old: str, new: str) -> None:
+        self.agree(
+            old,
+            lambda path: self.client.link(path, f"/{self.base}/{new}"),
+            lambda path: os.link(path, self.directory / new, follow_symlinks=False),
+        )
+
+    @rule(to=some.sampled_from(("a", "b/a", "../a", "missing", ".")), name=NAMES)
+    def symlink(self, to: str, name: str) -> None:
+        self.agree(name, lambda path: self.client.symlink(to, path), lambda path: os.symlink(to, path))
+
+    @rule(name=NAMES, mode=some.sampled_from((0o600, 0o644, 0o755)))
+    def chmod(self, name: str, mode: int) -> None:
+        self.agree(name, lambda path: self.client.chmod(path, mode), lambda path: path.chmod(mode))
+
+    @rule(name=NAMES, value=DATA)
+    def set_xattr(self, name: str, value: bytes) -> None:
+        self.agree(
+            name,
+            lambda path: self.client.setxattr(path, "user.test", value),
+            lambda path: os.setxattr(path, "user.test", value),
+        )
+
+    # -- questions -----------------------------------------------------------------------------------------------------
+
+    @rule(name=NAMES)
+    def read(self, name: str) -> None:
+        self.agree(name, lambda path: self.client.open(path).read(), Path.read_bytes)
+
+    @rule(name=NAMES)
+    def stat(self, name: str) -> None:
+        self.agree(name, lambda path: _facts(self.client.stat(path)), lambda path: _facts(os.stat(path)))
+        self.agree(name, lambda path: _facts(self.client.lstat(path)), lambda path: _facts(os.lstat(path)))
+
+    @rule(name=NAMES)
+    def list(self, name: str) -> None:
+        self.agree(
+            name,
+            lambda path: sorted(self.client.listdir(path)),
+            lambda path: sorted(map(os.fsencode, os.listdir(path))),
+        )
+
+    @rule(name=NAMES)
+    def read_link(self, name: str) -> None:
+        self.agree(name, self.client.readlink, lambda path: os.readlink(os.fsencode(path)))
+
+    @rule(name=NAMES)
+    def get_xattrs(self, name: str) -> None:
+        self.agree(name, self.client.listxattr, os.listxattr)
+        self.agree(
+            name, lambda path: self.client.getxattr(path, "user.test"), lambda path: os.getxattr(path, "user.test")
+        )
+
+    # -- what is held --------------------------------------------------------------------------------------------------
+
+    @rule(name=NAMES)
+    def open(self, name: str) -> None:
+        found = outcome(lambda: self.client.open(f"/{self.base}/{name}", os.O_RDWR))
+        expected = outcome(lambda: os.open(self.directory / name, os.O_RDWR))
+        if isinstance(found, File) and isinstance(expected, int):
+            self.opened.append((found, expected))
+        else:
+            assert found == expected
+
+    @rule(data=some.data(), written=DATA, offset=some.integers(0, 50))
+    def use_open(self, data: some.DataObject, written: bytes, offset: int) -> None:
+        """Until a server has died an open file works whatever happens to its names."""
+        if not self.opened:
+            return
+        file, fd = data.draw(some.sampled_from(self.opened), label="which")
+        found = outcome(lambda: (file.pwrite(written, offset), file.pread(200, 0), _facts(file.stat())))
+        if found == "ESTALE" and os.fstat(fd).st_nlink == 0 and self.client.session.statistics.connections > 1:
+            self.opened.remove((file, fd))
+            os.close(fd)
+            return
+        assert found == (os.pwrite(fd, written, offset), os.pread(fd, 200, 0), _facts(os.fstat(fd)))
+
+    @rule(data=some.data())
+    def close(self, data: some.DataObject) -> None:
+        if self.opened:
+            file, fd = data.draw(some.sampled_from(self.opened), label="which")
+            self.opened.remove((file, fd))
+            os.close(fd)
+            assert outcome(file.close) in (None, "ESTALE")
+
+    @rule(name=NAMES)
+    def hold(self, name: str) -> None:
+        found = outcome(lambda: self.client.inode(f"/{self.base}/{name}", follow=False))
+        if isinstance(found, Inode):
+            self.held.append((found, os.open(self.directory / name, os.O_PATH | os.O_NOFOLLOW)))
+
+    @rule(data=some.data())
+    def use_held(self, data: some.DataObject) -> None:
+        """An inode that is held is the same object by whatever name, or it is gone."""
+        if not self.held:
+            return
+        inode, fd = data.draw(some.sampled_from(self.held), label="which")
+        found, expected = outcome(lambda: _facts(self.client.stat_inode(inode))), os.fstat(fd)
+        gone = expected.st_nlink == 0
+        assert found == _facts(expected) or (gone and found == "ESTALE") or (gone and isinstance(found, tuple))
+
+    # -- what must not be noticed --------------------------------------------------------------------------------------
+
+    @rule(count=some.sampled_from((1, 3, None)))
+    def evict(self, count: int | None) -> None:
+        self.server.server.evict(count)
+
+    @rule()
+    def restart(self) -> None:
+        self.server.stop()
+        self.server.start()
+
+    @invariant()
+    def the_table_is_bounded(self) -> None:
+        table = self.server.server.status()["node_table"]
+        assert isinstance(table, dict)
+        assert table["size"] <= 8
+
+
+def outcome(call: Callable[[], object]) -> object:
+    try:
+        return call()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+
+
+def _facts(st: os.stat_result | Stat) -> tuple[int, ...]:
+    """What must be the same of two objects in two directories; the size of a directory depends on its history."""
+    return st.st_mode, st.st_nlink, 0 if stat.S_ISDIR(st.st_mode) else st.st_size, st.st_uid
+
+
+def _with(path: Path, flags: int, use: Callable[[int], object], mode: int = 0o777) -> object:
+    fd = os.open(path, flags, mode)
+    try:
+        return use(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("HANDLEFS_RUNTIME_DIR", str(tmp_path / "run"))
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize("entry_timeout", [0, 1000])
+def test_against_a_directory(ext4: Path, tmp_path: Path, entry_timeout: float) -> None:
+    """With names that the client asks for each time, and with names that it trusts: nobody else changes anything."""
+    served, plain = ext4 / f"model-served-{entry_timeout}", ext4 / f"model-plain-{entry_timeout}"
+    served.mkdir()
+    plain.mkdir()
+    AgainstADirectory.served, AgainstADirectory.plain = served, plain
+    AgainstADirectory.server = InThisProcess(served, tmp_path, entry_timeout)
+    AgainstADirectory.client = Client(AgainstADirectory.server.socket)
+    try:
+        run_state_machine_as_test(
+            AgainstADirectory,
+            settings=settings(
+                max_examples=40,
+                stateful_step_count=60,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    finally:
+        AgainstADirectory.client.close()
+        AgainstADirectory.server.stop()
