@@ -117,13 +117,11 @@ def measure(arguments: argparse.Namespace, console: Console) -> bool:
         ready, left_out = contestants.prepare(wanted, work / "bin")
         for name in arguments.only or PARTS:
             bar = Bar(console, name)
-            part_work = work / name
-            part_work.mkdir()
-            plan = Plan(part_work, work / "bin", ready, sizes, bar, workloads_of(arguments), left_out)
             try:
-                with bar.shown():
-                    part = PARTS[name](plan)
-            except BenchError as error:
+                with bar.shown(), workplace(work) as place:
+                    part = PARTS[name](Plan(place, work / "bin", ready, sizes, bar, workloads_of(arguments), left_out))
+                    bar.step("removing the files")
+            except (BenchError, OSError) as error:
                 failed |= not isinstance(error, UnavailableError)
                 console.print(f"{name}: not measured: {error}", highlight=False, markup=False)
                 continue

@@ -30,7 +30,7 @@ PARTS = (
     "profile",
 )
 WORKLOADS = ("create", "rand-read", "clone")
-OTHERS = ("direct-4", "direct-nopass", "passthrough_fh", "passthrough_hp", "bindfs", "mergerfs")
+OTHERS = ("pyfuse3", "direct-4", "direct-nopass", "passthrough_fh", "passthrough_hp", "bindfs", "mergerfs")
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def check_speed(tables: dict[str, list[Figure]]) -> None:
     assert list(tables) == ["speed", "applications", "speed-2"]
     for table, rows in (("speed", 2), ("applications", 1), ("speed-2", 1)):
         done = [(figure.row, figure.column) for figure in tables[table] if figure.samples]
-        assert len(set(done)) == len(done) == rows * len({"native", "direct", "pyfuse3", "passthrough_ll"})
+        assert len(set(done)) == len(done) == rows * len({"native", "direct", "passthrough_ll"})
 
 
 def check_growth(tables: dict[str, list[Figure]]) -> None:
@@ -132,7 +132,7 @@ def test_nfs(place: Path, scratch: Path) -> None:
 def test_peers_that_end(place: Path, scratch: Path) -> None:
     """One that never mounts is left out; one that ends meanwhile has failures; the others are measured."""
     handlefs = f"{sys.executable} -m handlefs mount {{source}} {{mount}} --foreground --state-dir {{state}}"
-    only = ["--only", "speed", "--without", "pyfuse3", "--without", "passthrough_ll", "--rounds", "200"]
+    only = ["--only", "speed", "--without", "passthrough_ll", "--rounds", "200"]
     peers = [
         "--peer",
         "broken=sh -c 'echo not today; exit 3' {source} {mount}",
