@@ -109,13 +109,14 @@ def measure(arguments: argparse.Namespace, console: Console) -> bool:
     failed; one that is not possible on this machine does not count."""
     wanted, sizes = chosen(arguments), sizes_of(arguments)
     requirements.check_machine()
-    requirements.check_space(arguments.directory, sizes, len(wanted))
+    parts = arguments.only or list(PARTS)
+    requirements.check_space(arguments.directory, parts, sizes, len(wanted))
     figures.check_writable(arguments.results)
     requirements.raise_descriptor_limit(sizes)
     failed = False
     with workplace(arguments.directory) as work:
         ready, left_out = contestants.prepare(wanted, work / "bin")
-        for name in arguments.only or PARTS:
+        for name in parts:
             bar = Bar(console, name)
             try:
                 with bar.shown(), workplace(work) as place:
