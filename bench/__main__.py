@@ -36,6 +36,10 @@ PARTS: Mapping[str, Callable[[Plan], Part]] = {
 }
 
 
+WIDTH = 180
+"""Columns of the tables in a file or a pipe."""
+
+
 def positive(text: str) -> int:
     """A number for argparse."""
     number = int(text)
@@ -127,12 +131,13 @@ def measure(arguments: argparse.Namespace, console: Console) -> bool:
                 console.print(f"{name}: not measured: {error}", highlight=False, markup=False)
                 continue
             figures.save(arguments.results, {name: part})
-            show(console, name, part)
+            show(name, part)
     return not failed
 
 
-def show(console: Console, name: str, part: Part) -> None:
-    """Print a part's tables."""
+def show(name: str, part: Part) -> None:
+    """Print a part's tables, to standard output."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for line in sections.conditions(part.conditions, {}):
         console.print(line, highlight=False, markup=False)
     for grid in sections.grids_of(sections.SECTIONS[name], part):
