@@ -36,6 +36,10 @@ PARTS: Mapping[str, Callable[[Plan], Part]] = {
 }
 
 
+WIDTH = 180
+"""Columns of the tables in a file or a pipe."""
+
+
 def positive(text: str) -> int:
     """A number for argparse."""
     number = int(text)
@@ -109,31 +113,31 @@ def measure(arguments: argparse.Namespace, console: Console) -> bool:
     failed; one that is not possible on this machine does not count."""
     wanted, sizes = chosen(arguments), sizes_of(arguments)
     requirements.check_machine()
-    requirements.check_space(arguments.directory, sizes, len(wanted))
+    parts = arguments.only or list(PARTS)
+    requirements.check_space(arguments.directory, parts, sizes, len(wanted))
     figures.check_writable(arguments.results)
     requirements.raise_descriptor_limit(sizes)
     failed = False
     with workplace(arguments.directory) as work:
         ready, left_out = contestants.prepare(wanted, work / "bin")
-        for name in arguments.only or PARTS:
+        for name in parts:
             bar = Bar(console, name)
-            part_work = work / name
-            part_work.mkdir()
-            plan = Plan(part_work, work / "bin", ready, sizes, bar, workloads_of(arguments), left_out)
             try:
-                with bar.shown():
-                    part = PARTS[name](plan)
-            except BenchError as error:
+                with bar.shown(), workplace(work) as place:
+                    part = PARTS[name](Plan(place, work / "bin", ready, sizes, bar, workloads_of(arguments), left_out))
+                    bar.step("removing the files")
+            except (BenchError, OSError) as error:
                 failed |= not isinstance(error, UnavailableError)
                 console.print(f"{name}: not measured: {error}", highlight=False, markup=False)
                 continue
             figures.save(arguments.results, {name: part})
-            show(console, name, part)
+            show(name, part)
     return not failed
 
 
-def show(console: Console, name: str, part: Part) -> None:
-    """Print a part's tables."""
+def show(name: str, part: Part) -> None:
+    """Print a part's tables, to standard output."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for line in sections.conditions(part.conditions, {}):
         console.print(line, highlight=False, markup=False)
     for grid in sections.grids_of(sections.SECTIONS[name], part):

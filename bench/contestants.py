@@ -94,7 +94,7 @@ STANDARD = (
         quick=True,
     ),
     Contestant("passthrough_fh", f"{{bin}}/passthrough_fh -f -o modules=subdir,subdir={{source}},{_SHARED} {{mount}}"),
-    Contestant("passthrough_hp", "{bin}/passthrough_hp --foreground {source} {mount}"),
+    Contestant("passthrough_hp", "{bin}/passthrough_hp --foreground -o allow_other {source} {mount}"),
     Contestant("bindfs", "bindfs -f -o entry_timeout=1,attr_timeout=1 {source} {mount}", package="bindfs"),
     Contestant(
         "mergerfs",

@@ -9,14 +9,14 @@ import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import kernel
 from bench.children import environment
 from bench.contestants import Place
-from bench.errors import BenchError
+from bench.errors import BenchError, WorkloadError
 from bench.figures import NATIVE, Figure, Part
 from bench.plan import Plan
 from bench.workloads import make_files
@@ -57,17 +57,26 @@ def _walk(place: Place, counts: Sequence[int], patience: float) -> list[Figure]:
     figures, failure = [], ""
     with _Walker(place, counts, patience) as walker:
         for count in counts:
-            told = walker.go_on() if not failure else {}
-            failure = failure or told.get("failure", "")
             found: dict[str, float] = {}
-            if not failure:
-                found["growth-memory"] = kernel.memory(place.pid)
-                found["growth-descriptors"] = kernel.descriptors(place.pid)
-                found["growth-time"] = told["seconds"] / count * 1e6
+            try:
+                if not failure:
+                    found = _look(place.pid, walker.go_on())
+            except WorkloadError as error:
+                failure = str(error)
             for table, unit in UNITS.items():
                 samples = (found[table],) if found else ()
                 figures.append(Figure(table, str(count), f"{count:,}", place.name, unit, samples, failure))
     return figures
+
+
+def _look(server: int, told: Mapping[str, float]) -> dict[str, float]:
+    """What the server needs, and the time for an inode. Raises WorkloadError if it has ended meanwhile."""
+    try:
+        memory, descriptors = kernel.memory(server), kernel.descriptors(server)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise WorkloadError("the server has ended") from error
+    seconds = told["seconds"] / told["inodes"]
+    return {"growth-memory": memory, "growth-descriptors": descriptors, "growth-time": seconds * 1e6}
 
 
 class _Walker:
@@ -87,8 +96,8 @@ class _Walker:
         self._late.set()
         self._place.kill()
 
-    def go_on(self) -> dict[str, Any]:
-        """What it tells at the next count; `failure` is in it if it does not get there."""
+    def go_on(self) -> Mapping[str, float]:
+        """The inodes that it has seen at the next count, and the seconds. Raises WorkloadError if it does not get there."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("\n")
@@ -97,7 +106,7 @@ class _Walker:
         told: dict[str, Any] = json.loads(line) if line else {"inodes": 0, "failure": "the client has ended"}
         if "failure" in told:
             why = f"not within {self._patience:g} s" if self._late.is_set() else told["failure"]
-            told["failure"] = f"{why}, after {told['inodes']:,} inodes"
+            raise WorkloadError(f"{why}, after {told['inodes']:,} inodes")
         return told
 
     def __enter__(self) -> "_Walker":

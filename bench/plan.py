@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import handlefs
 from bench import contestants, examples, kernel
-from bench.contestants import HANDLEFS, Contestant, Place
+from bench.contestants import Contestant, Place
 from bench.errors import BenchError
 from bench.figures import Conditions
 from bench.sizes import Sizes
@@ -65,7 +66,7 @@ class Bar:
 class Plan:
     """What one part may use: an empty directory on the file system to be measured, and who takes part.
 
-    `servers` mounts; what is learnt about the contestants meanwhile becomes part of the `conditions`.
+    `served` mounts; what is learnt about the contestants meanwhile becomes part of the `conditions`.
     """
 
     work: Path
@@ -86,21 +87,10 @@ class Plan:
         self.left_out.update(self.unavailable)
         return [one for one in self.everybody if variants or not one.variant]
 
-    @property
-    def handlefs(self) -> Contestant:
-        """The contestant that the reports are about; BenchError if it does not take part."""
-        for contestant in self.everybody:
-            if contestant.name == HANDLEFS:
-                return contestant
-        raise BenchError(f"this part is about {HANDLEFS}, which was left out")
-
     @contextmanager
     def served(self, contestant: Contestant, source: Path) -> Iterator[Place]:
         """Have *contestant* serve *source*. Raises BenchError if it cannot."""
-        home = self.work / f"{contestant.name}-server"
-        number = 1
-        while home.exists():
-            home, number = self.work / f"{contestant.name}-server-{number}", number + 1
+        home = Path(tempfile.mkdtemp(prefix=f"{contestant.name}-", dir=self.work))
         with contestants.served(contestant, home, source, self.binaries) as place:
             if place.pid is not None:
                 self._commands[contestant.name] = contestant.shown()
@@ -135,7 +125,7 @@ class Plan:
         versions = {"handlefs": handlefs.__version__, "Python": platform.python_version()}
         if "pyfuse3" in self._commands:
             versions["pyfuse3"] = version("pyfuse3")
-        if any(f"{name}" in self._commands for name in examples.EXAMPLES):
+        if examples.EXAMPLES.keys() & self._commands.keys():
             versions["libfuse"] = examples.version()
         for program in ("bindfs", "mergerfs"):
             if program in self._commands:

@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from bench.errors import BenchError
@@ -26,17 +27,27 @@ def check_machine() -> None:
         raise BenchError(f"not found: {', '.join(missing)}; try apt install {packages}, or make bench")
 
 
-def check_space(directory: Path, sizes: Sizes, contestants: int) -> None:
-    """Raise a BenchError unless *directory* has room for the largest part."""
+def check_space(directory: Path, parts: Iterable[str], sizes: Sizes, contestants: int) -> None:
+    """Raise a BenchError unless *directory* has room for each of the *parts*, one after the other."""
     if not directory.is_dir():
         raise BenchError(f"{directory} is not a directory")
-    size = max(sizes.bytes * contestants, max(sizes.entries) * 500)
-    files = max(sizes.files * contestants, *sizes.inodes, sizes.listing)
     room = os.statvfs(directory)
-    if room.f_bavail * room.f_frsize < size:
-        raise BenchError(f"{directory} has less than the {size >> 20:,} MiB that are needed: try --scale quick")
-    if room.f_files and room.f_favail < files:  # file systems without a table of inodes say 0
-        raise BenchError(f"{directory} has less than the {files:,} inodes that are needed: try --scale quick")
+    for part in parts:
+        size, files = _needed(part, sizes, contestants)
+        if room.f_bavail * room.f_frsize < size:
+            raise BenchError(f"{directory} has less than the {size >> 20:,} MiB that {part} needs: try --scale quick")
+        if room.f_files and room.f_favail < files:  # file systems without a table of inodes say 0
+            raise BenchError(f"{directory} has less than the {files:,} inodes that {part} needs: try --scale quick")
+
+
+def _needed(part: str, sizes: Sizes, contestants: int) -> tuple[int, int]:
+    """Bytes and files that a part makes, both generously."""
+    if part == "speed":
+        return sizes.bytes * contestants, sizes.files * contestants
+    if part == "map":
+        return max(sizes.entries) * 500, 100
+    files = {"listing": sizes.listing, "growth": max(sizes.inodes)}.get(part, sizes.nodes)
+    return files * 1024 + (64 << 20), files + 1000
 
 
 def raise_descriptor_limit(sizes: Sizes) -> int:

@@ -17,7 +17,7 @@ from bench.children import environment
 from bench.figures import Figure, load
 from bench.report import BEGIN, END, PAGE
 
-from ..support.filesystems import scratch_directory, unmount
+from ..support.filesystems import filesystem, scratch_directory, unmount
 
 TIMEOUT = 120.0
 PARTS = (
@@ -30,7 +30,7 @@ PARTS = (
     "profile",
 )
 WORKLOADS = ("create", "rand-read", "clone")
-OTHERS = ("direct-4", "direct-nopass", "passthrough_fh", "passthrough_hp", "bindfs", "mergerfs")
+OTHERS = ("pyfuse3", "direct-4", "direct-nopass", "passthrough_fh", "passthrough_hp", "bindfs", "mergerfs")
 
 
 @pytest.fixture
@@ -55,14 +55,18 @@ def scratch() -> Iterator[Path]:
 
 
 def run(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-        env=environment(),
-    )
+    """Run a command; one that takes too long is told to end, on which it unmounts."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=TIMEOUT)
+        except BaseException:
+            process.terminate()
+            process.communicate(timeout=TIMEOUT)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def bench(place: Path, results: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -106,7 +110,7 @@ def check_speed(tables: dict[str, list[Figure]]) -> None:
     assert list(tables) == ["speed", "applications", "speed-2"]
     for table, rows in (("speed", 2), ("applications", 1), ("speed-2", 1)):
         done = [(figure.row, figure.column) for figure in tables[table] if figure.samples]
-        assert len(set(done)) == len(done) == rows * len({"native", "direct", "pyfuse3", "passthrough_ll"})
+        assert len(set(done)) == len(done) == rows * len({"native", "direct", "passthrough_ll"})
 
 
 def check_growth(tables: dict[str, list[Figure]]) -> None:
@@ -132,7 +136,7 @@ def test_nfs(place: Path, scratch: Path) -> None:
 def test_peers_that_end(place: Path, scratch: Path) -> None:
     """One that never mounts is left out; one that ends meanwhile has failures; the others are measured."""
     handlefs = f"{sys.executable} -m handlefs mount {{source}} {{mount}} --foreground --state-dir {{state}}"
-    only = ["--only", "speed", "--without", "pyfuse3", "--without", "passthrough_ll", "--rounds", "200"]
+    only = ["--only", "speed", "--without", "passthrough_ll", "--rounds", "200"]
     peers = [
         "--peer",
         "broken=sh -c 'echo not today; exit 3' {source} {mount}",
@@ -188,6 +192,16 @@ def test_bad_input(arguments: list[str], message: str) -> None:
     assert done.returncode in (1, 2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("part", ["speed", "growth", "map"])
+def test_a_disk_that_is_too_small(scratch: Path, part: str) -> None:
+    """It is told before anything is made."""
+    with filesystem("tmpfs", "32M") as small:
+        done = run("bench", "--only", part, "--directory", small, "--results", scratch / "results.json")
+        assert not list(small.iterdir())
+    assert done.returncode == 1
+    assert f"that {part} needs: try --scale quick" in done.stderr
 
 
 def test_profile_by_itself(place: Path) -> None:
