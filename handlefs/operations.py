@@ -85,8 +85,8 @@ class Changes:
 class Peers(Protocol):
     """The other processes that serve the same mount, and what they are told."""
 
-    def may_hold(self, nodeid: int) -> bool:
-        """Whether a client may have the file `nodeid` open in a way that needs one of these processes."""
+    def wants(self, nodeid: int, size: int) -> bool:
+        """Whether `removing` is needed for the regular file `nodeid`, with `size` bytes on the disk."""
 
     def removing(self, nodeid: int, fd: int, *, is_new: bool = False) -> None:
         """The object of `nodeid`, open as `fd` (maybe O_PATH), is about to lose a name, or has none since it `is_new`. A client
@@ -302,8 +302,9 @@ class Operations:
             return
         try:
             handle, mount_id, stat = look_at(directory.fd, name)
-            # A directory may be somebody's working directory without being open.
-            if st.S_ISDIR(stat.st_mode) or self._peers.may_hold(self._nodeid(handle, mount_id)):
+            # Others are held without being opened here: a working directory, a fifo, a bound socket.
+            size = stat.st_blocks * 512
+            if not st.S_ISREG(stat.st_mode) or self._peers.wants(self._nodeid(handle, mount_id), size):
                 self._hand_over(self._peers, directory, name)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ESTALE):  # no object, or none with a node ID

@@ -36,7 +36,7 @@ from handlefs.operations import Operations
 from handlefs.process import die_with, set_name
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated
-from handlefs.removed import Keeper
+from handlefs.removed import PROMPT, Keeper
 from handlefs.slot import EXECUTED, EXECUTING, Slot, SlotMemory
 from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
@@ -214,9 +214,10 @@ class MountPeers:
         self._keeper = keeper
         self._table = table
 
-    def may_hold(self, nodeid: int) -> bool:
-        """Whether it is open, or may be, without the kernel holding it by a backing ID."""
-        return self._table is None or self._table.needs_server(nodeid)
+    def wants(self, nodeid: int, size: int) -> bool:
+        """Whether it is open, or may be, without the kernel holding it by a backing ID; or so large that the supervisor is to
+        have its space free at once."""
+        return size >= PROMPT or self._table is None or self._table.needs_server(nodeid)
 
     def removing(self, nodeid: int, fd: int, *, is_new: bool = False) -> None:
         """Have the supervisor keep the object."""

@@ -212,7 +212,7 @@ def test_the_supervisor_does_not_answer(kind: str, filesystems: FileSystems) -> 
     source.mkdir()
     for number in range(1000):
         (source / str(number)).touch()
-    with mounted(source, None, "--transport=direct") as server:
+    with mounted(source, None, "--transport=direct", "--passthrough=off") as server:
 
         def remove_all() -> None:
             for number in range(1000):
