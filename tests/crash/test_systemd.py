@@ -335,6 +335,15 @@ def test_a_server_that_cannot_be_brought_back(systemd: Systemd, ext4: Path) -> N
         systemd.systemctl("reset-failed", service.name)
 
 
+def test_pyfuse3_is_mounted_anew(systemd: Systemd, ext4: Path) -> None:
+    with running(systemd, ext4, "--transport=pyfuse3") as service:
+        (service.path / "file").touch()
+        before = service.main_pid
+        service.do("restart")
+        assert service.main_pid != before
+        assert os.listdir(service.path) == ["file"]
+
+
 def test_watchdog(systemd: Systemd, ext4: Path) -> None:
     """A supervisor that hangs is replaced."""
     with running(systemd, ext4, service="WatchdogSec=3\nTimeoutAbortSec=1") as service:
