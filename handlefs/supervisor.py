@@ -484,7 +484,7 @@ class Supervisor:
             groups=tuple(self._groups),
             removed=removed,
             restarts=self._restarts,
-            upgrades=self._upgrades + 1,
+            upgrades=self._upgrades,
             start_time=self._start_time,
         )
 
@@ -493,7 +493,8 @@ class Supervisor:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             with prepared, self._removed.still() as removed:
-                handover.execute(replace(self._state(removed), control=control, client=client))
+                state = replace(self._state(removed), upgrades=self._upgrades + 1, control=control, client=client)
+                handover.execute(state)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 

@@ -183,6 +183,7 @@ def test_restarts_and_crashes_under_a_checked_workload(
         assert in_the_end(lambda: len(children(service.pid())), PROCESSES, seconds=TIMEOUT) == PROCESSES
         assert in_the_end(lambda: service.descriptors() <= descriptors, True, seconds=TIMEOUT) is True
         assert in_the_end(service.stored, stored, seconds=TIMEOUT) == stored
+        assert service.status()["upgrades"] == 0
 
 
 @pytest.mark.parametrize("passthrough", ["off", "auto"])
