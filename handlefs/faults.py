@@ -18,8 +18,8 @@ from typing import Any
 from handlefs import handle, slot, syscalls
 from handlefs.protocol import abi
 
-_SYSTEM_CALLS = frozenset({"posix", "fcntl", "handlefs._native"})
-"""Modules whose functions are system calls."""
+_SYSTEM_CALLS = frozenset({"posix", "fcntl", "socket", "lmdb.cpython", "handlefs._native"})
+"""Modules whose functions, or the methods of whose classes, are system calls; a commit of LMDB is one that counts."""
 _FILES = frozenset({handle.__file__, slot.__file__, syscalls.__file__})
 """Modules in Python of which the same can be said."""
 
@@ -60,7 +60,8 @@ class _Faulty:
 
     def _event(self, frame: FrameType, event: str, function: Any) -> None:
         if event.startswith("c_"):
-            if getattr(function, "__module__", None) in _SYSTEM_CALLS:
+            module = getattr(function, "__module__", None) or type(getattr(function, "__self__", None)).__module__
+            if module in _SYSTEM_CALLS:
                 self._point()
         elif frame.f_code.co_filename in _FILES:
             self._point()

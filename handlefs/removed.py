@@ -11,6 +11,7 @@ import contextlib
 import errno
 import heapq
 import logging
+import math
 import os
 import select
 import socket
@@ -37,6 +38,8 @@ _TIMEVAL = struct.Struct("=qq")
 _TICK = 1.0
 _ROUND = 0.001
 """Seconds, at least, between two rounds: many files are often removed together."""
+_CALL_INTERVAL = 0.02
+"""Seconds, at least, between two calls of the workers: it takes each of them some 0.1 ms."""
 _LONGEST_PAUSE = 60.0
 """Seconds after which an object is looked at in any case."""
 _TO_BE_STORED = 0.05
@@ -131,6 +134,7 @@ class RemovedFiles:
         self._new: dict[int, int] = {}  # request → node ID, of those that are new
         self._due: list[tuple[float, int]] = []  # a heap of (when, node ID); of what has been let go of, too
         self._to_free = 0  # bytes, since `freed` was called
+        self._next_call = 0.0
         self._is_full = False
         self._ending = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread: threading.Thread | None = None
@@ -187,8 +191,11 @@ class RemovedFiles:
             time.sleep(_ROUND)
 
     def _time_to_wait(self) -> float:
-        due = self._due[0][0] - time.monotonic() if self._due else _TICK
-        return min(max(due, 0.0), _TICK)
+        """Seconds until something is due."""
+        moments = [self._due[0][0]] if self._due else []
+        if self._to_free >= PROMPT:
+            moments.append(self._next_call)
+        return min(max(min(moments, default=math.inf) - time.monotonic(), 0.0), _TICK)
 
     # -- in --------------------------------------------------------------------------------------------------------------
 
@@ -244,8 +251,9 @@ class RemovedFiles:
             self._let_go(nodeid)
         if gone:
             self._drops.forgotten(gone)
-        if self._to_free >= PROMPT:
+        if self._to_free >= PROMPT and time.monotonic() >= self._next_call:
             self._to_free = 0
+            self._next_call = time.monotonic() + _CALL_INTERVAL
             self._freed()
 
     def _look_in(self, seconds: float, nodeid: int) -> None:

@@ -207,6 +207,25 @@ def test_random_kills_under_a_checked_workload(server: Mounted, seed: int, pytes
     server.check_log()
 
 
+def test_requests_as_large_as_can_be(server: Mounted) -> None:
+    """The kernel copies them into a worker's memory, which SIGKILL must not interrupt: the client would get EIO."""
+
+    def client() -> bool:
+        content = random.Random(5).randbytes(16 << 20)
+        for _ in range(4):
+            with (server.path / "large-requests").open("w+b", buffering=0) as file:
+                for start in range(0, len(content), 1 << 20):
+                    assert file.write(content[start : start + (1 << 20)]) == 1 << 20
+                if os.pread(file.fileno(), len(content), 0) != content:
+                    return False
+        return (server.source / "large-requests").read_bytes() == content
+
+    before = server.status()["restarts"]
+    with random_kills(server, 7):
+        assert Child(client).result(TIMEOUT)
+    assert server.status()["restarts"] > before
+
+
 def test_open_files_go_on(server: Mounted) -> None:
     """Files, directories, positions, mappings and removed files, whichever worker has opened them."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import mmap
 import os
 import select
 import signal
 import struct
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +19,7 @@ import pytest
 
 from ..posix.compare import in_the_end, outcome
 from ..support.filesystems import FileSystems, filesystem
-from ..support.server import mounted
+from ..support.server import Mounted, mounted
 from ..support.users import Child
 from .conftest import TIMEOUT, serving
 from .processes import kill, workers
@@ -31,6 +32,145 @@ def write(path: Path, size: int) -> None:
     with path.open("wb", buffering=0) as file:
         for _ in range(size >> 20):
             assert file.write(bytes(1 << 20)) == 1 << 20
+
+
+def regular_file(base: Path, remove: Callable[[Path], None]) -> Callable[[], object]:
+    path = base / "file"
+    path.write_text("content")
+    fd = os.open(path, os.O_RDWR)
+    remove(path)
+    return lambda: (os.pread(fd, 100, 0), os.pwrite(fd, b"more", 7), os.fstat(fd).st_nlink, outcome(os.fsync, fd))
+
+
+def mapping(base: Path, remove: Callable[[Path], None]) -> Callable[[], object]:
+    path = base / "mapped"
+    path.write_bytes(bytes(10_000))
+    with path.open("r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 0)
+    remove(path)
+
+    def use() -> object:
+        mapped[5000:5003] = b"new"
+        mapped.flush()
+        return mapped[4999:5004]
+
+    return use
+
+
+def directory(base: Path, remove: Callable[[Path], None]) -> Callable[[], object]:
+    path = base / "directory"
+    path.mkdir()
+    fd = os.open(path, os.O_RDONLY)
+    remove(path)
+    return lambda: (os.listdir(fd), os.fstat(fd).st_mode, outcome(os.mkdir, "new", dir_fd=fd))
+
+
+def working_directory(base: Path, remove: Callable[[Path], None]) -> Callable[[], object]:
+    path = base / "working"
+    path.mkdir()
+    os.chdir(path)
+    remove(path)
+    return lambda: (os.listdir(), Path().stat().st_mode, outcome(os.mkdir, "new"))
+
+
+def symbolic_link(base: Path, remove: Callable[[Path], None]) -> Callable[[], object]:
+    path = base / "link"
+    path.symlink_to("target")
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+    remove(path)
+    return lambda: (os.readlink("", dir_fd=fd), os.fstat(fd).st_mode)
+
+
+def fifo(base: Path, remove: Callable[[Path], None]) -> Callable[[], object]:
+    path = base / "fifo"
+    os.mkfifo(path)
+    fd = os.open(path, os.O_PATH)
+    remove(path)
+    return lambda: (os.fstat(fd).st_mode, outcome(os.chmod, f"/proc/self/fd/{fd}", 0o600), os.fstat(fd).st_mode)
+
+
+def unnamed_file(base: Path, _remove: Callable[[Path], None]) -> Callable[[], object]:
+    fd = os.open(base, os.O_TMPFILE | os.O_RDWR)
+    os.write(fd, b"content")
+    return lambda: (os.pread(fd, 100, 0), os.pwrite(fd, b"more", 7), os.fstat(fd).st_nlink)
+
+
+def linked_file(base: Path, remove: Callable[[Path], None]) -> Callable[[], object]:
+    """One of two names goes, and then the other."""
+    path, other = base / "linked", base / "other-name"
+    path.write_text("content")
+    other.hardlink_to(path)
+    fd = os.open(path, os.O_RDWR)
+    remove(path)
+    remove(other)
+    return lambda: (os.pread(fd, 100, 0), os.fstat(fd).st_nlink)
+
+
+def by_removal(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    else:
+        path.unlink()
+
+
+def by_replacement(path: Path) -> None:
+    """Something else of its kind is renamed over it."""
+    other = path.with_name(f"{path.name}-new")
+    if path.is_dir() and not path.is_symlink():
+        other.mkdir()
+    else:
+        other.touch()
+    other.rename(path)
+
+
+@pytest.mark.parametrize("passthrough", ["auto", "off"])
+@pytest.mark.parametrize("remove", [by_removal, by_replacement])
+@pytest.mark.parametrize(
+    "hold",
+    [regular_file, mapping, directory, working_directory, symbolic_link, fifo, unnamed_file, linked_file],
+)
+def test_what_is_removed_lives_on(
+    servers: Mapping[str, Mounted],
+    control: Path,
+    hold: Callable[[Path, Callable[[Path], None]], Callable[[], object]],
+    remove: Callable[[Path], None],
+    passthrough: str,
+) -> None:
+    """Whoever has it in use goes on, though all workers are killed, twice."""
+    server = servers[passthrough]
+
+    def client(base: Path, pids: Callable[[], list[int]]) -> list[object]:
+        base.mkdir()
+        use = hold(base, remove)
+        results = [use()]
+        for _ in range(2):
+            for pid in pids():
+                kill(pid)
+            results.append(use())
+        return results
+
+    name = f"{hold.__name__}-{remove.__name__}-{passthrough}"
+    expected = Child(client, control / name, list).result(TIMEOUT)
+    assert Child(client, server.path / name, lambda: workers(server)).result(TIMEOUT) == expected
+
+
+@pytest.fixture(scope="module")
+def control(kind: str, filesystems: FileSystems) -> Path:
+    path = filesystems[kind] / "removed-control"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def servers(kind: str, filesystems: FileSystems) -> Iterator[Mapping[str, Mounted]]:
+    with ExitStack() as stack:
+        found = {}
+        for passthrough in ("auto", "off"):
+            source = filesystems[kind] / f"removed-{passthrough}"
+            source.mkdir()
+            options = ("--transport=direct", f"--passthrough={passthrough}")
+            found[passthrough] = stack.enter_context(mounted(source, None, *options))
+        yield found
 
 
 @pytest.mark.parametrize("passthrough", ["auto", "off"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +110,11 @@ def test_many_descriptors_on_their_way(kind: str, filesystems: FileSystems) -> N
                 return [outcome(path.unlink) for path in paths]
 
         assert Child(client).result(TIMEOUT) == [None] * 400
+
+
+def test_check_tells_what_is_missing(kind: str, filesystems: FileSystems) -> None:
+    argv = ["setpriv", "--bounding-set=-setuid,-setpcap", sys.executable, "-m", "handlefs", "check", "--json"]
+    done = subprocess.run([*argv, filesystems[kind]], capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    limited = {finding["name"] for finding in json.loads(done.stdout) if finding["verdict"] == "limited"}
+    assert {"CAP_SETUID", "CAP_SETPCAP"} <= limited
+    assert not limited & {"CAP_SETGID", "CAP_CHOWN"}
