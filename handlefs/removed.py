@@ -131,6 +131,7 @@ class RemovedFiles:
         inbox.setblocking(False)
         self._store = store
         self._kept: dict[int, _Kept] = {}
+        self._new: dict[int, int] = {}  # request → node ID, of those that are new
         self._due: list[tuple[float, int]] = []  # a heap of (when, node ID); of what has been let go of, too
         self._to_free = 0  # bytes, since `freed` was called
         self._next_call = 0.0
@@ -211,6 +212,9 @@ class RemovedFiles:
             self._is_full = False
             nodeid, unique, is_new = _MESSAGE.unpack(message)
             self._let_go(nodeid)
+            if is_new:
+                self._let_go(self._new.get(unique, nodeid))  # of a killed worker, whose successor has made another
+                self._new[unique] = nodeid
             self._kept[nodeid] = _Kept(KeptFile(nodeid, unique, descriptors[0]), is_new)
             self._look_in(_ROUND, nodeid)
 
@@ -233,7 +237,9 @@ class RemovedFiles:
         for nodeid in due:
             kept = self._kept[nodeid]
             links, size = _links_and_size(kept.file.fd)
-            if kept.file.unique in unfinished or (not links and self._is_needed(kept, nodeid in forgotten)):
+            if nodeid in forgotten or kept.pause >= _LONGEST_PAUSE:
+                self._no_longer_new(kept)
+            if kept.file.unique in unfinished or (not links and self._is_needed(kept)):
                 if kept.pause >= _TO_BE_STORED:
                     self._keep_in_store(kept)
                 kept.pause = min(2 * kept.pause, _LONGEST_PAUSE)
@@ -264,6 +270,7 @@ class RemovedFiles:
     def _let_go(self, nodeid: int) -> None:
         kept = self._kept.pop(nodeid, None)
         if kept is not None:
+            self._no_longer_new(kept)
             if kept.is_stored:
                 self._store.drop(kept.file)
             os.close(kept.file.fd)
@@ -273,12 +280,18 @@ class RemovedFiles:
             self._store.keep(kept.file)
             kept.is_stored = True
 
-    def _is_needed(self, kept: _Kept, is_forgotten: bool) -> bool:
+    def _is_needed(self, kept: _Kept) -> bool:
         """Whether somebody has the object open, or will have. One that the kernel does not know yet is given time, until it is
-        known or `is_forgotten`; not for ever, since that may have been told before the object came here."""
-        is_known = self._is_known(kept.file.nodeid)
-        kept.is_new = kept.is_new and not is_known and not is_forgotten and kept.pause < _LONGEST_PAUSE
-        return is_known or kept.is_new
+        known or forgotten; not for ever, since that may have been told before the object came here."""
+        if self._is_known(kept.file.nodeid):
+            self._no_longer_new(kept)
+            return True
+        return kept.is_new
+
+    def _no_longer_new(self, kept: _Kept) -> None:
+        if kept.is_new:
+            kept.is_new = False
+            del self._new[kept.file.unique]
 
     def _is_known(self, nodeid: int) -> bool:
         """Whether the kernel of the mount has an inode for `nodeid`: one that is open, a working directory or mapped. To

@@ -130,8 +130,8 @@ class Server:
         def ready() -> None:
             nonlocal device
             device = self._mount_device()
-            if isinstance(self.serving, Supervisor) and notify.has_manager():
-                signal.signal(signal.SIGUSR1, lambda *_: self._supervisor.leave())
+            if notify.has_manager():
+                signal.signal(signal.SIGUSR1, lambda *_: self._leave())
             if self._metrics is not None:
                 self._metrics.start()
             on_ready()
@@ -164,6 +164,13 @@ class Server:
             return self.serving.mount_device
         mount = mount_at(self.config.mountpoint)
         return mount.dev if mount else None
+
+    def _leave(self) -> None:
+        """The service manager starts a successor, which takes over or mounts anew."""
+        if isinstance(self.serving, Supervisor):
+            self.serving.leave()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _serve(self, on_ready: Callable[[], None]) -> None:
         """Serve with the transport that was asked for; with "auto" with pyfuse3 where the kernel is too old for direct."""
@@ -258,6 +265,9 @@ class Server:
             reply = {"ok": True, "version": __version__, "replaced": self._supervisor.replace_inherited()}
         except ReloadError as error:
             reply = {"ok": False, "error": str(error)}
+        except Exception as error:  # whoever waits must hear of it
+            log.exception("the workers could not be replaced")
+            reply = {"ok": False, "error": f"internal error: {error!r}"}
         with socket.socket(fileno=client) as connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             send_reply(connection, reply)
 

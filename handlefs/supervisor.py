@@ -6,8 +6,6 @@ It opens nothing on its own mount and serves no file operation. Its loop runs in
 
 import contextlib
 import functools
-import itertools
-import json
 import logging
 import os
 import resource
@@ -15,16 +13,15 @@ import select
 import selectors
 import signal
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from handlefs import connection, handover, interpreter, notify, service
+from handlefs import connection, handover, notify, service
 from handlefs.config import Config
 from handlefs.daemon import SIGNALS
 from handlefs.droplog import DropLog
@@ -37,7 +34,8 @@ from handlefs.protocol import abi
 from handlefs.removed import KeptFile, RemovedFiles
 from handlefs.slot import Slot, SlotMemory
 from handlefs.volumes import OpenedSource
-from handlefs.worker import Assignment, answer_eio
+from handlefs.worker import answer_eio
+from handlefs.workforce import Template, WorkerProcess, how_it_ended
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +45,6 @@ END_TIMEOUT = 10.0
 """Seconds that processes get to end by themselves when the mount is gone."""
 KILL_TIMEOUT = 1.0
 """Seconds that those which are killed then get: one that waits for a disk does not even die."""
-REPLY_TIMEOUT = 10.0
-"""Seconds that a worker gets to answer a command."""
 START_TIMEOUT = 20.0
 """Seconds after which a worker that has been ordered must be ready."""
 
@@ -57,7 +53,6 @@ _OWN_DESCRIPTORS = 40
 _POLL_INTERVAL = 0.002
 _SHORTEST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
-_LONGEST_REPLY = 64 * 1024
 _ENDED = os.WEXITED | os.WNOHANG  # for waitid(2)
 
 
@@ -69,139 +64,6 @@ def pause(failures: int) -> float:
 
 class ReloadError(Exception):
     """Workers cannot be replaced; the text says why, and what has become of them."""
-
-
-class _Worker:
-    """A worker process: first it starts, then it is ready, a spare, then it serves a slot."""
-
-    def __init__(self, commands: socket.socket) -> None:
-        self.commands = commands
-        self.ordered = time.monotonic()
-        self.pid = 0
-        self.pidfd = -1
-        """Both known when it is ready."""
-        self.slot: int | None = None
-        self.has_served = False
-        """Whether it is known to have come as far as to serve its slot."""
-        self.is_retired = False
-        """Whether its end is wanted, since newer code takes its place."""
-        self._lock = threading.Lock()
-        self._numbers = itertools.count()
-
-    @classmethod
-    def inherited(cls, serving: handover.ServingWorker) -> "_Worker":
-        """One that serves, of a predecessor in the same process."""
-        commands = socket.socket(fileno=serving.commands)
-        commands.set_inheritable(False)
-        commands.settimeout(REPLY_TIMEOUT)
-        worker = cls(commands)
-        worker.pid, worker.slot, worker.has_served = serving.pid, serving.slot, True
-        worker.pidfd = os.pidfd_open(serving.pid)
-        return worker
-
-    @property
-    def is_spare(self) -> bool:
-        return bool(self.pid) and self.slot is None and not self.is_retired
-
-    def listen(self) -> str | None:
-        """Hear how its start went: None if it is ready, else why it is not: "" if it died without a word."""
-        try:
-            said = json.loads(self.commands.recv(_LONGEST_REPLY) or '{"failed": ""}')
-            if "ready" not in said:
-                return str(said["failed"])
-            self.pidfd = os.pidfd_open(said["ready"])  # our child: the number is its own until we have waited for it
-        except ConnectionResetError:
-            return ""
-        except OSError as error:
-            return f"a new worker cannot be watched: {error.strerror}"
-        self.pid = said["ready"]
-        return None
-
-    def tell(self, command: Mapping[str, object]) -> None:
-        """Send a command that is not answered. Raises OSError if the worker is dead."""
-        self.commands.send(json.dumps(command).encode())
-
-    def ask(self, command: Mapping[str, object]) -> dict[str, Any] | None:
-        """Have a serving worker execute `command`; None if it does not answer: it dies just now, or hangs."""
-        with self._lock:
-            number = next(self._numbers)
-            try:
-                self.tell({**command, "number": number})
-                while message := self.commands.recv(_LONGEST_REPLY):
-                    reply: dict[str, Any] = json.loads(message)
-                    if reply["number"] == number:  # else that of a command that was not waited for any longer
-                        return reply
-            except OSError:
-                pass
-            return None
-
-    def close(self) -> None:
-        """Let go of its descriptors."""
-        self.commands.close()
-        if self.pid:
-            os.close(self.pidfd)
-
-
-class _Template:
-    """The process that forks workers; it and they are a process group of their own (Ctrl-C is for the supervisor)."""
-
-    def __init__(self, assignment: Assignment) -> None:
-        """Start it. Raises OSError."""
-        with contextlib.ExitStack() as undo:
-            self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            undo.enter_context(self.orders)
-            self._errors = os.memfd_create("handlefs-template-errors")
-            undo.callback(os.close, self._errors)
-            with theirs:
-                self._process = subprocess.Popen(
-                    interpreter.command("template", str(theirs.fileno()), str(os.getpid())),
-                    env=interpreter.environment(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=None if assignment.foreground else self._errors,
-                    pass_fds=(theirs.fileno(), *assignment.descriptors().values()),
-                    process_group=0,
-                )
-            undo.callback(self._process.wait)
-            undo.callback(self._process.kill)
-            self.pid = self._process.pid
-            self.pidfd = os.pidfd_open(self.pid)
-            undo.pop_all()
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # dead already: that will be noticed
-            self.orders.send(assignment.to_json().encode())
-
-    def fork_worker(self) -> socket.socket:
-        """The command socket of a new worker; at its end at once if the template is dead."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.settimeout(REPLY_TIMEOUT)
-        with theirs, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            socket.send_fds(self.orders, [b"+"], [theirs.fileno()])
-        return ours
-
-    def ends_within(self, seconds: float) -> bool:
-        """Whether it is dead, or will be within so many seconds."""
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
-
-    def kill(self) -> None:
-        """End it; for one that does not answer."""
-        self._process.kill()
-
-    def end(self) -> str:
-        """End it if it has not ended; returns how, as `close`."""
-        if not self.ends_within(0):
-            self.kill()
-        return self.close()
-
-    def close(self) -> str:
-        """It has ended: returns how, and lets go of its descriptors."""
-        how = _how(self._process.wait())
-        said = os.pread(self._errors, _LONGEST_REPLY, 0).decode(errors="replace").strip()
-        self.orders.close()
-        os.close(self.pidfd)
-        os.close(self._errors)
-        return f"{how}: {said}" if said else how
 
 
 class Supervisor:
@@ -229,9 +91,9 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._calls = LoopCalls()
         self._reloading = threading.Lock()
-        self._template: _Template | None = None
+        self._template: Template | None = None
         self._lock = threading.Lock()  # of _workers, which other threads read
-        self._workers: list[_Worker] = []
+        self._workers: list[WorkerProcess] = []
         self._slots: list[Slot] = []
         self._counters: list[Counters] = []
         self._vacant = dict.fromkeys(range(self._count), 0.0)  # slot → when it may be filled
@@ -239,7 +101,7 @@ class Supervisor:
         self._groups: set[int] = set()  # of processes: each template's, with its workers
         self._restarts = 0
         self._upgrades = 0
-        self._inherited_workers: list[_Worker] = []
+        self._inherited_workers: list[WorkerProcess] = []
         self.mount_device: tuple[int, int] | None = None
         """Major and minor number of the mount, from when there is one."""
         self._failed_starts = 0
@@ -394,17 +256,17 @@ class Supervisor:
             self._use_template(self._new_template())
         assert self._template is not None
         while len(self._workers) <= self._count:
-            worker = _Worker(self._template.fork_worker())
+            worker = WorkerProcess(self._template.fork_worker())
             self._selector.register(worker.commands, selectors.EVENT_READ, functools.partial(self._came_up, worker))
             with self._lock:
                 self._workers.append(worker)
 
-    def _new_template(self) -> _Template:
-        template = _Template(self._assignment)
+    def _new_template(self) -> Template:
+        template = Template(self._assignment)
         self._groups.add(template.pid)
         return template
 
-    def _use_template(self, template: _Template) -> None:
+    def _use_template(self, template: Template) -> None:
         self._template = template
         self._selector.register(template.pidfd, selectors.EVENT_READ, self._template_ended)
 
@@ -427,7 +289,7 @@ class Supervisor:
                 self._template.kill()
             self._start_failed(f"{len(late)} new workers are not ready after {START_TIMEOUT:.0f} s")
 
-    def _came_up(self, worker: _Worker) -> None:
+    def _came_up(self, worker: WorkerProcess) -> None:
         """A worker that was being forked has said how that went, or died."""
         self._selector.unregister(worker.commands)
         failure = worker.listen()
@@ -440,7 +302,7 @@ class Supervisor:
         elif self._is_ready or self._template is None or not self._template.ends_within(1.0):  # else that says more
             self._start_failed("a worker died before it was ready", logging.WARNING)
 
-    def _watch(self, worker: _Worker) -> None:
+    def _watch(self, worker: WorkerProcess) -> None:
         """Hear of the end of a worker that is ready."""
         self._selector.register(worker.pidfd, selectors.EVENT_READ, functools.partial(self._ended, worker))
 
@@ -468,10 +330,10 @@ class Supervisor:
                     worker.slot = slot
                 del self._vacant[slot]
 
-    def _ended(self, worker: _Worker) -> None:
+    def _ended(self, worker: WorkerProcess) -> None:
         """A worker that was ready has died, or has seen the end of the mount."""
         _, wait_status = os.waitpid(worker.pid, 0)
-        how = _how(os.waitstatus_to_exitcode(wait_status))
+        how = how_it_ended(os.waitstatus_to_exitcode(wait_status))
         self._look_who_serves()
         self._selector.unregister(worker.pidfd)
         self._forget(worker)
@@ -498,7 +360,7 @@ class Supervisor:
                 worker.has_served = True
                 self._failed_starts = 0
 
-    def _forget(self, worker: _Worker) -> None:
+    def _forget(self, worker: WorkerProcess) -> None:
         with self._lock:
             self._workers.remove(worker)
         worker.close()
@@ -621,7 +483,7 @@ class Supervisor:
             groups=tuple(self._groups),
             removed=removed,
             restarts=self._restarts,
-            upgrades=self._upgrades + 1,
+            upgrades=self._upgrades,
             start_time=self._start_time,
         )
 
@@ -630,7 +492,8 @@ class Supervisor:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             with prepared, self._removed.still() as removed:
-                handover.execute(replace(self._state(removed), control=control, client=client))
+                state = replace(self._state(removed), upgrades=self._upgrades + 1, control=control, client=client)
+                handover.execute(state)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -643,25 +506,25 @@ class Supervisor:
             os.set_inheritable(kept.fd, False)
             self._removed.keep(kept)
         for serving in state.workers:
-            worker = _Worker.inherited(serving)
+            worker = WorkerProcess.inherited(serving)
             self._watch(worker)
             del self._vacant[serving.slot]
             self._workers.append(worker)
         self._inherited_workers = self._workers.copy()
         self._is_ready = True
 
-    def _replace_all(self, outdated: Sequence[_Worker]) -> int:
+    def _replace_all(self, outdated: Sequence[WorkerProcess]) -> int:
         for worker in outdated:
             self._replace(worker)
         log.info("%d workers were replaced", len(outdated))
         return len(outdated)
 
-    def _start_new_code(self) -> list[_Worker]:
+    def _start_new_code(self) -> list[WorkerProcess]:
         """Have the next workers forked by a new template, once a first worker of it is ready. Returns the workers that serve
         with the old code."""
         template = self._calls.call(self._new_template)
-        first = _Worker(template.fork_worker())
-        if _readable(first.commands, START_TIMEOUT):
+        first = WorkerProcess(template.fork_worker())
+        if first.is_heard_within(START_TIMEOUT):
             failure = first.listen()
         else:
             failure = f"a worker is not ready after {START_TIMEOUT:.0f} s"
@@ -672,7 +535,7 @@ class Supervisor:
             raise ReloadError(f"the new code does not start, and the old workers go on: {why}")
         return self._calls.call(lambda: self._use_new_code(template, first))
 
-    def _use_new_code(self, template: _Template, first: _Worker) -> list[_Worker]:
+    def _use_new_code(self, template: Template, first: WorkerProcess) -> list[WorkerProcess]:
         old, self._template = self._template, None
         if old is not None:
             self._selector.unregister(old.pidfd)
@@ -691,7 +554,7 @@ class Supervisor:
         self._use_template(template)
         return outdated
 
-    def _replace(self, worker: _Worker) -> None:
+    def _replace(self, worker: WorkerProcess) -> None:
         """Have `worker`, which serves a slot, replaced by a spare one."""
         assert worker.slot is not None
         slot = self._slots[worker.slot]
@@ -707,7 +570,7 @@ class Supervisor:
         with self._lock:
             return any(worker.is_spare for worker in self._workers)
 
-    def _retire(self, worker: _Worker) -> None:
+    def _retire(self, worker: WorkerProcess) -> None:
         """End it, unless it has ended by itself. If it has received a request just now, its successor finishes that."""
         if worker in self._workers:
             worker.is_retired = True
@@ -752,11 +615,11 @@ class Supervisor:
             evicted += reply["evicted"] if reply is not None else 0
         return evicted
 
-    def _serving(self) -> list[_Worker]:
+    def _serving(self) -> list[WorkerProcess]:
         with self._lock:
             return [worker for worker in self._workers if worker.slot is not None]
 
-    def _worker_status(self, worker: _Worker, index: int) -> dict[str, object]:
+    def _worker_status(self, worker: WorkerProcess, index: int) -> dict[str, object]:
         counters, message = self._counters[index], self._slots[index].unfinished
         opcode = 0 if message is None else abi.fuse_in_header.unpack_from(message)[1]
         return {
@@ -769,13 +632,6 @@ class Supervisor:
         }
 
 
-def _readable(connection: socket.socket, seconds: float) -> bool:
-    """Whether something comes, the end too, within so many seconds."""
-    poll = select.poll()
-    poll.register(connection, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
-
-
 def _comes_true(condition: Callable[[], bool], seconds: float) -> bool:
     """Whether that happens within so many seconds."""
     deadline = time.monotonic() + seconds
@@ -784,7 +640,3 @@ def _comes_true(condition: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(_POLL_INTERVAL)
     return True
-
-
-def _how(status: int) -> str:
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import mmap
 import os
 import select
@@ -20,7 +21,7 @@ from ..posix.compare import in_the_end, outcome
 from ..support.filesystems import FileSystems, filesystem
 from ..support.server import Mounted, mounted
 from ..support.users import Child
-from .conftest import TIMEOUT
+from .conftest import TIMEOUT, serving
 from .processes import kill, workers
 
 XFS_IOC_GOINGDOWN = 0x8004587D
@@ -249,6 +250,23 @@ def test_the_source_fails() -> None:
 
         assert Child(client).result(TIMEOUT) == ["EIO"] * 11
         assert server.pid == supervisor
+
+
+def test_a_file_without_a_name_that_was_made_twice_is_kept_once(filesystems: FileSystems) -> None:
+    """What a killed worker had made is let go of when its successor has made another."""
+
+    def client(base: Path) -> None:
+        os.close(os.open(base, os.O_TMPFILE | os.O_RDWR, 0o600))
+
+    with serving(filesystems["ext4"], "off") as ground:
+        point, killed = 0, True
+        while killed:
+            ground.kill_at("tmpfile", point)
+            ground.bounded(functools.partial(client, ground.server.path))
+            killed = ground.was_killed()
+            point += 1
+        assert point > 1
+        assert in_the_end(lambda: ground.server.status()["removed_files"], 0, seconds=20) == 0
 
 
 @contextmanager

@@ -183,6 +183,7 @@ def test_restarts_and_crashes_under_a_checked_workload(
         assert in_the_end(lambda: len(children(service.pid())), PROCESSES, seconds=TIMEOUT) == PROCESSES
         assert in_the_end(lambda: service.descriptors() <= descriptors, True, seconds=TIMEOUT) is True
         assert in_the_end(service.stored, stored, seconds=TIMEOUT) == stored
+        assert service.status()["upgrades"] == 0
 
 
 @pytest.mark.parametrize("passthrough", ["off", "auto"])
@@ -333,6 +334,15 @@ def test_a_server_that_cannot_be_brought_back(systemd: Systemd, ext4: Path) -> N
         assert Child(outcome, os.listdir, service.path).result(TIMEOUT) in ("ECONNABORTED", "ENOTCONN")
         run("umount", service.path)
         systemd.systemctl("reset-failed", service.name)
+
+
+def test_pyfuse3_is_mounted_anew(systemd: Systemd, ext4: Path) -> None:
+    with running(systemd, ext4, "--transport=pyfuse3") as service:
+        (service.path / "file").touch()
+        before = service.main_pid
+        service.do("restart")
+        assert service.main_pid != before
+        assert os.listdir(service.path) == ["file"]
 
 
 def test_watchdog(systemd: Systemd, ext4: Path) -> None:

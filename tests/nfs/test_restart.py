@@ -75,10 +75,10 @@ def happen(event: str, export: Export, stories: list[Story]) -> None:
 
 
 @pytest.mark.parametrize("story", STORIES, ids=lambda story: story.name)
-def test_story(told: Told, story: type[Story], version: str) -> None:
-    told[story, version].check()
+def test_story_of_an_upgrade(told_of_upgrade: Told, story: type[Story], version: str) -> None:
+    told_of_upgrade[story, version].check()
 
 
 @pytest.mark.parametrize("story", STORIES, ids=lambda story: story.name)
-def test_story_of_an_upgrade(told_of_upgrade: Told, story: type[Story], version: str) -> None:
-    told_of_upgrade[story, version].check()
+def test_story(told: Told, story: type[Story], version: str) -> None:
+    told[story, version].check()

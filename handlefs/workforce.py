@@ -1,0 +1,169 @@
+"""The processes of a mount as the supervisor sees them: the template, and the workers that it forks."""
+
+import contextlib
+import itertools
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from handlefs import interpreter
+from handlefs.handover import ServingWorker
+from handlefs.worker import Assignment
+
+REPLY_TIMEOUT = 10.0
+"""Seconds that a worker gets to answer a command."""
+
+_LONGEST_REPLY = 64 * 1024
+
+
+class WorkerProcess:
+    """A worker process: first it starts, then it is ready, a spare, then it serves a slot."""
+
+    def __init__(self, commands: socket.socket) -> None:
+        self.commands = commands
+        self.ordered = time.monotonic()
+        self.pid = 0
+        self.pidfd = -1
+        """Both known when it is ready."""
+        self.slot: int | None = None
+        self.has_served = False
+        """Whether it is known to have come as far as to serve its slot."""
+        self.is_retired = False
+        """Whether its end is wanted, since newer code takes its place."""
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+
+    @classmethod
+    def inherited(cls, serving: ServingWorker) -> "WorkerProcess":
+        """One that serves, of a predecessor in the same process."""
+        commands = socket.socket(fileno=serving.commands)
+        commands.set_inheritable(False)
+        commands.settimeout(REPLY_TIMEOUT)
+        worker = cls(commands)
+        worker.pid, worker.slot, worker.has_served = serving.pid, serving.slot, True
+        worker.pidfd = os.pidfd_open(serving.pid)
+        return worker
+
+    @property
+    def is_spare(self) -> bool:
+        return bool(self.pid) and self.slot is None and not self.is_retired
+
+    def is_heard_within(self, seconds: float) -> bool:
+        """Whether it says something, or ends, within so many seconds."""
+        return _readable(self.commands.fileno(), seconds)
+
+    def listen(self) -> str | None:
+        """Hear how its start went: None if it is ready, else why it is not: "" if it died without a word."""
+        try:
+            said = json.loads(self.commands.recv(_LONGEST_REPLY) or '{"failed": ""}')
+            if "ready" not in said:
+                return str(said["failed"])
+            self.pidfd = os.pidfd_open(said["ready"])  # our child: the number is its own until we have waited for it
+        except ConnectionResetError:
+            return ""
+        except OSError as error:
+            return f"a new worker cannot be watched: {error.strerror}"
+        self.pid = said["ready"]
+        return None
+
+    def tell(self, command: Mapping[str, object]) -> None:
+        """Send a command that is not answered. Raises OSError if the worker is dead."""
+        self.commands.send(json.dumps(command).encode())
+
+    def ask(self, command: Mapping[str, object]) -> dict[str, Any] | None:
+        """Have a serving worker execute `command`; None if it does not answer: it dies just now, or hangs."""
+        with self._lock:
+            number = next(self._numbers)
+            try:
+                self.tell({**command, "number": number})
+                while message := self.commands.recv(_LONGEST_REPLY):
+                    reply: dict[str, Any] = json.loads(message)
+                    if reply["number"] == number:  # else that of a command that was not waited for any longer
+                        return reply
+            except OSError:
+                pass
+            return None
+
+    def close(self) -> None:
+        """Let go of its descriptors."""
+        self.commands.close()
+        if self.pid:
+            os.close(self.pidfd)
+
+
+class Template:
+    """The process that forks workers; it and they are a process group of their own (Ctrl-C is for the supervisor)."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        """Start it. Raises OSError."""
+        with contextlib.ExitStack() as undo:
+            self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.enter_context(self.orders)
+            self._errors = os.memfd_create("handlefs-template-errors")
+            undo.callback(os.close, self._errors)
+            with theirs:
+                self._process = subprocess.Popen(
+                    interpreter.command("template", str(theirs.fileno()), str(os.getpid())),
+                    env=interpreter.environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=None if assignment.foreground else self._errors,
+                    pass_fds=(theirs.fileno(), *assignment.descriptors().values()),
+                    process_group=0,
+                )
+            undo.callback(self._process.wait)
+            undo.callback(self._process.kill)
+            self.pid = self._process.pid
+            self.pidfd = os.pidfd_open(self.pid)
+            undo.pop_all()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # dead already: that will be noticed
+            self.orders.send(assignment.to_json().encode())
+
+    def fork_worker(self) -> socket.socket:
+        """The command socket of a new worker; at its end at once if the template is dead."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(REPLY_TIMEOUT)
+        with theirs, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self.orders, [b"+"], [theirs.fileno()])
+        return ours
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it is dead, or will be within so many seconds."""
+        return _readable(self.pidfd, seconds)
+
+    def kill(self) -> None:
+        """End it; for one that does not answer."""
+        self._process.kill()
+
+    def end(self) -> str:
+        """End it if it has not ended; returns how, as `close`."""
+        if not self.ends_within(0):
+            self.kill()
+        return self.close()
+
+    def close(self) -> str:
+        """It has ended: returns how, and lets go of its descriptors."""
+        how = how_it_ended(self._process.wait())
+        said = os.pread(self._errors, _LONGEST_REPLY, 0).decode(errors="replace").strip()
+        self.orders.close()
+        os.close(self.pidfd)
+        os.close(self._errors)
+        return f"{how}: {said}" if said else how
+
+
+def _readable(fd: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def how_it_ended(status: int) -> str:
+    """What to say of a process with this exit code, as subprocess has it."""
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
