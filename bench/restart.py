@@ -84,11 +84,11 @@ def _measured(plan: Plan, mountpoint: Path, name: str, event: Callable[[Path], N
             pauses.append(pause * 1e3)
             failed.append(errors)
     except UnavailableError as error:
-        return [Figure("restart", name, name, "longest pause", "ms", (), str(error))]
+        return [Figure("restart", name, name, "pause", "ms", (), str(error))]
     return [
-        Figure("restart", name, name, "longest pause", "ms", tuple(pauses)),
-        Figure("restart", name, name, "of all", "ms", (max(pauses),)),
-        Figure("restart", name, name, "failed calls", "calls", tuple(failed)),
+        Figure("restart", name, name, "pause", "ms", tuple(pauses)),
+        Figure("restart", name, name, "longest", "ms", (max(pauses),)),
+        Figure("restart", name, name, "failed", "calls", tuple(failed)),
     ]
 
 
