@@ -99,9 +99,7 @@ def _map(part: Part) -> Picture | None:
 
 def _restart(part: Part) -> Picture | None:
     """The longest pauses of a client, each as a point."""
-    pauses = [
-        figure for figure in part.tables().get("restart", []) if figure.column == "longest pause" and figure.samples
-    ]
+    pauses = [figure for figure in part.tables().get("restart", []) if figure.column == "pause" and figure.samples]
     if not pauses:
         return None
     picture, axes = plt.subplots(figsize=(6.5, 0.9 + 0.5 * len(pauses)), layout="constrained")

@@ -1,4 +1,4 @@
-"""Part `restart`: how long a client waits when a worker is killed, when new code is loaded, and for a remount.
+"""Part `restart`: how long a client waits when a worker is killed, when new code takes over, and for a remount.
 
 The mount is handlefs's own, started and restarted with its commands, with timeouts of 0 and one worker: each call of the client
 reaches it. What this version cannot do is left out, with the reason.
@@ -43,9 +43,12 @@ def kill_worker(mountpoint: Path) -> None:
 
 def reload(mountpoint: Path) -> None:
     """Have new workers take the old ones' place."""
-    if "reload" not in cli.commands:
-        raise UnavailableError("this version has no handlefs reload")
-    _handlefs("reload", str(mountpoint))
+    _command_if_known("reload", mountpoint)
+
+
+def upgrade(mountpoint: Path) -> None:
+    """Have a new supervisor take the old one's place, in the same process."""
+    _command_if_known("upgrade", mountpoint)
 
 
 def remount(mountpoint: Path) -> None:
@@ -57,6 +60,7 @@ EVENTS: Mapping[str, Callable[[Path], None]] = {
     "nothing": nothing,
     "worker killed": kill_worker,
     "reload": reload,
+    "upgrade": upgrade,
     "remount": remount,
 }
 
@@ -84,11 +88,11 @@ def _measured(plan: Plan, mountpoint: Path, name: str, event: Callable[[Path], N
             pauses.append(pause * 1e3)
             failed.append(errors)
     except UnavailableError as error:
-        return [Figure("restart", name, name, "longest pause", "ms", (), str(error))]
+        return [Figure("restart", name, name, "pause", "ms", (), str(error))]
     return [
-        Figure("restart", name, name, "longest pause", "ms", tuple(pauses)),
-        Figure("restart", name, name, "of all", "ms", (max(pauses),)),
-        Figure("restart", name, name, "failed calls", "calls", tuple(failed)),
+        Figure("restart", name, name, "pause", "ms", tuple(pauses)),
+        Figure("restart", name, name, "longest", "ms", (max(pauses),)),
+        Figure("restart", name, name, "failed", "calls", tuple(failed)),
     ]
 
 
@@ -125,6 +129,12 @@ def _probed(mountpoint: Path, event: Callable[[Path], None]) -> tuple[float, int
         raise BenchError("the probing client failed")
     told = json.loads(output)
     return told["longest"], told["errors"]
+
+
+def _command_if_known(name: str, mountpoint: Path) -> None:
+    if name not in cli.commands:
+        raise UnavailableError(f"this version has no handlefs {name}")
+    _handlefs(name, str(mountpoint))
 
 
 def _handlefs(*arguments: str) -> None:

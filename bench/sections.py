@@ -26,7 +26,11 @@ SECTIONS: Mapping[str, Section] = {
         "Evicted inodes", "A request for an inode that the server has forgotten, beside one in its cache."
     ),
     "map": Section("The handle map", "[handle-map.md](handle-map.md) tells what is in it."),
-    "restart": Section("Restarts", "What a client notices that asks 3,000 times a second, of one worker."),
+    "restart": Section(
+        "Restarts",
+        "What a client notices that asks one worker 3,000 times a second: the longest time between two answers around each "
+        "event, and how many calls failed.",
+    ),
     "nfs": Section(
         "Over NFS",
         "A directory that knfsd exports, beside the same with handlefs in between. All of it on one slow CPU: only the "

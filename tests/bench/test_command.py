@@ -19,7 +19,7 @@ from bench.report import BEGIN, END, PAGE
 
 from ..support.filesystems import filesystem, scratch_directory, unmount
 
-TIMEOUT = 120.0
+TIMEOUT = 240.0
 PARTS = (
     "speed",
     "listing",
@@ -127,6 +127,7 @@ def test_nfs(place: Path, scratch: Path) -> None:
     results = scratch / "results.json"
     done = bench(place, results, "--only", "nfs", "--workload", "create", "--workload", "ls-cold")
     assert done.returncode == 0, done.stderr
+    assert results.exists(), done.stderr
     part = load(results)["nfs"]
     assert "User-Mode Linux" in part.conditions.facts["kernel"]
     cells = {(figure.table, figure.row, figure.column) for figure in part.figures if figure.samples}

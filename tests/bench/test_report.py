@@ -111,7 +111,7 @@ def test_the_command_writes_tables_and_pictures(tmp_path: Path, monkeypatch: pyt
         "map": part(
             figure("look-up", [9], table="map", row="1000"), figure("size", [1], table="map", row="1000", unit="B")
         ),
-        "restart": part(figure("longest pause", [1, 2], table="restart", row="worker killed", unit="ms")),
+        "restart": part(figure("pause", [1, 2], table="restart", row="worker killed", unit="ms")),
     }
     save(file, parts)
     monkeypatch.setattr("sys.argv", ["report", str(file), "--docs", str(docs)])
