@@ -79,6 +79,7 @@ class Plan:
     unavailable: Mapping[str, str] = field(default_factory=dict)
     """Contestants that would take part if they were on this machine, and what is missing."""
     left_out: dict[str, str] = field(default_factory=dict)
+    _started: float = field(default_factory=time.monotonic)
     _mount_options: dict[str, str] = field(default_factory=dict)
     _commands: dict[str, str] = field(default_factory=dict)
 
@@ -118,6 +119,7 @@ class Plan:
         found["versions"] = ", ".join(f"{name} {number}" for name, number in self._versions().items())
         found["scale"] = self.sizes.scale
         found["date"] = time.strftime("%Y-%m-%d", time.gmtime())
+        found["took"] = f"{time.monotonic() - self._started:.0f} s"
         found["load average at the end"] = f"{os.getloadavg()[0]:.2f}"
         return Conditions({**found, **facts}, self._commands, self._mount_options, self.left_out)
 
