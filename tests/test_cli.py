@@ -143,10 +143,16 @@ def test_help_fits_one_screen() -> None:
     assert ok("-h") == ok("--help")
 
 
+def as_typed(path: tuple[str, ...], socket: str) -> str:
+    """A command's name; those of `client` come after the socket."""
+    first, *rest = path
+    return " ".join([first, *([socket] if first == "client" and rest else []), *rest])
+
+
 @pytest.mark.parametrize("path", [path for path, _ in commands() if path], ids=" ".join)
 def test_every_command_has_help(path: tuple[str, ...]) -> None:
     lines = ok(*path, "--help").splitlines()
-    assert lines[0].startswith(f"Usage: handlefs {' '.join(path)}")
+    assert lines[0].startswith(f"Usage: handlefs {as_typed(path, 'SOCKET')}")
     assert max(map(len, lines)) <= 80
 
 
@@ -164,7 +170,7 @@ def test_the_man_page_has_every_command_and_option() -> None:
     page = MAN_PAGE.read_text()
     for path, command in commands():
         if path and not isinstance(command, click.Group):
-            assert re.search(rf"^\.It Cm {' '.join(path)}\b", page, re.MULTILINE), path
+            assert re.search(rf"^\.It Cm {as_typed(path, 'Ar socket Cm')}\b", page, re.MULTILINE), path
         for parameter in command.params:
             for name in parameter.opts if isinstance(parameter, click.Option) else ():
                 written = name.lstrip("-") if len(name) == 2 else name[1:].replace("-", r"\-")

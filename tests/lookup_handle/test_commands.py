@@ -1,0 +1,236 @@
+"""`handlefs serve` and `handlefs client`: real commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from handlefs.protocol.client import Client
+
+from ..posix.compare import in_the_end, outcome
+from ..support.filesystems import is_mounted, run, unmount
+from ..support.server import Bridged, Served, mounted
+from ..support.users import ALICE, as_user
+from .conftest import Serving
+
+HANDLEFS = [sys.executable, "-m", "handlefs"]
+
+
+def handlefs(*words: object, text: str = "") -> subprocess.CompletedProcess[str]:
+    argv = [*HANDLEFS, *map(str, words)]
+    return subprocess.run(argv, input=text, capture_output=True, text=True, timeout=120, check=False)
+
+
+def ok(*words: object, text: str = "") -> str:
+    done = handlefs(*words, text=text)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def fails(*words: object, status: int = 1) -> str:
+    done = handlefs(*words)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert done.stderr.startswith("handlefs: ")
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+# -- serve ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_socket_is_for_root(server: Served) -> None:
+    assert stat.S_IMODE(server.socket.stat().st_mode) == 0o600
+    path = str(server.socket)
+    assert as_user(ALICE, outcome, _connect, path) == "EACCES"
+
+
+def test_others_are_turned_away_even_if_they_reach_the_socket(server: Served) -> None:
+    """No permission is checked for a peer, so the mode of the socket must not be all there is."""
+    server.socket.chmod(0o666)
+    server.socket.parent.chmod(0o755)
+    assert as_user(ALICE, outcome, _connect, str(server.socket)) == "EACCES"
+    assert f"user {ALICE.uid} is not root" in server.read_log()
+    with Client(str(server.socket)) as client:  # and root is still served
+        assert client.open("/file").read() == b"content of the file"
+
+
+def _connect(path: str) -> None:
+    Client(path, patience=0).close()
+
+
+def test_new_objects_belong_to_whom_the_client_says(server: Served, source: Path) -> None:
+    with Client(str(server.socket), uid=ALICE.uid, gid=ALICE.gid, umask=0o027) as client:
+        client.mkdir("/hers")
+        with client.open("/hers/file", os.O_CREAT | os.O_WRONLY, 0o666):
+            pass
+    for path, mode in ((source / "hers", 0o750), (source / "hers" / "file", 0o640)):
+        st = path.stat()
+        assert (st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode)) == (ALICE.uid, ALICE.gid, mode)
+
+
+def test_status_evict_restart_and_end(server: Served) -> None:
+    with Client(str(server.socket)) as client:
+        inode = client.inode("/file")
+        details = json.loads(ok("status", server.socket, "--json"))
+        assert (details["state"], details["transport"], details["nodeids"]) == ("serving", "socket", "ephemeral")
+        assert (details["peers"], details["plain_peers"]) == (1, 0)
+        assert details["node_table"]["size"] == 1
+        assert "node table" in ok("status", server.socket)
+        assert ok("evict", server.socket, "--count", "5") == "1 evicted\n"
+        before = server.pid
+        ok("restart", server.socket)
+        assert server.pid != before
+        assert client.stat_inode(inode).st_size == len(b"content of the file")
+    ok("umount", server.socket)
+    assert not server.running
+    assert not server.socket.exists()
+    server.start()
+
+
+def test_a_killed_server_is_known_and_replaced(server: Served) -> None:
+    server.crash()
+    assert server.socket.exists()
+    assert "was killed: bring it back with handlefs restart" in fails("status", server.socket)
+    assert "Connection refused" in fails("client", server.socket, "ls")
+    ok("restart", server.socket)
+    assert "file" in ok("client", server.socket, "ls")
+
+
+def test_a_socket_that_is_in_use_or_is_none(server: Served, source: Path, tmp_path: Path) -> None:
+    again = ["serve", source, "--state-dir", tmp_path / "state"]
+    assert "somebody listens" in fails(*again, "--socket", server.socket)
+    (tmp_path / "file").touch()
+    assert "is not a socket" in fails(*again, "--socket", tmp_path / "file")
+    assert (tmp_path / "file").exists()
+    assert "cannot listen" in fails(*again, "--socket", tmp_path / "missing" / "socket")
+    assert "cannot listen" in fails(*again, "--socket", tmp_path / ("long" * 50))
+    assert "file" in ok("client", server.socket, "ls")
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "status"),
+    [
+        (["--node-table", "7"], "expected 8 or more", 2),
+        (["--node-table", "many"], "expected a whole number", 2),
+        (["--nodeids", "odd"], "expected ephemeral or stable", 2),
+        (["--forget-chance", "1"], "expected a probability", 2),
+        (["--socket", ""], "--socket is empty", 2),
+    ],
+)
+def test_bad_options(source: Path, tmp_path: Path, words: list[str], message: str, status: int) -> None:
+    assert message in fails("serve", source, "--socket", tmp_path / "socket", *words, status=status)
+    assert not (tmp_path / "socket").exists()
+
+
+def test_a_source_that_is_not_there(tmp_path: Path) -> None:
+    assert "does not exist" in fails("serve", tmp_path / "missing", "--socket", tmp_path / "socket")
+
+
+def test_read_only(serving: Serving) -> None:
+    with serving("--ro") as server:
+        assert "Read-only file system" in fails("client", server.socket, "mkdir", "made")
+        server.restart()  # as it was started
+        assert "Read-only file system" in fails("client", server.socket, "rm", "file")
+        assert ok("client", server.socket, "cat", "file") == "content of the file"
+
+
+def test_handles_are_the_same_for_who_shares_the_key(serving: Serving, source: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    handles = []
+    for state in ("one", "two"):
+        with (
+            mounted(source, None, f"--key-file={key}", state_dir=tmp_path / state, kind=Served) as server,
+            Client(server.address) as client,
+        ):
+            handles.append(client.inode("/file").handle)
+    assert handles[0] == handles[1]
+
+
+# -- client --------------------------------------------------------------------------------------------------------------
+
+
+def test_looking_around_and_changing_things(server: Served, source: Path) -> None:
+    client = ["client", server.socket]
+    assert ok(*client, "ls") == "directory\nfile\n"
+    assert ok(*client, "ls", "directory") == "below\n"
+    long = ok(*client, "ls", "-l").splitlines()
+    assert long[1].startswith("-rw-r--r--   1     0     0         19 ")
+    assert ok(*client, "cat", "/directory/below") == "content of below"
+    facts = json.loads(ok(*client, "stat", "file", "--json"))
+    assert (facts["st_ino"], facts["st_size"]) == ((source / "file").stat().st_ino, 19)
+    assert bytes.fromhex(facts["handle"])
+    assert "handle" in ok(*client, "stat", "file")
+    ok(*client, "put", "-", "new", text="from standard input")
+    ok(*client, "put", source / "file", "new")
+    assert (source / "new").read_bytes() == b"content of the file"
+    ok(*client, "mkdir", "made")
+    ok(*client, "mv", "new", "made/moved")
+    assert os.listdir(source / "made") == ["moved"]
+    ok(*client, "rm", "made/moved")
+    ok(*client, "rm", "made")
+    assert not (source / "made").exists()
+    done = handlefs(*client, "ls", "--stats")
+    assert done.stdout == "directory\nfile\n"
+    assert "0 stale, 0 recovered" in done.stderr
+
+
+def test_errors_are_told_in_a_line(server: Served, tmp_path: Path) -> None:
+    client = ["client", server.socket]
+    assert fails(*client, "cat", "missing") == "handlefs: missing: No such file or directory\n"
+    assert fails(*client, "cat", "directory") == "handlefs: directory: Is a directory\n"
+    assert fails(*client, "rm", "directory") == "handlefs: directory: Directory not empty\n"
+    (tmp_path / "file").touch()
+    assert "Connection refused" in fails("client", tmp_path / "file", "ls")
+    assert "No such command 'lss'" in fails(*client, "lss", status=2)
+
+
+def test_stress_while_the_server_is_restarted_and_evicted(server: Served, source: Path) -> None:
+    argv = [*HANDLEFS, "client", str(server.socket), "stress", "--files", "100", "--seconds", "4", "--seed", "7"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stress:
+        assert in_the_end(lambda: server.status()["peers"], 1) == 1
+        while stress.poll() is None:
+            server.evict()
+            server.kill()
+        out, err = stress.communicate(timeout=120)
+    assert (stress.returncode, err) == (0, "")
+    assert out.startswith("All results were right: ")
+    assert sorted(os.listdir(source)) == ["directory", "file"]
+
+
+def test_a_mount_through_the_client_lives_through_its_server(source: Path) -> None:
+    """A real kernel above the client: open files, open directories and names go on when the server is killed."""
+    with mounted(source, None, "--node-table=8", kind=Bridged) as server:
+        directory = os.open(server.path / "directory", os.O_RDONLY | os.O_DIRECTORY)
+        with (server.path / "file").open("r+b", buffering=0) as file:
+            for way in (server.evict, server.restart, server.kill):
+                way()
+                assert os.pread(file.fileno(), 100, 0) == b"content of the file"
+                assert os.pwrite(file.fileno(), b"c", 0) == 1
+                assert os.listdir(directory) == ["below"]
+                assert os.stat("below", dir_fd=directory).st_size == len(b"content of below")
+        os.close(directory)
+        assert is_mounted(server.path)
+
+
+def test_mount_refuses_what_it_cannot_do(server: Served, tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    assert "No such file" in fails("client", tmp_path / "nothing", "mount", tmp_path / "mnt")
+    assert not is_mounted(tmp_path / "mnt")
+    assert "No such file" in fails("client", server.socket, "mount", tmp_path / "missing")
+
+
+def test_unmounting_ends_the_client(server: Served, tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    ok("client", server.socket, "mount", tmp_path / "mnt", "--log-file", tmp_path / "log")
+    try:
+        assert sorted(os.listdir(tmp_path / "mnt")) == ["directory", "file"]
+        run("umount", tmp_path / "mnt")
+    finally:
+        unmount(tmp_path / "mnt")
+    assert in_the_end(lambda: server.status()["peers"], 0) == 0
