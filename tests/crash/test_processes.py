@@ -71,7 +71,10 @@ def test_a_start_without_enough_processes(source: Path) -> None:
 def test_no_worker_can_start_any_more(source: Path) -> None:
     """The mount waits, without filling the log; it can be unmounted, and the supervisor notices; when there is room for
     processes again, it goes on."""
-    with process_limit() as limit, mounted(source, None, "--transport=direct", expected_log="cannot fork") as server:
+    with (
+        process_limit() as limit,
+        mounted(source, None, "--transport=direct", expected_log="cannot (fork|start) a worker") as server,
+    ):
         with limit.joined():
             server.restart()
         supervisor = server.pid
