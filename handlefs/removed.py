@@ -36,7 +36,7 @@ _MESSAGE = struct.Struct("=QQ?")  # node ID, number of the request, whether it m
 _DESCRIPTOR = struct.Struct("=i")
 _TIMEVAL = struct.Struct("=qq")
 _TICK = 1.0
-_ROUND = 0.001
+_ROUND = 0.005
 """Seconds, at least, between two rounds: many files are often removed together."""
 _CALL_INTERVAL = 0.02
 """Seconds, at least, between two calls of the workers: it takes each of them some 0.1 ms."""

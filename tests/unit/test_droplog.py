@@ -65,3 +65,15 @@ def test_old_events_need_no_memory(log: DropLog) -> None:
     assert os.fstat(log.fd).st_size > 60 << 20
     assert os.fstat(log.fd).st_blocks * 512 < 40 << 20
     assert log.news()[-1] == (batch[-1], FORGOTTEN)
+
+
+def test_who_is_far_behind_gets_the_latest(log: DropLog) -> None:
+    """A process that was stopped must not have to read gigabytes."""
+    behind = DropLog(log.fd)
+    for start in range(0, 3 << 20, 1 << 16):
+        log.forgotten(range(start, start + (1 << 16)))
+        log.trim()
+    news = behind.news()
+    assert len(news) == 1 << 20
+    assert news[0] == (2 << 20, FORGOTTEN)
+    assert news[-1] == ((3 << 20) - 1, FORGOTTEN)

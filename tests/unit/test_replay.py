@@ -1,0 +1,80 @@
+"""Exactly once, where what was done cannot be found out; tests/crash has the rest."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from handlefs.protocol import abi
+from handlefs.protocol.init import Negotiated
+from handlefs.transport.replay import Replay
+from tests.support.users import Child
+from tests.unit.serving import ROOT, new_directory, serving
+
+NEGOTIATED = Negotiated(45, 0, 4096)
+
+
+def mkdir_request(parent: int, name: bytes) -> memoryview:
+    body = abi.fuse_mkdir_in.pack(0o755, 0) + name + b"\0"
+    size = abi.fuse_in_header.size + len(body)
+    return memoryview(abi.fuse_in_header.pack(size, abi.FUSE_MKDIR, 8, parent, 0, 0, 0, 0, 0) + body)
+
+
+def never(message: memoryview) -> None:
+    raise AssertionError("the request must not be executed")
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_without_descriptors(ext4: Path, tmp_path: Path) -> None:
+    """Neither is a request executed of which no intent can be recorded, nor one that may have been executed."""
+    source = new_directory(ext4)
+
+    def work() -> tuple[int | None, object, list[str]]:
+        with serving(source, tmp_path / "state") as operations:
+            parent = operations.mkdir(1, b"parent", 0o755, ROOT).nodeid
+            replay = Replay(operations, NEGOTIATED, never)
+            message = mkdir_request(parent, b"new")
+            intent = replay.intent(abi.FUSE_MKDIR, message)
+            operations.source.evict_all()
+            with no_descriptor_left():
+                reply = replay.finish(abi.FUSE_MKDIR, message, intent)
+                try:
+                    replay.intent(abi.FUSE_MKDIR, message)
+                    failed = None
+                except OSError as error:
+                    failed = error.errno
+            return failed, reply, os.listdir(source / "parent")
+
+    expected = (abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.EMFILE, 8),)
+    assert Child(work).result(60) == (errno.EMFILE, expected, [])
+
+
+@pytest.mark.parametrize("made_by", [0, 4001])
+def test_whose_it_is(ext4: Path, tmp_path: Path, made_by: int) -> None:
+    """A directory that is there now, but another user's, was not made by this request: it is executed, and fails."""
+    source = new_directory(ext4)
+    executed: list[memoryview] = []
+    with serving(source, tmp_path / "state") as operations:
+        replay = Replay(operations, NEGOTIATED, executed.append)
+        message = mkdir_request(1, b"new")
+        intent = replay.intent(abi.FUSE_MKDIR, message)
+        (source / "new").mkdir()
+        os.chown(source / "new", made_by, made_by)
+        replay.finish(abi.FUSE_MKDIR, message, intent)
+    (request,) = executed
+    assert abi.fuse_in_header.unpack_from(request)[1] == (abi.FUSE_MKDIR if made_by else abi.FUSE_LOOKUP)
