@@ -1,8 +1,8 @@
 """The same in the NFS lab's guest: clients over NFSv3 and NFSv4.2 at once, on one handlefs mount that knfsd exports.
 
 Workers are stopped there before they are killed. User-Mode Linux cannot look up present pages without taking locks (no
-HAVE_FAST_GUP), and the slow way (mm/gup.c, __get_user_pages) gives up when SIGKILL is pending: so the kernel's copy of a request is
-interrupted, and the request fails with EIO, although the slot is locked in memory.
+HAVE_FAST_GUP), and the slow way (mm/gup.c, __get_user_pages) gives up when SIGKILL is pending: so the kernel's copy of a
+request is interrupted, and the request fails with EIO, although the slot is locked in memory.
 """
 
 from __future__ import annotations
