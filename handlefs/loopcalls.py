@@ -1,5 +1,6 @@
 """Functions that other threads want to have called in the thread of a loop over file descriptors."""
 
+import contextlib
 import os
 import queue
 import threading
@@ -11,7 +12,7 @@ T = TypeVar("T")
 
 
 class LoopCalls:
-    """The calls that wait for one loop, which watches `fd` and calls `run` when it is readable."""
+    """The calls that wait for one loop, which watches `fd`, and calls `run` in each round."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -36,7 +37,8 @@ class LoopCalls:
 
     def run(self) -> None:
         """Call what waits."""
-        os.eventfd_read(self.fd)
+        with contextlib.suppress(BlockingIOError):  # nobody has called
+            os.eventfd_read(self.fd)
         while not self._waiting.empty():
             function, future = self._waiting.get()
             try:

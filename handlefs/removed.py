@@ -183,8 +183,9 @@ class RemovedFiles:
         poll.register(self._ending, select.POLLIN)
         while self._ending not in dict(poll.poll(self._time_to_wait() * 1000)):
             try:
-                self._receive()
-                self._look()
+                forgotten = {nodeid for nodeid, fh in self._drops.news() if fh == FORGOTTEN}
+                self._receive()  # afterwards: what is forgotten by now has been sent before
+                self._look(forgotten)
             except Exception:  # the others still have to be kept, or let go of
                 log.exception("a removed file could not be looked after")
                 time.sleep(_TICK)
@@ -227,11 +228,10 @@ class RemovedFiles:
 
     # -- out -------------------------------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
+    def _look(self, forgotten: Collection[int]) -> None:
         """Let go of what still has a name or is not known to the kernel any more; of the latter nobody needs to hold
-        anything."""
-        forgotten = {nodeid for nodeid, fh in self._drops.news() if fh == FORGOTTEN}
-        due = self._pop_due() | (forgotten & self._kept.keys())
+        anything. The nodes that were just `forgotten` are looked at, too."""
+        due = self._pop_due() | (self._kept.keys() & forgotten)
         unfinished = self._unfinished() if due else ()
         gone = []
         for nodeid in due:
@@ -282,7 +282,7 @@ class RemovedFiles:
 
     def _is_needed(self, kept: _Kept) -> bool:
         """Whether somebody has the object open, or will have. One that the kernel does not know yet is given time, until it is
-        known or forgotten; not for ever, since that may have been told before the object came here."""
+        known or forgotten; not for ever, since its request may have failed."""
         if self._is_known(kept.file.nodeid):
             self._no_longer_new(kept)
             return True

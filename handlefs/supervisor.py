@@ -177,7 +177,7 @@ class Supervisor:
             self._descriptors_for_removed_files(),
         )
         stack.callback(self._removed.close)
-        self._selector.register(self._calls.fd, selectors.EVENT_READ, self._calls.run)
+        self._selector.register(self._calls.fd, selectors.EVENT_READ, lambda: None)
         stack.callback(self._calls.close)
         stack.callback(self._selector.close)
         if state is None:
@@ -209,6 +209,7 @@ class Supervisor:
         self._fill_slots()
         for key, _ in self._selector.select(self._time_to_wait()):
             key.data()
+        self._calls.run()  # not among the others: it may close what one of them is about
         if time.monotonic() >= self._next_tick:
             self._tick()
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import sysconfig
 import time
 from pathlib import Path
 
 import pytest
 
+import handlefs
 from handlefs.mount import unmount
 
 from ..posix.compare import in_the_end, outcome
 from ..support.cgroups import process_limit
-from ..support.filesystems import FileSystems, run
+from ..support.filesystems import FileSystems, run, scratch_directory
 from ..support.server import Mounted, mounted
 from ..support.users import ALICE, Child
 from .conftest import TIMEOUT
@@ -155,3 +159,24 @@ def test_too_few_descriptors_for_the_workers(source: Path) -> None:
     with pytest.raises(RuntimeError, match="64 workers need 170 descriptors, and this process may have 128"):  # noqa: SIM117
         with mounted(source, None, "--transport=direct", "--workers=64", nofile=128):
             pass
+
+
+def test_code_from_a_relative_path(source: Path) -> None:
+    """As in a checkout that is not installed: the processes that come later are started from another directory."""
+    checkout = Path(handlefs.__file__).parent.parent
+    python = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    path = os.pathsep.join((".", sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
+    (source / "file").touch()
+    with scratch_directory() as scratch:
+        (scratch / "mnt").mkdir()
+        paths = [source, scratch / "mnt"]
+        options = ["--transport=direct", f"--state-dir={scratch}/state", f"--log-file={scratch}/log"]
+        subprocess.run(
+            [python, "-m", "handlefs", *paths, *options],
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": path},
+            timeout=TIMEOUT,
+            check=True,
+        )
+        assert Child(os.listdir, scratch / "mnt").result(TIMEOUT) == ["file"]
+        run(sys.executable, "-m", "handlefs", "umount", scratch / "mnt")

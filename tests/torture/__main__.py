@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..lab.guest import Guest
 from ..lab.relay import IN_GUEST
+from ..nfs.knfsd import HandlefsExport
 from ..support.filesystems import filesystem
 from ..support.server import mounted
 from .disturbances import DISTURBANCES
@@ -48,7 +49,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--nfs", action="store_true", help="clients over NFSv3 and NFSv4.2, in the NFS lab's guest")
     parser.add_argument("--disturb", default=",".join(DISTURBANCES), help="by what, all by default (%(default)s)")
     parser.add_argument(
-        "--pause", type=float, nargs=2, metavar="S", help="between them, at random (0.02 0.1; NFS: 0.05 0.25)"
+        "--pause", type=float, nargs=2, metavar="S", help="between them, at random (0.02 0.1; NFS: 0.2 0.8)"
     )
     parser.add_argument("--clients", type=int, default=CLIENTS, help="processes that work (%(default)s)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 20), help="that of an earlier run")
@@ -82,10 +83,11 @@ def _run(arguments: argparse.Namespace, kind: str, passthrough: str) -> Figures 
         with ExitStack() as stack:
             if arguments.nfs:
                 plan = stack.enter_context(exported(Path("/mnt", kind), arguments.seed))
+                stack.push(lambda _kind, error, _trace: _add_log(error, HandlefsExport.LOG.read_text()))
             else:
                 root = stack.enter_context(filesystem(kind))
                 server = stack.enter_context(mounted(root, None, *options))
-                stack.push(lambda kind, error, trace: _add_log(error, server.read_log()))
+                stack.push(lambda _kind, error, _trace: _add_log(error, server.read_log()))
                 plan = Plan(server.path, root, arguments.seed)
             figures = torture(_as_asked(plan, arguments))
     except (AssertionError, OSError, RuntimeError) as error:  # a wrong result, or an error in the server's log

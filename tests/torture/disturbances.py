@@ -16,12 +16,16 @@ from pathlib import Path
 
 from handlefs import control
 
+from ..posix.compare import in_the_end
+
 
 class Victim:
     """A running server, by its mount point."""
 
-    def __init__(self, mountpoint: Path) -> None:
+    def __init__(self, mountpoint: Path, *, stop_first: bool = False) -> None:
+        """With `stop_first` a process is stopped before it is killed, so it dies outside of the kernel."""
         self.mountpoint = mountpoint
+        self._stop_first = stop_first
         self.pid = control.server_pid(str(mountpoint))
 
     def processes(self) -> dict[int, str]:
@@ -34,11 +38,22 @@ class Victim:
 
     def zombies(self) -> int:
         """How many of them have ended and were not waited for."""
-        states = []
-        for child in self.processes():
-            with suppress(FileNotFoundError, ProcessLookupError):
-                states.append(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0])
-        return states.count("Z")
+        return [_state(child) for child in self.processes()].count("Z")
+
+    def kill(self, pid: int) -> None:
+        """SIGKILL. Raises ProcessLookupError if it has died just now."""
+        if self._stop_first:
+            os.kill(pid, signal.SIGSTOP)
+            in_the_end(lambda: _state(pid) in ("T", "Z", ""), True, seconds=5)
+        os.kill(pid, signal.SIGKILL)
+
+
+def _state(pid: int) -> str:
+    """As in proc_pid_stat(5); empty if there is none of this number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 Disturbance = Callable[[Victim, random.Random], int]
@@ -51,7 +66,7 @@ def _kill(victim: Victim, chance: random.Random, name: str, most: int = 1) -> in
     killed = 0
     for pid in chance.sample(pids, min(most, len(pids))):
         with suppress(ProcessLookupError):  # it has died just now
-            os.kill(pid, signal.SIGKILL)
+            victim.kill(pid)
             killed += 1
     return killed
 

@@ -47,6 +47,8 @@ class Plan:
     disturbances: Sequence[str] = KILLS
     pause: tuple[float, float] = (0.02, 0.1)
     clients: int = CLIENTS
+    stop_first: bool = False
+    """Stop a process before it is killed (tests/torture/over_nfs.py says why)."""
     closes: bool = True
     """Whether what clients have closed is closed: the NFS server keeps files open."""
 
@@ -117,7 +119,7 @@ def spread(seconds: Sequence[float]) -> str:
 
 def torture(plan: Plan) -> Figures:
     """Run the plan. Raises WrongResult, or what else a client has met, with the seed in a note; TimeoutError if one hangs."""
-    victim = Victim(plan.mountpoint)
+    victim = Victim(plan.mountpoint, stop_first=plan.stop_first)
     before = status(plan)
     descriptors = _descriptors(victim.pid)
     ways = plan.roots or ((plan.mountpoint, FEATURES),)
