@@ -185,7 +185,6 @@ def stress(socket: str, files: int, seconds: float, seed: int | None) -> None:
     seed = secrets.randbits(32) if seed is None else seed
     base = f"/stress-{seed}"
     with _client(socket, base) as client:
-        client.mkdir(base)
         work = Stress(client, base, seed)
         try:
             with progress("making files", files) as made:

@@ -35,9 +35,13 @@ def command(source: str, path: str, ro: bool, foreground: bool, **own: str | Non
     Only root may connect: a peer plays the part of a kernel. Returns when it
     listens; handlefs status, evict, restart and umount take the socket's path.
     """
+    launch(configure(source, path, ro, **own), foreground=foreground)
+
+
+def configure(source: str, path: str, ro: bool, **own: str | None) -> Config:
+    """The configuration for these arguments."""
     if not path:
-        raise click.UsageError("--socket is empty", click.get_current_context())
+        raise click.UsageError("--socket is empty")
     given = {name.replace("_", "-"): value for name, value in own.items() if value is not None}
     options = MountOptions(read_only=ro)
-    config = Config(os.path.realpath(source), os.path.realpath(path), options, socket=True).with_options(given)
-    launch(config, foreground=foreground)
+    return Config(os.path.realpath(source), os.path.realpath(path), options, socket=True).with_options(given)

@@ -279,7 +279,7 @@ def test_in_plain_fuse_there_is_no_recovery_after_a_new_connection(server: Serve
 
 
 @contextmanager
-def wrong_server(path: Path, answers: list[bytes | int]) -> Iterator[None]:
+def wrong_server(path: Path, answers: list[bytes | int], init: bytes | None = None) -> Iterator[None]:
     """A server that answers INIT and then says the given things, payloads or errnos. No real one does what these do."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(str(path))
@@ -287,8 +287,10 @@ def wrong_server(path: Path, answers: list[bytes | int]) -> Iterator[None]:
 
     def serve() -> None:
         peer, _ = listener.accept()
-        init = abi.fuse_init_out.pack(7, 45, 0, 1 << 30, 0, 0, 1 << 16, 1, 16, 0, 1 << 30, 0, 0) + pack_handle_init(128)
-        for answer in [init, *answers]:
+        usual = abi.fuse_init_out.pack(7, 45, 0, 1 << 30, 0, 0, 1 << 16, 1, 16, 0, 1 << 30, 0, 0) + pack_handle_init(
+            128
+        )
+        for answer in [init or usual, *answers]:
             while True:
                 message = peer.recv(1 << 17)
                 _, opcode, unique, *_ = abi.fuse_in_header.unpack_from(message)
@@ -349,3 +351,17 @@ def test_a_server_that_forgets_faster_than_it_can_be_asked(tmp_path: Path) -> No
         held = session.lookup(session.table.root, b"name").inode
         assert outcome(session.request, abi.FUSE_GETATTR, held, bytes(16)) == "EIO"
         assert session.statistics.recovered == session.statistics.stale == 100
+
+
+def test_a_server_that_comes_back_with_other_features(serving: Serving, source: Path) -> None:
+    """What was agreed on holds for the session: plain FUSE in its place is an error, not another protocol."""
+    with serving() as server, Client(str(server.socket)) as client:
+        held = client.inode("/file")
+        server.crash()
+        server.socket.unlink()
+        plain = abi.fuse_init_out.pack(7, 45, 0, 1 << 30, 0, 0, 1 << 16, 1, 16, 0, 0, 0, 0)
+        with wrong_server(server.socket, [], init=plain):
+            assert outcome(client.stat_inode, held) == "EPROTO"
+        server.socket.unlink()
+        server.start()
+        assert client.stat_inode(held).st_size == len(CONTENT)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlefs.cli import mount as mount_command
-from handlefs.config import Config
+from handlefs.cli import serve as serve_command
+from handlefs.config import Config, NodeIds
 from handlefs.mount import MountOptions, OptionError
 
 BASE = Config("/srv", "/mnt")
@@ -47,6 +48,17 @@ def test_the_command_line_gives_the_same_configuration(config: Config) -> None:
     assert mount_command.configure(given.pop("source"), given.pop("mountpoint"), options, given) == config
 
 
+@given(CONFIGS, st.sampled_from(["ephemeral", "stable"]), st.integers(8, 1 << 40), st.floats(0, 1, exclude_max=True))
+def test_the_same_for_a_server_on_a_socket(config: Config, nodeids: NodeIds, table: int, chance: float) -> None:
+    options = MountOptions(read_only=config.options.read_only)
+    config = replace(config, options=options, socket=True, nodeids=nodeids, node_table=table, forget_chance=chance)
+    config = replace(config, transport="auto", passthrough="auto", workers=BASE.workers)  # for mounts
+    context = serve_command.command.make_context("serve", config.to_argv()[1:])
+    given: dict[str, Any] = dict(context.params)
+    assert not given.pop("foreground")
+    assert serve_command.configure(**given) == config
+
+
 def test_keys_of_another_version_are_left_out() -> None:
     assert Config.from_dict({"source": "/srv", "mountpoint": "/mnt", "tomorrow": 4}) == BASE
 
@@ -58,6 +70,9 @@ def test_keys_of_another_version_are_left_out() -> None:
         ("entry-timeout", "0", replace(BASE, entry_timeout=0.0)),
         ("attr-timeout", "1.5", replace(BASE, attr_timeout=1.5)),
         ("state-dir", "/var/x/../y", replace(BASE, state_dir="/var/y")),
+        ("nodeids", "stable", replace(BASE, nodeids="stable")),
+        ("node-table", "8", replace(BASE, node_table=8)),
+        ("forget-chance", "0.25", replace(BASE, forget_chance=0.25)),
         ("key-file", "/etc/key", replace(BASE, key_file="/etc/key")),
         ("submounts", "hide", replace(BASE, submounts="hide")),
         ("transport", "auto", BASE),

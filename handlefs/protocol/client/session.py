@@ -252,10 +252,12 @@ class Session:
         return self._link
 
     def _reconnect(self) -> None:
-        """Make the connection again if it is lost. OSError(ENOTCONN) if nobody is there."""
+        """Make the connection again if it is lost. OSError: ENOTCONN if nobody is there, EPROTO with other features."""
         try:
             self._connect(patience=self._patience)
         except OSError as error:
+            if error.errno == errno.EPROTO:
+                raise
             # Not what connect(2) says, ENOENT: the caller would take it for the answer to its request.
             raise OSError(errno.ENOTCONN, f"the server is gone: {error.strerror}", self._path) from error
 

@@ -68,7 +68,7 @@ class Stress:
     """The workload, in a directory of its own. For one thread."""
 
     def __init__(self, client: Client, base: str, seed: int) -> None:
-        """Work in the directory `base`, which has to exist; equal seeds do the same, as far as the server allows."""
+        """Work in the directory `base`; equal seeds do the same, as far as the server allows."""
         self.counts = Counts()
         self.files: list[Known] = []
         self.names: dict[str, Known] = {}
@@ -82,9 +82,11 @@ class Stress:
         self._connections = client.session.statistics.connections
 
     def prepare(self, files: int, told: Callable[[int], None] = lambda _: None) -> None:
-        """Make `files` files, in directories of 250; `told` hears of the number made since the last call."""
+        """Make the base and `files` files, in directories of 250; `told` hears of the number made since the last call."""
+        while not self._done(lambda: self._client.mkdir(self._base), there=self._base):
+            pass
         for made in range(files):
-            if made % _FILES_PER_DIRECTORY == 0:
+            while len(self._directories) <= made // _FILES_PER_DIRECTORY:
                 self._make_directory()
             self._create()
             told(1)
@@ -149,10 +151,14 @@ class Stress:
             assert file.opened is not None
             file.opened.close()
         for name in self.names:
-            self._client.unlink(self._path(name))
+            self._remove(self._client.unlink, self._path(name))
         for directory in self._directories:
-            self._client.rmdir(self._path(directory))
-        self._client.rmdir(self._base)
+            self._remove(self._client.rmdir, self._path(directory))
+        self._remove(self._client.rmdir, self._base)
+
+    def _remove(self, remove: Callable[[str], None], path: str) -> None:
+        while not self._done(lambda: remove(path), gone=path):
+            pass
 
     def report(self) -> str:
         """The counts of the workload and of the session, in words."""
