@@ -139,7 +139,7 @@ class HandlefsExport(Export):
     def __init__(self, source: Path, transport: str) -> None:
         super().__init__(source, PSEUDO_ROOT / "handlefs")
         self.path.mkdir(exist_ok=True)
-        self._log_seen = 0
+        self._log_seen = len(self._read_log())  # of the host, whose log shows through
         self.command(str(source), str(self.path), "--transport", transport, "--log-file", str(self.LOG))
         self.command("export", str(self.path), CLIENT, "-o", "no_root_squash", "--apply")
 
@@ -196,8 +196,11 @@ class HandlefsExport(Export):
         run("exportfs", "-u", f"{CLIENT}:{self.path}")
         self.command("umount", str(self.path))
 
+    def _read_log(self) -> str:
+        return self.LOG.read_text(errors="replace") if self.LOG.exists() else ""
+
     def check_log(self) -> str:
-        log = self.LOG.read_text(errors="replace") if self.LOG.exists() else ""
+        log = self._read_log()
         news, self._log_seen = log[self._log_seen :], len(log)
         assert not any(word in news for word in ALARMING), f"the server logged errors:\n{news}"
         return news
