@@ -21,7 +21,6 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "pyfuse3-storm": ("--cache-size=1", "--transport=pyfuse3"),
 }
 CLIENT_MODES: Mapping[str, tuple[str, ...]] = {
-    "client": (),
     "client-storm": ("--node-table=8",),
 }
 """The kernel's requests go through the reference client of the LOOKUP_HANDLE dialect; options of `handlefs serve`."""
