@@ -9,7 +9,7 @@ bench: # make bench BENCH='--scale quick'
 	scripts/bench $(BENCH)
 
 torture: # make torture TORTURE='--minutes 10 --fs ext4 --seed 1'
-	$(VENV)/bin/python -m tests.torture $(TORTURE)
+	scripts/torture $(TORTURE)
 
 lint:
 	$(VENV)/bin/ruff check .

@@ -42,7 +42,7 @@ def _arguments() -> argparse.Namespace:
         prog="python -m tests.torture",
         description="Clients check every result while the server's processes are killed under them.",
     )
-    parser.add_argument("--minutes", type=float, default=1, help="of disturbances, on each file system (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=5, help="of disturbances, on each file system (%(default)s)")
     parser.add_argument("--fs", default="ext4,xfs,btrfs", help="file systems of the source (%(default)s)")
     parser.add_argument("--passthrough", default="off,auto", help="modes, one after the other (%(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="OPTION", help="of handlefs, as --workers=1")
