@@ -22,11 +22,13 @@ _ID_MASK = (1 << 60) - 1
 class OpenFile:
     """An open file or directory of the source; its descriptor is closed with the last reference."""
 
-    __slots__ = ("fd", "lock", "nodeid")
+    __slots__ = ("appends", "fd", "lock", "nodeid")
 
-    def __init__(self, fd: int, nodeid: int) -> None:
+    def __init__(self, fd: int, nodeid: int, *, appends: bool = False) -> None:
+        """`appends`: opened with O_APPEND, so that all is written at the end, whatever the offset."""
         self.fd = fd
         self.nodeid = nodeid
+        self.appends = appends
         self.lock = threading.Lock()
         """Held while the descriptor's position is in use (listing a directory)."""
 

@@ -92,6 +92,9 @@ class Peers(Protocol):
         """The object of `nodeid`, open as `fd` (maybe O_PATH), is about to lose a name, or has none since it `is_new`. A client
         may have it open, or get it open, so it has to live on."""
 
+    def appending(self, size: int) -> None:
+        """The WRITE that is being served goes to the end of a file of `size` bytes, so it must not be done twice."""
+
     def released(self, nodeid: int, fh: int) -> None:
         """The open file `fh` of `nodeid` is closed."""
 
@@ -390,7 +393,7 @@ class Operations:
 
     def read(self, nodeid: int, fh: int, size: int, offset: int) -> bytes:
         """READ: fewer than `size` bytes only at the end of the file."""
-        file = self.open_file(nodeid, fh)
+        file = self.open_file(nodeid, fh, to_change=False)
         data = os.pread(file.fd, size, offset)
         while data and len(data) < size:  # a signal or the source may cut a read short, which would look like the end
             more = os.pread(file.fd, size - len(data), offset + len(data))
@@ -399,13 +402,17 @@ class Operations:
             data += more
         return data
 
-    def write(self, nodeid: int, fh: int, data: bytes | memoryview, offset: int, *, kill_suidgid: bool = False) -> int:
+    def write(
+        self, nodeid: int, fh: int, data: bytes | memoryview, offset: int, *, kill_suidgid: bool = False, done: int = 0
+    ) -> int:
         """WRITE: returns the number of bytes written, fewer than given only if an error stopped the write midway. With
-        `kill_suidgid` it clears set-id bits."""
+        `kill_suidgid` it clears set-id bits. The first `done` bytes are there already (`appended`), and count."""
         self._check_writable()
         file = self.open_file(nodeid, fh)
+        if file.appends and not done and self._peers is not None:
+            self._peers.appending(os.fstat(file.fd).st_size)
         with _without_fsetid(kill_suidgid):
-            written = os.pwrite(file.fd, data, offset)
+            written = done or os.pwrite(file.fd, data, offset)
             while written < len(data):
                 try:
                     written += os.pwrite(file.fd, memoryview(data)[written:], offset + written)
@@ -413,11 +420,20 @@ class Operations:
                     break  # POSIX: what was written counts now, the next write meets the error
         return written
 
+    def appended(self, nodeid: int, fh: int, data: bytes, size: int) -> int:
+        """How much of a WRITE of `data` a killed process has done already, in bytes, if the file had `size` bytes before. 0 if
+        it can be repeated: what is not append-only is written where it belongs."""
+        if not self.open_file(nodeid, fh).appends:
+            return 0
+        file = self._open_as(nodeid, os.O_RDONLY)
+        found = os.pread(file.fd, len(data), size)
+        return len(found) if data.startswith(found) else 0
+
     def lseek(self, nodeid: int, fh: int, offset: int, whence: int) -> int:
         """LSEEK with SEEK_DATA or SEEK_HOLE: the next data or hole from `offset` on; ENXIO beyond the end."""
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise OSError(errno.EINVAL, "the kernel does other seeks itself")
-        file = self.open_file(nodeid, fh)
+        file = self.open_file(nodeid, fh, to_change=False)
         return os.lseek(file.fd, offset, whence)
 
     def fallocate(self, nodeid: int, fh: int, mode: int, offset: int, length: int) -> None:
@@ -431,7 +447,7 @@ class Operations:
     ) -> int:
         """COPY_FILE_RANGE: copies, or shares blocks, on the source; returns the number of bytes."""
         self._check_writable()
-        source, target = self.open_file(nodeid, fh), self.open_file(nodeid_out, fh_out)
+        source, target = self.open_file(nodeid, fh, to_change=False), self.open_file(nodeid_out, fh_out)
         # The reply has 32 bits for the size, and a copy of gigabytes should not keep a thread for minutes.
         return os.copy_file_range(source.fd, target.fd, min(size, _LARGEST_COPY), offset, offset_out)
 
@@ -441,7 +457,7 @@ class Operations:
             raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
         if command in _SETTING_IOCTLS:
             self._check_writable()
-        file = self.open_file(nodeid, fh)
+        file = self.open_file(nodeid, fh, to_change=False)  # ioctl(2) changes flags by any descriptor
         buffer = bytearray(data.ljust(max(out_size, _SMALLEST_IOCTL_BUFFER), b"\0"))
         fcntl.ioctl(file.fd, command, buffer)
         return bytes(buffer[:out_size])
@@ -452,7 +468,7 @@ class Operations:
 
     def flush(self, nodeid: int, fh: int) -> None:
         """FLUSH: a close(2) in the client; reports what closing the source's file would report."""
-        file = self.open_file(nodeid, fh)
+        file = self.open_file(nodeid, fh, to_change=False)
         os.close(with_descriptors(self.source.cache, lambda: os.dup(file.fd)))
 
     def close_says_nothing(self, nodeid: int) -> bool:
@@ -462,7 +478,7 @@ class Operations:
 
     def fsync(self, nodeid: int, fh: int, *, datasync: bool) -> None:
         """FSYNC."""
-        file = self.open_file(nodeid, fh)
+        file = self.open_file(nodeid, fh, to_change=False)
         (os.fdatasync if datasync else os.fsync)(file.fd)
 
     def release(self, nodeid: int, fh: int) -> None:
@@ -471,12 +487,20 @@ class Operations:
         if self._peers is not None:
             self._peers.released(nodeid, fh)
 
-    def open_file(self, nodeid: int, fh: int) -> OpenFile:
-        """The open file `fh` of `nodeid`, opened again if this process does not know it."""
+    def open_file(self, nodeid: int, fh: int, *, to_change: bool = True) -> OpenFile:
+        """The open file `fh` of `nodeid`, opened again if this process does not know it; if it is not `to_change` its content,
+        also one that has become immutable (chattr +i) since it was opened for writing."""
         file = self.open_files.get(nodeid, fh)
-        if file is None:
-            file = self.open_files.restore(self._open_node(nodeid, reopen_flags(fh), may_append=True), fh)
-        return file
+        if file is not None:
+            return file
+        flags = reopen_flags(fh)
+        try:
+            return self.open_files.restore(self._open_node(nodeid, flags, may_append=True), fh)
+        except OSError as error:
+            if to_change or error.errno != errno.EPERM:
+                raise
+        # For this time only: the next request may be to write.
+        return self._open_as(nodeid, flags & ~os.O_ACCMODE)
 
     def _open_node(self, nodeid: int, flags: int, *, may_append: bool = False) -> OpenFile:
         """Open `nodeid`; if it `may_append`, also a file that can only be appended to (chattr +a). A file made with mode 0400
@@ -494,7 +518,7 @@ class Operations:
         if fd is None:
             inode = self.inode(nodeid)
             fd = self._open_path(inode.fd, flags)
-        return OpenFile(fd, nodeid)
+        return OpenFile(fd, nodeid, appends=bool(flags & os.O_APPEND))
 
     def _open_path(self, fd: int, flags: int) -> int:
         return with_descriptors(

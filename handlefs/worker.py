@@ -43,7 +43,7 @@ from handlefs.transport.backing import BackingFiles
 from handlefs.transport.backingtable import BackingTable
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.receiver import Receiver
-from handlefs.transport.replay import RECORDED, Replay, failure
+from handlefs.transport.replay import RECORDED, Replay, failure, size_intent
 from handlefs.volumes import OpenedSource
 
 log = logging.getLogger(__name__)
@@ -167,6 +167,8 @@ class Worker:
             self._reply(message, (self._slot.reply,))
         elif state == EXECUTING:
             self._record_and_reply(message, self._replay.finish(_opcode(message), message, self._slot.intent))
+        elif _opcode(message) == abi.FUSE_WRITE:  # perhaps to a file that has become append-only since it was opened
+            self._record_and_reply(message, self._replay.finish_write(message, b""))
         else:
             if _opcode(message) == abi.FUSE_TMPFILE:  # nothing leads back to the file that a killed worker has made
                 self._dispatcher.abandoned(self._slot.unique)
@@ -222,6 +224,10 @@ class MountPeers:
     def removing(self, nodeid: int, fd: int, *, is_new: bool = False) -> None:
         """Have the supervisor keep the object."""
         self._keeper.hand_over(nodeid, self._slot.unique, fd, is_new=is_new)
+
+    def appending(self, size: int) -> None:
+        """Have the successor know."""
+        self._slot.executing(size_intent(size))
 
     def released(self, nodeid: int, fh: int) -> None:
         """Have the others close what they have opened for `fh`."""

@@ -52,6 +52,7 @@ may have been changed by others since, and what was opened would never be releas
 
 _CREATION_FLAGS = os.O_CREAT | os.O_EXCL | os.O_TRUNC
 _TIME = struct.Struct("=q")
+_SIZE = struct.Struct("=q")
 _HANDLE_TYPE = struct.Struct("=i")
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENODATA})
 _NOT_NOW = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.EINTR})
@@ -142,6 +143,8 @@ class Replay:
 
     def finish(self, opcode: int, message: memoryview, intent: bytes) -> Reply:
         """The reply to the request `message`, which was being executed after its `intent` was recorded."""
+        if opcode == abi.FUSE_WRITE:
+            return self.finish_write(message, intent)
         once = self._once[opcode]
         request = _Request.parse(message, once.head_size)
         try:
@@ -151,6 +154,23 @@ class Replay:
                 return failure(message, error.errno or errno.EIO)
             was_done = False
         return once.rest(self._answer, request) if was_done else self._answer(message)
+
+    def finish_write(self, message: memoryview, intent: bytes) -> Reply:
+        """The reply to the WRITE `message`, which may have been executed, in part too; after its `intent` (`size_intent`) was
+        recorded, if there is one. Without, it was written at its offset, if at all."""
+        request = _Request.parse(message, abi.fuse_write_in.size)
+        fh, offset, _, flags, *_ = abi.fuse_write_in.unpack(request.head)
+        (size,) = _SIZE.unpack(intent) if intent else (offset,)
+        kill = bool(flags & abi.FUSE_WRITE_KILL_SUIDGID)
+        try:
+            done = self._operations.appended(request.nodeid, fh, request.tail, size)
+            if not done:
+                return self._answer(message)
+            # The size stays recorded as it was: who dies in the midst of this leaves more of the same.
+            written = self._operations.write(request.nodeid, fh, request.tail, offset, kill_suidgid=kill, done=done)
+        except OSError as error:
+            return failure(message, error.errno or errno.EIO)
+        return _payload(request, abi.fuse_write_out.pack(written, 0))
 
     def keep_nothing(self) -> None:
         """Close what a repeated request has opened: if that is over for the client, this process came too late to hear of
@@ -163,6 +183,12 @@ def failure(message: memoryview, number: int) -> Reply:
     """The reply that the request `message` has failed with errno `number`."""
     unique = abi.fuse_in_header.unpack_from(message)[2]
     return (abi.fuse_out_header.pack(abi.fuse_out_header.size, -number, unique),)
+
+
+def size_intent(size: int) -> bytes:
+    """The intent of a WRITE to the end of a file of `size` bytes. `Replay.intent` has none, since it would have to open each
+    file before it is written to."""
+    return _SIZE.pack(size)
 
 
 # -- intents -------------------------------------------------------------------------------------------------------------
@@ -261,8 +287,12 @@ def _file(_parent: int, mode: int, _request: _Request) -> bool:
 # -- what comes after the system call ----------------------------------------------------------------------------------
 
 
+def _payload(request: _Request, payload: bytes) -> Reply:
+    return (abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, request.header[2]), payload)
+
+
 def _success(_answer: Answer, request: _Request) -> Reply:
-    return (abi.fuse_out_header.pack(abi.fuse_out_header.size, 0, request.header[2]),)
+    return _payload(request, b"")
 
 
 def _entry(answer: Answer, request: _Request) -> Reply:
@@ -279,8 +309,7 @@ def _entry_and_open(answer: Answer, request: _Request) -> Reply:
     opened = answer(request.instead(abi.FUSE_OPEN, nodeid, abi.fuse_open_in.pack(flags, 0)))
     if opened is None or abi.fuse_out_header.unpack(opened[0])[1]:
         return opened
-    payload = entry + b"".join(opened[1:])
-    return (abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, request.header[2]), payload)
+    return _payload(request, entry + b"".join(opened[1:]))
 
 
 def _set_again(answer: Answer, request: _Request) -> Reply:

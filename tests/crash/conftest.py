@@ -63,15 +63,15 @@ class Ground:
 
 
 @contextmanager
-def serving(root: Path, passthrough: str) -> Iterator[Ground]:
-    """A server over a new directory on the file system `root`."""
+def serving(root: Path, passthrough: str, *options: str) -> Iterator[Ground]:
+    """A server over a new directory on the file system `root`, with more `options` of handlefs."""
     base = root / f"crash-{next(_numbers)}"
     source, controls = base / "source", base / "control"
     for path in (source, controls):
         path.mkdir(parents=True)
     with scratch_directory() as scratch, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HANDLEFS_FAULT", os.fspath(scratch / "fault"))
-        with mounted(source, None, "--transport=direct", f"--passthrough={passthrough}") as server:
+        with mounted(source, None, "--transport=direct", f"--passthrough={passthrough}", *options) as server:
             yield Ground(server, scratch / "fault", controls)
 
 

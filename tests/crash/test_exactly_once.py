@@ -19,11 +19,18 @@ from handlefs.transport.backingtable import BackingTable
 
 from ..posix.compare import attributes, in_the_end, outcome
 from ..support.filesystems import FileSystems, filesystem
-from ..support.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
+from ..support.syscalls import (
+    FS_APPEND_FL,
+    FS_IOC_GETFLAGS,
+    FS_IOC_SETFLAGS,
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    renameat2,
+    set_flags,
+)
 from ..support.users import ALICE, ROOT, User
 from .conftest import Ground, serving
 
-FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
 FS_NODUMP_FL = 0x40
 FALLOC_FL_ZERO_RANGE = 16
 MAKING = frozenset({"mkdir", "mknod", "symlink", "create"})
@@ -100,7 +107,7 @@ def fallocate(fd: int) -> object:
     return _libc.fallocate(fd, 0, 0, 100_000), os.fstat(fd).st_size
 
 
-def set_flags(fd: int) -> object:
+def set_nodump(fd: int) -> object:
     flags = bytearray(8)
     fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
     (number,) = struct.unpack_from("=I", flags)
@@ -176,7 +183,7 @@ CASES = {
     "fallocate": Case("fallocate", lambda base: opened(base, os.O_WRONLY, fallocate), file, ROOT),
     "copy-file-range": Case("copy_file_range", copy, two_files, ROOT),
     "copy-file-range-64": Case("copy_file_range_64", copy, two_files, ROOT),
-    "set-flags": Case("ioctl", lambda base: outcome(opened, base, os.O_RDONLY, set_flags), file, ROOT),
+    "set-flags": Case("ioctl", lambda base: outcome(opened, base, os.O_RDONLY, set_nodump), file, ROOT),
     "setxattr": Case("setxattr", lambda base: os.setxattr(base / "file", "user.x", b"new"), with_attribute, ROOT),
     "setxattr-create": Case(
         "setxattr", lambda base: os.setxattr(base / "file", "user.x", b"n\0w", os.XATTR_CREATE), file, ROOT
@@ -269,6 +276,38 @@ def without_birth_times(kind: str) -> Iterator[Ground]:
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.operation in MAKING])
 def test_without_birth_times(without_birth_times: Ground, name: str) -> None:
     kill_at_each_point(without_birth_times, CASES[name], 3)
+
+
+def protect(base: Path) -> None:
+    set_flags(base / "file", FS_APPEND_FL)
+
+
+def append(base: Path, before_writing: Callable[[Path], None]) -> object:
+    def use(fd: int) -> int:
+        before_writing(base)
+        return os.write(fd, b"record\n" * 5000)
+
+    try:
+        return opened(base, os.O_WRONLY | os.O_APPEND, use)
+    finally:
+        set_flags(base / "file", 0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("write", lambda base: append(base, lambda _: None), each(file, protect), ROOT),
+        Case("write", lambda base: append(base, protect), file, ROOT),
+    ],
+    ids=["before", "while-open"],
+)
+@pytest.mark.parametrize("workers", [1, 4])
+def test_append_only(kind: str, filesystems: FileSystems, case: Case, workers: int) -> None:
+    """What is written to a file that is protected by chattr +a, before it is opened or while it is open, is there once."""
+    if kind == "tmpfs":
+        pytest.skip("the kernel of the mount does not know that the file can only be appended to, nor does tmpfs tell")
+    with serving(filesystems[kind], "off", f"--workers={workers}") as ground:
+        kill_at_each_point(ground, case, 1)
 
 
 def kill_at_each_point(ground: Ground, case: Case, step: int) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,10 @@ import pytest
 from ..posix.compare import in_the_end, outcome
 from ..support.filesystems import FileSystems
 from ..support.server import Mounted, mounted
+from ..support.syscalls import FS_APPEND_FL, FS_IMMUTABLE_FL, set_flags
 from ..support.users import Child
 from .conftest import TIMEOUT, Ground
-from .processes import workers
-
-FS_IOC_SETFLAGS = 0x40086602
-FS_APPEND_FL = 0x20
-
-
-def set_flags(path: Path, flags: int) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", flags))
-    os.close(fd)
+from .processes import kill, workers
 
 
 def append_only_log(base: Path) -> list[object]:
@@ -54,6 +45,50 @@ def test_a_file_that_becomes_append_only(kind: str, filesystems: FileSystems, pa
     control.mkdir()
     with mounted(source, None, "--transport=direct", f"--passthrough={passthrough}") as server:
         assert append_only_log(server.path) == append_only_log(control)
+
+
+def immutable_document(base: Path, meanwhile: Callable[[], object]) -> list[object]:
+    """A file that becomes immutable while it is open for writing: what can be done by the descriptor, after `meanwhile`."""
+    path = base / "document"
+    fd = os.open(path, os.O_CREAT | os.O_RDWR)
+    os.write(fd, b"content")
+    set_flags(path, FS_IMMUTABLE_FL)
+    try:
+        meanwhile()
+        return [
+            outcome(os.pread, fd, 10, 0),
+            outcome(os.lseek, fd, 0, os.SEEK_DATA),
+            outcome(os.fsync, fd),
+            outcome(os.fdatasync, fd),
+            outcome(os.copy_file_range, fd, other := os.open(base / "other", os.O_CREAT | os.O_WRONLY), 7, 0),
+            (base / "other").read_bytes(),
+            outcome(os.close, other),
+            outcome(set_flags, fd, 0),
+            outcome(os.write, fd, b", and more"),
+            outcome(os.close, os.dup(fd)),
+            path.read_bytes(),
+        ]
+    finally:
+        set_flags(path, 0)
+        os.close(fd)
+
+
+@pytest.mark.parametrize("passthrough", ["auto", "off"])
+def test_a_file_that_becomes_immutable(kind: str, filesystems: FileSystems, passthrough: str) -> None:
+    """Workers that have not opened it do all that does not change it, and the next may write again when it has become
+    mutable."""
+    base = filesystems[kind] / f"immutable-{passthrough}"
+    source, control = base / "source", base / "control"
+    source.mkdir(parents=True)
+    control.mkdir()
+    with mounted(source, None, "--transport=direct", f"--passthrough={passthrough}") as server:
+
+        def forget() -> None:
+            for pid in workers(server):
+                kill(pid)
+
+        expected = immutable_document(control, lambda: None)
+        assert Child(immutable_document, server.path, forget).result(TIMEOUT) == expected
 
 
 def test_removing_without_descriptors(kind: str, filesystems: FileSystems) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import struct
@@ -17,12 +16,11 @@ from handlefs.sandbox import CAPABILITIES
 from ..posix.compare import attributes, outcome
 from ..support.filesystems import FileSystems
 from ..support.server import mounted
+from ..support.syscalls import FS_IMMUTABLE_FL, set_flags
 from ..support.users import ALICE, BOB, Child, as_user
 from .conftest import TIMEOUT
 from .processes import children, stopped
 
-FS_IOC_SETFLAGS = 0x40086602
-FS_IMMUTABLE_FL = 0x10
 CAPABILITY_OF_A_FILE = struct.pack("=5I", 0x02000001, 1 << 10, 0, 0, 0)  # cap_net_bind_service=ep
 
 
@@ -74,14 +72,6 @@ def privileged_operations(base: Path) -> list[object]:
     results.append(outcome(set_flags, secret, 0))
     results.append(outcome(secret.unlink))
     return results
-
-
-def set_flags(path: Path, flags: int) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", flags))
-    finally:
-        os.close(fd)
 
 
 @pytest.mark.parametrize("passthrough", ["auto", "off"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import struct
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ RENAME_EXCHANGE = 2
 UTIME_NOW = (1 << 30) - 1
 UTIME_OMIT = (1 << 30) - 2
 MAX_HANDLE = 128
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+FS_IMMUTABLE_FL, FS_APPEND_FL = 0x10, 0x20
 SYS_GETDENTS64 = 217 if os.uname().machine == "x86_64" else 61
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -42,6 +45,21 @@ def renameat2(old: Path, new: Path, flags: int) -> None:
 
 class _Timespec(ctypes.Structure):
     _fields_ = (("sec", ctypes.c_int64), ("nsec", ctypes.c_long))
+
+
+def set_flags(file: Path | int, flags: int) -> None:
+    """As chattr(1) does: of FS_IMMUTABLE_FL and FS_APPEND_FL the file, or its descriptor, gets those in `flags`."""
+    if isinstance(file, int):
+        others = struct.unpack("=Q", fcntl.ioctl(file, FS_IOC_GETFLAGS, bytes(8)))[0] & ~(
+            FS_IMMUTABLE_FL | FS_APPEND_FL
+        )
+        fcntl.ioctl(file, FS_IOC_SETFLAGS, struct.pack("=Q", others | flags))
+        return
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        set_flags(fd, flags)
+    finally:
+        os.close(fd)
 
 
 def utimensat(path: Path, atime: tuple[int, int], mtime: tuple[int, int], flags: int = 0) -> None:

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from handlefs.config import Config
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated
-from handlefs.transport.replay import Replay
+from handlefs.transport.backing import BackingFiles
+from handlefs.transport.direct import Dispatcher
+from handlefs.transport.replay import Replay, size_intent
+from tests.support.syscalls import FS_APPEND_FL, set_flags
 from tests.support.users import Child
 from tests.unit.serving import ROOT, new_directory, serving
 
@@ -62,6 +66,42 @@ def test_without_descriptors(ext4: Path, tmp_path: Path) -> None:
 
     expected = (abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.EMFILE, 8),)
     assert Child(work).result(60) == (errno.EMFILE, expected, [])
+
+
+RECORD = b"a record\n"
+
+
+def write_request(nodeid: int, fh: int, offset: int, data: bytes) -> memoryview:
+    body = abi.fuse_write_in.pack(fh, offset, len(data), 0, 0, os.O_WRONLY, 0) + data
+    size = abi.fuse_in_header.size + len(body)
+    return memoryview(abi.fuse_in_header.pack(size, abi.FUSE_WRITE, 8, nodeid, 0, 0, 0, 0, 0) + body)
+
+
+@pytest.mark.parametrize("done", [0, 3, len(RECORD)])
+@pytest.mark.parametrize("others", [b"", b"of another mount"])
+def test_an_append_that_was_done_in_part(ext4: Path, tmp_path: Path, done: int, others: bytes) -> None:
+    """To an append-only file, which may be longer than the kernel of the mount knows; the rest of it is written."""
+    source = new_directory(ext4)
+    path = source / "log"
+    path.write_bytes(b"before")
+    set_flags(path, FS_APPEND_FL)
+    try:
+        with serving(source, tmp_path / "state") as operations, path.open("ab", buffering=0) as log:
+            dispatcher = Dispatcher(operations, NEGOTIATED, BackingFiles(-1, None), Config("/", "/"))
+            nodeid = operations.lookup(1, b"log").nodeid
+            fh = operations.open(nodeid, os.O_WRONLY | os.O_APPEND)
+            message = write_request(nodeid, fh, len(b"before"), RECORD)
+            log.write(others)
+            intent = size_intent(path.stat().st_size)
+            log.write(RECORD[:done])
+            reply = Replay(operations, NEGOTIATED, dispatcher.answer).finish(abi.FUSE_WRITE, message, intent)
+            assert reply is not None
+            header, payload = reply
+            assert abi.fuse_out_header.unpack(header)[1:] == (0, 8)
+            assert abi.fuse_write_out.unpack(payload)[0] == len(RECORD)
+            assert path.read_bytes() == b"before" + others + RECORD
+    finally:
+        set_flags(path, 0)
 
 
 @pytest.mark.parametrize("made_by", [0, 4001])
