@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from handlefs import notify
 from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.mount import mount_at, unmount
 
@@ -109,6 +110,7 @@ def _child(serve: Callable[[Callable[[], None]], None], writer: int) -> NoReturn
     os.closerange(3, writer)
     os.closerange(writer + 1, os.sysconf("SC_OPEN_MAX"))
     os.setsid()
+    notify.disown()
     status = 0
     try:
         serve(on_ready)

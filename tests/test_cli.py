@@ -9,6 +9,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -397,6 +398,20 @@ def test_the_background_ignores_other_signals(place: Place) -> None:
             ok("evict", place.path)
             assert (place.path / "file").read_text() == "content"
     ok("umount", place.path)
+
+
+@needs_root
+@both_transports
+def test_the_background_has_no_manager(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that runs whatever has started it is told nothing, and gets no descriptors."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "1000000")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        place.mount()
+        ok("umount", place.path)
+        with pytest.raises(BlockingIOError):
+            manager.recv(1000, socket.MSG_DONTWAIT)
 
 
 def wait_until_unmounted(place: Place) -> None:
