@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from handlefs import notify
 from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.mount import mount_at, unmount
 
@@ -74,6 +75,7 @@ def in_background(serve: Callable[[Callable[[], None]], None]) -> None:
     if pid == 0:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is no terminal; after an upgrade it stays so
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _child(serve, writer)
     os.close(writer)
@@ -108,6 +110,7 @@ def _child(serve: Callable[[Callable[[], None]], None], writer: int) -> NoReturn
     os.closerange(3, writer)
     os.closerange(writer + 1, os.sysconf("SC_OPEN_MAX"))
     os.setsid()
+    notify.disown()
     status = 0
     try:
         serve(on_ready)
@@ -148,9 +151,9 @@ def hold_signals() -> None:
 
 
 def unmount_on_signals(mountpoint: str) -> None:
-    """On SIGTERM or SIGINT unmount lazily: the server ends when the mount's last user is gone.
+    """On SIGTERM, SIGINT or, in the foreground, SIGHUP unmount lazily: the server ends when the mount's last user is gone.
 
-    A second signal ends the process at once. Call it in the main thread, when the mount is there.
+    A second SIGTERM or SIGINT ends the process at once. Call it in the main thread, when the mount is there.
     """
     ours = mount_at(mountpoint)
 
@@ -166,29 +169,44 @@ def unmount_on_signals(mountpoint: str) -> None:
         except OSError as error:
             log.error("cannot unmount %s: %s", mountpoint, error.strerror)
 
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        log.info("%s: unmounting %s", signal.Signals(number).name, mountpoint)
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
+    def begin(name: str) -> None:
+        log.info("%s: unmounting %s", name, mountpoint)
         # In a thread: the kernel may write dirty pages back first, and it is us who must serve that.
         threading.Thread(target=leave, name="unmount", daemon=True).start()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    _end_on_signals(begin)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def stop_on_signals(stop: Callable[[], None]) -> None:
-    """On SIGTERM or SIGINT call `stop`. A second signal ends the process at once. Call it in the main thread."""
+    """The same for a server without a mount: call `stop`."""
 
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        log.info("%s: ending", signal.Signals(number).name)
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
+    def begin(name: str) -> None:
+        log.info("%s: ending", name)
         stop()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    _end_on_signals(begin)
+
+
+def _end_on_signals(begin: Callable[[str], None]) -> None:
+    """On SIGTERM, SIGINT or SIGHUP call `begin` with the signal's name; a second SIGTERM or SIGINT ends the process at once.
+
+    SIGHUP that is ignored, as in the background or below nohup(1), stays so. So does SIGUSR1, unless somebody handles it.
+    """
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # of a terminal that closes, kernel and shell both send it
+        begin(signal.Signals(number).name)
+
+    ending = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        ending.append(signal.SIGHUP)
+    for number in ending:
         signal.signal(number, on_signal)
+    if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def raise_descriptor_limit() -> int:

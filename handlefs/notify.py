@@ -15,12 +15,28 @@ log = logging.getLogger(__name__)
 
 BARRIER_TIMEOUT = 5.0
 """Seconds that the manager gets to take in what it was told."""
+_VARIABLES = (
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "LISTEN_PID",
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "FDSTORE",
+)
 _FIRST = 3  # SD_LISTEN_FDS_START
 
 
 def has_manager() -> bool:
     """Whether there is a service manager to be told things."""
     return bool(os.environ.get("NOTIFY_SOCKET"))
+
+
+def disown() -> None:
+    """Have no manager from now on. For a server in the background: a manager whose environment it has inherited runs what has
+    started it, and would take its messages and descriptors for that one's."""
+    for name in _VARIABLES:
+        os.environ.pop(name, None)
 
 
 def notify(*assignments: str, descriptors: Sequence[int] = ()) -> None:
@@ -39,8 +55,9 @@ def notify(*assignments: str, descriptors: Sequence[int] = ()) -> None:
 
 
 def watchdog() -> None:
-    """Tell the manager that all is well, if it wants to know (WatchdogSec=)."""
-    if "WATCHDOG_USEC" in os.environ:
+    """Tell the manager that all is well, if it wants to know that from this process (sd_watchdog_enabled(3))."""
+    pid = os.environ.get("WATCHDOG_PID")
+    if "WATCHDOG_USEC" in os.environ and pid in (None, str(os.getpid())):
         notify("WATCHDOG=1")
 
 

@@ -9,6 +9,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -283,13 +284,16 @@ def test_options_of_the_command_line_win_over_those_in_o(place: Place) -> None:
 
 @needs_root
 @both_transports
-def test_foreground_stays_until_interrupted(place: Place) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_foreground_stays_until_interrupted(place: Place, number: signal.Signals) -> None:
+    """Or until its terminal is closed."""
     argv = [*HANDLEFS, "--foreground", place.source, place.path, "--state-dir", place.state_dir, *place.choice]
     with subprocess.Popen([str(word) for word in argv], stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         assert "serving" in server.stderr.readline()
         assert (place.path / "file").read_text() == "content"
-        server.send_signal(signal.SIGINT)
+        server.send_signal(signal.SIGUSR1)  # means something to systemd alone
+        server.send_signal(number)
         assert server.wait(TIMEOUT) == 0
         assert "Traceback" not in server.stderr.read()
     assert not place.is_mounted()
@@ -378,6 +382,36 @@ def test_sigterm_unmounts_and_the_last_user_ends_the_server(place: Place) -> Non
         assert not ended.is_set()
     wait_for_end(server)
     assert control.servers() == []
+
+
+@needs_root
+@both_transports
+def test_the_background_ignores_other_signals(place: Place) -> None:
+    """A daemon is often sent SIGHUP so that it reads its configuration again. An upgrade does not change that."""
+    place.mount()
+    upgrades = 1 if place.transport == "direct" else 0
+    for upgrade in range(upgrades + 1):
+        if upgrade:
+            ok("upgrade", place.path)
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            os.kill(place.pid, number)
+            ok("evict", place.path)
+            assert (place.path / "file").read_text() == "content"
+    ok("umount", place.path)
+
+
+@needs_root
+@both_transports
+def test_the_background_has_no_manager(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that runs whatever has started it is told nothing, and gets no descriptors."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "1000000")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        place.mount()
+        ok("umount", place.path)
+        with pytest.raises(BlockingIOError):
+            manager.recv(1000, socket.MSG_DONTWAIT)
 
 
 def wait_until_unmounted(place: Place) -> None:

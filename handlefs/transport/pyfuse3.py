@@ -18,6 +18,7 @@ from typing import TypeVar
 import pyfuse3
 import trio
 
+from handlefs import notify
 from handlefs.config import Config
 from handlefs.credentials import Caller
 from handlefs.errors import StartupError
@@ -37,6 +38,7 @@ T = TypeVar("T")
 MAX_THREADS = 16
 """Requests on data that run at the same time."""
 
+_WATCHDOG_INTERVAL = 1.0
 _OPCODES = {name: number for number, name in abi.OPCODE_NAMES.items()}
 _FUSE_DONT_MASK = 1 << 6
 _FUSE_PARALLEL_DIROPS = 1 << 18
@@ -73,14 +75,23 @@ async def _serve(handlers: "Handlers", config: Config, on_ready: Callable[[], No
     pyfuse3.init(handlers, f"/dev/fd/{session_fd}", set())
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(pyfuse3.main)
+            nursery.start_soon(_main, nursery.cancel_scope)
             await _hand_over(config.mountpoint, device, ours, session_fd)
             ready = True
             on_ready()
+            while True:  # in this loop, so that the manager hears nothing of one that hangs
+                notify.watchdog()
+                await trio.sleep(_WATCHDOG_INTERVAL)
     finally:
         if not ready:
             unmount(config.mountpoint, lazy=True)
         pyfuse3.close(unmount=False)
+
+
+async def _main(others: trio.CancelScope) -> None:
+    """Serve until the mount is gone, then end the `others`."""
+    await pyfuse3.main()
+    others.cancel()
 
 
 async def _hand_over(mountpoint: str, device: int, ours: socket.socket, session_fd: int) -> None:

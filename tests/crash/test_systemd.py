@@ -354,6 +354,19 @@ def test_watchdog(systemd: Systemd, ext4: Path) -> None:
         assert Child(os.listdir, service.path).result(TIMEOUT) == []
 
 
+@pytest.mark.parametrize("transport", ["direct", "pyfuse3"])
+def test_signs_of_life(systemd: Systemd, ext4: Path, transport: str) -> None:
+    """Without them systemd would kill a server that is well."""
+    with running(systemd, ext4, f"--transport={transport}") as service:
+
+        def last() -> str:
+            return systemd.property(service.name, "WatchdogTimestampMonotonic")
+
+        for _ in range(3):
+            before = last()
+            assert in_the_end(lambda before=before: last() != before, True, TIMEOUT) is True  # type: ignore[misc]
+
+
 def test_restart_leaves_it_to_systemd(systemd: Systemd, ext4: Path) -> None:
     with running(systemd, ext4) as service:
         assert f"use systemctl restart '{service.name}'" in fails("restart", service.path)

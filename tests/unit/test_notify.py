@@ -31,7 +31,11 @@ def test_messages(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> No
     assert manager.recv(100) == b"READY=1\nSTATUS=fine"
     notify.watchdog()
     monkeypatch.setenv("WATCHDOG_USEC", "1000000")
-    notify.watchdog()
+    for pid in (os.getpid() + 1, os.getpid()):
+        monkeypatch.setenv("WATCHDOG_PID", str(pid))
+        notify.notify(f"pid {pid}")
+        notify.watchdog()
+        assert manager.recv(100) == b"pid %d" % pid
     assert manager.recv(100) == b"WATCHDOG=1"
 
 
