@@ -19,6 +19,7 @@ from handlefs.daemon import raise_descriptor_limit
 from handlefs.inodecache import InodeCache
 from handlefs.metrics import RATE_INTERVAL, Counters, Rate, Totals
 from handlefs.nodetable import HandleCodec, NodeTable, new_numbers
+from handlefs.openfiles import OpenFiles
 from handlefs.opening import default_cache_size, open_map, open_source, state_dir_of
 from handlefs.operations import Operations
 from handlefs.protocol import abi
@@ -140,7 +141,7 @@ class UnixServer:
             finally:
                 with self._lock:
                     del self._peers[place]
-                peer.forget_all()
+                peer.end()
 
     def _close(self) -> None:
         """Remove the socket, and cut the connections."""
@@ -166,6 +167,7 @@ class UnixServer:
         """What `handlefs status` shows; docs/control.md lists the keys."""
         peers = self._all_peers()
         tables = [peer.nodes for peer in peers if peer.nodes is not None]
+        opened = [peer.operations.open_files.counts() for peer in peers]
         filesystem = self._source.volumes.root.filesystem
         return {
             "pid": os.getpid(),
@@ -191,6 +193,9 @@ class UnixServer:
             "uptime": time.monotonic() - self._start_time,
             "operations_per_second": self._rate.per_second(),
             **Totals(self._counters).status(),
+            # Not those of peers that have gone: many go without a RELEASE.
+            "open_files": sum(files for files, _ in opened),
+            "open_dirs": sum(directories for _, directories in opened),
         }
 
     def evict(self, count: int | None) -> int:
@@ -209,7 +214,9 @@ class Peer:
         config = server.config
         source = server.open_source()
         source.cache = InodeCache(source.cache.statistics().capacity, counters.cache)
-        self.operations = Operations(source, read_only=config.options.read_only)
+        self.operations = Operations(
+            source, read_only=config.options.read_only, open_files=OpenFiles(counts=counters.files)
+        )
         self._busy = threading.Lock()
         """Held while a request is served: node IDs are dropped between requests only."""
         self.nodes: NodeTable | None = None
@@ -254,8 +261,9 @@ class Peer:
         for nodeid in stale:
             self.operations.source.cache.forget(nodeid)
 
-    def forget_all(self) -> None:
-        """Its end: what it has cached is not counted any more."""
+    def end(self) -> None:
+        """Its end: all its descriptors close when the caller lets go of it, and what it has cached is not counted any more."""
+        self._dispatcher.close()
         self.operations.source.cache.evict_all()
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from handlefs.protocol.client.replies import EntryReply, attributes, entry, list
 from handlefs.protocol.handles import SECOND_NODE, pack_handle
 from handlefs.protocol.init import WANTED, ProtocolError
 
-from ..posix.compare import outcome
+from ..posix.compare import in_the_end, outcome
 from ..support.server import Served
 from .conftest import Serving
 
@@ -388,6 +388,30 @@ def test_an_open_file_is_served_under_its_old_node_id(server: Served) -> None:
     assert server.status()["open_files"] == 0
     assert outcome(link.exchange, abi.FUSE_READ, found.nodeid, read) == "ESTALE"
     link.close()
+
+
+def test_the_end_of_a_connection_closes_what_the_peer_had_open(server: Served, source: Path) -> None:
+    """At once, on an idle server too: a removed file must not keep its space, nor a client of many use up the descriptors."""
+    pid = server.pid
+
+    def descriptors() -> list[str]:
+        return sorted(os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+
+    before = descriptors()
+    links = [Link(str(server.socket), offer) for offer in (Offer(), PLAIN) * 5]
+    for link in links:
+        file, directory = lookup(link, 1, b"file"), lookup(link, 1, b"directory")
+        for _ in range(10):
+            link.exchange(abi.FUSE_OPEN, file.nodeid, abi.fuse_open_in.pack(os.O_RDWR, 0))
+            link.exchange(abi.FUSE_OPENDIR, directory.nodeid, abi.fuse_open_in.pack(0, 0))
+    (source / "file").unlink()
+    assert len(descriptors()) >= len(before) + 200
+    assert server.status()["open_files"] == server.status()["open_dirs"] == 100
+    for link in links:
+        link.close()
+    assert in_the_end(descriptors, before) == before
+    status = server.status()
+    assert (status["peers"], status["open_files"], status["open_dirs"]) == (0, 0, 0)
 
 
 def test_what_a_reply_gives_is_valid_when_it_is_sent(serving: Serving, source: Path) -> None:
