@@ -19,6 +19,7 @@ import pytest
 
 from handlefs.protocol import abi
 from handlefs.protocol.client import Client, Offer, Session
+from handlefs.protocol.client.stress import Stress
 from handlefs.protocol.handles import pack_handle, pack_handle_init
 from handlefs.protocol.init import WANTED
 
@@ -273,6 +274,18 @@ def test_in_plain_fuse_there_is_no_recovery_after_a_new_connection(server: Serve
         server.kill()
         assert outcome(client.stat_inode, held) == "ESTALE"
         assert client.open("/file").read() == CONTENT
+
+
+def test_the_workload_removes_its_files_after_a_crash(client: Client, server: Served, source: Path) -> None:
+    """Open files that were removed died with the server: to close them is ESTALE, as it should be."""
+    stress = Stress(client, "/base", seed=1)
+    stress.prepare(30)
+    while not any(file.opened for file in stress._removed):
+        stress.run(0.2)
+    server.kill()
+    stress.verify()
+    stress.remove()
+    assert sorted(os.listdir(source)) == ["directory", "file"]
 
 
 # -- servers that break the rules ----------------------------------------------------------------------------------------

@@ -203,6 +203,12 @@ def test_stress_while_the_server_is_restarted_and_evicted(server: Served, source
     assert sorted(os.listdir(source)) == ["directory", "file"]
 
 
+def test_stress_says_where_it_failed(server: Served, source: Path) -> None:
+    (source / "stress-7").mkdir()
+    message = fails("client", server.socket, "stress", "--seed", 7)
+    assert message == "handlefs: File exists (seed 7, the files are in /stress-7)\n"
+
+
 def test_a_mount_through_the_client_lives_through_its_server(source: Path) -> None:
     """A real kernel above the client: open files, open directories and names go on when the server is killed."""
     with mounted(source, None, "--node-table=8", kind=Bridged) as server:
