@@ -414,7 +414,24 @@ def test_the_end_of_a_connection_closes_what_the_peer_had_open(server: Served, s
     assert (status["peers"], status["open_files"], status["open_dirs"]) == (0, 0, 0)
 
 
-def test_what_a_reply_gives_is_valid_when_it_is_sent(serving: Serving, source: Path) -> None:
+def test_of_a_long_listing_the_last_node_ids_are_valid(serving: Serving, source: Path) -> None:
+    """The others are stale when the reply arrives; all handles are good."""
+    for number in range(30):
+        (source / f"f{number}").touch()
+    with serving("--node-table=8") as server:
+        link = Link(str(server.socket))
+        fh, *_ = abi.fuse_open_out.unpack(link.exchange(abi.FUSE_OPENDIR, 1, abi.fuse_open_in.pack(0, 0)))
+        payload = link.exchange(abi.FUSE_READDIRPLUS, 1, abi.fuse_read_in.pack(fh, 0, 1 << 16, 0, 0, 0, 0))
+        replies = [reply for _, reply in listing_plus(payload, handles=True) if reply is not None]
+        assert len(replies) == 32
+        stale = [getattr_of(link, reply.nodeid) == "ESTALE" for reply in replies]
+        assert stale == [True] * 24 + [False] * 8
+        for reply in replies:
+            assert lookup_handle(link, reply.handle).stat == reply.stat
+        link.close()
+
+
+def test_a_reply_never_gives_the_stale_node_id_of_an_open_file(serving: Serving, source: Path) -> None:
     """A file that is open under a stale node ID gets a new name: the reply must carry a node ID that works."""
     with serving() as server:
         link = Link(str(server.socket))
