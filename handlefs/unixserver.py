@@ -28,7 +28,7 @@ from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.handles import HandleDispatcher
-from handlefs.transport.seqpacket import Agreed, answer_init, listen, peer_uid, serve
+from handlefs.transport.seqpacket import Agreed, answer_init, listen, peer_uid, serve, unlink_own
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +69,14 @@ class UnixServer:
         control = ControlServer(self.status, self.evict, self.config)
         try:
             self._listener = listen(self.config.mountpoint)
+            bound = os.lstat(self.config.mountpoint)
             try:
                 control.start()
                 on_ready()
                 self._accept(self._listener)
             finally:
                 control.stop()
-                self._close()
+                self._close(self._listener, bound)
         finally:
             self._map.close()
         log.info("%s is closed", self.config.mountpoint)
@@ -143,13 +144,14 @@ class UnixServer:
                     del self._peers[place]
                 peer.end()
 
-    def _close(self) -> None:
+    def _close(self, listener: socket.socket, bound: os.stat_result) -> None:
         """Remove the socket, and cut the connections."""
-        assert self._listener is not None
-        os.unlink(self.config.mountpoint)
-        self._listener.close()
-        for peer in self._all_peers():
-            peer.close()
+        try:
+            unlink_own(self.config.mountpoint, bound)
+        finally:
+            listener.close()
+            for peer in self._all_peers():
+                peer.close()
 
     def _all_peers(self) -> "list[Peer]":
         with self._lock:

@@ -77,6 +77,14 @@ def _remove_stale(path: str) -> None:
     raise StartupError(f"somebody listens at {path} already: give another --socket")
 
 
+def unlink_own(path: str, bound: os.stat_result) -> None:
+    """Remove the socket at `path`, unless it is not the one that was there when it was `bound`: somebody may have removed that,
+    and another server may listen there. To be called before the listener is closed, which keeps the inode number in use."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.lstat(path), bound):
+            os.unlink(path)
+
+
 def peer_uid(connection: socket.socket) -> int:
     """The user whom the kernel knows the peer to be."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
