@@ -28,7 +28,7 @@ from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.handles import HandleDispatcher
-from handlefs.transport.seqpacket import Agreed, answer_init, listen, peer_uid, serve, unlink_own
+from handlefs.transport.seqpacket import Agreed, answer_init, listen, peer_uid, serve, turn_away, unlink_own
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class UnixServer:
             if uid != 0 or not self._vacant:
                 reason = f"user {uid} is not root" if uid != 0 else f"there are {MOST_PEERS} already"
                 log.warning("a peer was turned away: %s", reason)
-                connection.close()
+                turn_away(connection, errno.EACCES if uid != 0 else errno.EBUSY)
                 continue
             place = self._vacant.pop()
             threading.Thread(

@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,18 @@ def test_anything_before_init_is_refused(server: Served) -> None:
         peer.connect(str(server.socket))
         peer.send(struct.pack("=IIQQIIIHH", 40, abi.FUSE_STATFS, 2, 1, 0, 0, 0, 0, 0))
         assert struct.unpack("=IiQ", peer.recv(4096)) == (16, -errno.EPROTO, 2)
+
+
+def test_a_full_server_says_so_and_drops_who_never_sends_init(server: Served) -> None:
+    with ExitStack() as stack:
+        for _ in range(64):
+            silent = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            silent.connect(str(server.socket))
+            silent.settimeout(60)
+        with pytest.raises(OSError, match="as many peers as it takes"):
+            Link(str(server.socket))
+        assert silent.recv(1) == b""  # cut off
+        Link(str(server.socket), patience=60).close()
 
 
 def test_a_plain_peer_gets_plain_fuse(server: Served) -> None:
