@@ -5,12 +5,13 @@ What drops out of it is stale, and the peer recovers with the object's handle, w
 
 import errno
 import hmac
+import itertools
 import os
 import random
 import secrets
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 from handlefs.handle import FileHandle
@@ -22,12 +23,10 @@ _FIXED = struct.Struct(f"={_MAC_SIZE}s16si")  # MAC, volume, handle type; then t
 
 
 def new_numbers() -> Iterator[int]:
-    """Ephemeral node IDs, none of them twice: counted from a random number on, so that those of another process are not
-    likely to be among them."""
-    number = secrets.randbits(63)
-    while True:
-        yield MAPPED_BIT | number
-        number = (number + 1) & (MAPPED_BIT - 1)
+    """What ephemeral node IDs are made from, none of them twice: counted from a random 63-bit number on, so that those of
+    another process are not likely to be among them. Safe for several threads: its `next` is one step of the interpreter, as
+    a generator's is not."""
+    return itertools.count(secrets.randbits(63))
 
 
 class HandleCodec:
@@ -70,18 +69,16 @@ class NodeTable:
         largest_handle: int,
         forget_chance: float = 0.0,
     ) -> None:
-        """With `numbers` node IDs are ephemeral; without they are stable: made from the handle, so that an object gets back the
-        one it had. `largest_handle` is in bytes, as the codec makes them. For tests `prune` forgets any entry with a
-        probability of `forget_chance`.
+        """With `numbers` (`new_numbers`, one for all tables of a process) node IDs are ephemeral; without they are stable: made
+        from the handle, so that an object gets back the one it had. `largest_handle` is in bytes, as the codec makes them. For
+        tests `prune` forgets any entry with a probability of `forget_chance`.
         """
         self.nodeids = nodeids
         self.capacity = capacity
         self.given = 0
         self.forgotten = 0
         self._codec = codec
-        self._number: Callable[[MappedHandle], int] = (
-            self._stable if numbers is None else lambda _: next(numbers)  # each is a new one
-        )
+        self._numbers = numbers
         self._largest_handle = largest_handle
         self._forget_chance = forget_chance
         self._items: OrderedDict[int, MappedHandle] = OrderedDict()
@@ -109,7 +106,7 @@ class NodeTable:
             return nodeid
         if _FIXED.size + len(item.handle.data) > self._largest_handle:
             raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
-        nodeid = self._number(item)
+        nodeid = self._stable(item) if self._numbers is None else MAPPED_BIT | next(self._numbers) & (MAPPED_BIT - 1)
         self._items[nodeid] = item
         self._nodeids[item] = nodeid
         self.given += 1

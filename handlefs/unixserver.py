@@ -19,6 +19,7 @@ from handlefs.daemon import raise_descriptor_limit
 from handlefs.inodecache import InodeCache
 from handlefs.metrics import RATE_INTERVAL, Counters, Rate, Totals
 from handlefs.nodetable import HandleCodec, NodeTable, new_numbers
+from handlefs.openfiles import OpenFiles
 from handlefs.opening import default_cache_size, open_map, open_source, state_dir_of
 from handlefs.operations import Operations
 from handlefs.protocol import abi
@@ -27,7 +28,7 @@ from handlefs.source import Source
 from handlefs.transport.backing import BackingFiles
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.handles import HandleDispatcher
-from handlefs.transport.seqpacket import Agreed, answer_init, listen, peer_uid, serve
+from handlefs.transport.seqpacket import Agreed, answer_init, listen, peer_uid, serve, turn_away, unlink_own
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +69,14 @@ class UnixServer:
         control = ControlServer(self.status, self.evict, self.config)
         try:
             self._listener = listen(self.config.mountpoint)
+            bound = os.lstat(self.config.mountpoint)
             try:
                 control.start()
                 on_ready()
                 self._accept(self._listener)
             finally:
                 control.stop()
-                self._close()
+                self._close(self._listener, bound)
         finally:
             self._map.close()
         log.info("%s is closed", self.config.mountpoint)
@@ -105,7 +107,7 @@ class UnixServer:
             if uid != 0 or not self._vacant:
                 reason = f"user {uid} is not root" if uid != 0 else f"there are {MOST_PEERS} already"
                 log.warning("a peer was turned away: %s", reason)
-                connection.close()
+                turn_away(connection, errno.EACCES if uid != 0 else errno.EBUSY)
                 continue
             place = self._vacant.pop()
             threading.Thread(
@@ -140,15 +142,16 @@ class UnixServer:
             finally:
                 with self._lock:
                     del self._peers[place]
-                peer.forget_all()
+                peer.end()
 
-    def _close(self) -> None:
+    def _close(self, listener: socket.socket, bound: os.stat_result) -> None:
         """Remove the socket, and cut the connections."""
-        assert self._listener is not None
-        os.unlink(self.config.mountpoint)
-        self._listener.close()
-        for peer in self._all_peers():
-            peer.close()
+        try:
+            unlink_own(self.config.mountpoint, bound)
+        finally:
+            listener.close()
+            for peer in self._all_peers():
+                peer.close()
 
     def _all_peers(self) -> "list[Peer]":
         with self._lock:
@@ -166,6 +169,7 @@ class UnixServer:
         """What `handlefs status` shows; docs/control.md lists the keys."""
         peers = self._all_peers()
         tables = [peer.nodes for peer in peers if peer.nodes is not None]
+        opened = [peer.operations.open_files.counts() for peer in peers]
         filesystem = self._source.volumes.root.filesystem
         return {
             "pid": os.getpid(),
@@ -191,6 +195,9 @@ class UnixServer:
             "uptime": time.monotonic() - self._start_time,
             "operations_per_second": self._rate.per_second(),
             **Totals(self._counters).status(),
+            # Not those of peers that have gone: many go without a RELEASE.
+            "open_files": sum(files for files, _ in opened),
+            "open_dirs": sum(directories for _, directories in opened),
         }
 
     def evict(self, count: int | None) -> int:
@@ -209,7 +216,9 @@ class Peer:
         config = server.config
         source = server.open_source()
         source.cache = InodeCache(source.cache.statistics().capacity, counters.cache)
-        self.operations = Operations(source, read_only=config.options.read_only)
+        self.operations = Operations(
+            source, read_only=config.options.read_only, open_files=OpenFiles(counts=counters.files)
+        )
         self._busy = threading.Lock()
         """Held while a request is served: node IDs are dropped between requests only."""
         self.nodes: NodeTable | None = None
@@ -254,8 +263,9 @@ class Peer:
         for nodeid in stale:
             self.operations.source.cache.forget(nodeid)
 
-    def forget_all(self) -> None:
-        """Its end: what it has cached is not counted any more."""
+    def end(self) -> None:
+        """Its end: all its descriptors close when the caller lets go of it, and what it has cached is not counted any more."""
+        self._dispatcher.close()
         self.operations.source.cache.evict_all()
 
     def close(self) -> None:

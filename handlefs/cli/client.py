@@ -192,9 +192,11 @@ def stress(socket: str, files: int, seconds: float, seed: int | None) -> None:
             work.run(seconds)
             with progress("checking files", len(work.files)) as checked:
                 work.verify(told=checked)
-        except WrongResult as error:
-            raise click.ClickException(f"WRONG: {error} (seed {seed}; the files are in {base})") from error
-        work.remove()
+            work.remove()
+        except (WrongResult, OSError) as error:
+            what = f"WRONG: {error}" if isinstance(error, WrongResult) else error.strerror or str(error)
+            where = [*getattr(error, "__notes__", ()), f"seed {seed}", f"the files are in {base}"]
+            raise click.ClickException(f"{what} ({', '.join(where)})") from error
     click.echo(f"All results were right: {work.report()}")
 
 

@@ -182,7 +182,7 @@ class Bridge:
             return inode
         if not 0 < nodeid < len(self._handles):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return self._session.table.of_handle(self._handles[nodeid])
+        return self._session.inode_of(self._handles[nodeid])
 
     def _told(self, inode: Inode) -> int:
         """The node ID of `inode` for the kernel, which is about to be told of it."""

@@ -185,6 +185,11 @@ class Dispatcher:
             return None
         return abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique), payload
 
+    def close(self) -> None:
+        """Answer nothing any more. The handlers refer to this object: without them its operations' descriptors close with the
+        last reference, and not when the garbage collector comes by, which an idle process leaves alone."""
+        self._handlers.clear()
+
     def abandoned(self, request: int) -> None:
         """Nobody will release what the request of that number has opened, if anything."""
         self._backing.abandoned(request)

@@ -24,6 +24,10 @@ LARGEST_WRITE = 128 * 1024
 """Bytes of data in one message, where the socket's buffer is not smaller still: a packet must fit into it."""
 _OVERHEAD = 4096  # headers, and what the kernel counts (unix_dgram_sendmsg: the buffer's size less 32)
 _WAITING = 16
+_INIT_TIMEOUT = 5.0
+"""Seconds for a peer's INIT to arrive: one that sends none would keep its place for ever."""
+_REFUSAL_TIMEOUT = 0.5
+"""The same for a peer that is turned away: nobody else can connect meanwhile."""
 
 
 class Agreed(NamedTuple):
@@ -77,6 +81,14 @@ def _remove_stale(path: str) -> None:
     raise StartupError(f"somebody listens at {path} already: give another --socket")
 
 
+def unlink_own(path: str, bound: os.stat_result) -> None:
+    """Remove the socket at `path`, unless it is not the one that was there when it was `bound`: somebody may have removed that,
+    and another server may listen there. To be called before the listener is closed, which keeps the inode number in use."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.lstat(path), bound):
+            os.unlink(path)
+
+
 def peer_uid(connection: socket.socket) -> int:
     """The user whom the kernel knows the peer to be."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -86,22 +98,44 @@ def peer_uid(connection: socket.socket) -> int:
 
 def answer_init(connection: socket.socket) -> Agreed | None:
     """Answer the peer's first message, which must be INIT: what was agreed on; None if the peer has gone. Raises ProtocolError
-    for anything that is not INIT as it should be; the peer then has its answer."""
-    message = connection.recv(PAGE_SIZE)
+    for anything that is not INIT as it should be, or too late; the peer then has its answer."""
+    message = _first_message(connection, _INIT_TIMEOUT)
     if not message:
         return None
-    if len(message) < abi.fuse_in_header.size:
-        raise ProtocolError("the first message is shorter than its header")
     _, opcode, unique, *_ = abi.fuse_in_header.unpack_from(message)
     try:
         if opcode != abi.FUSE_INIT:
             raise ProtocolError("the first request is not INIT")
         agreed, payload = _agree(connection, memoryview(message)[abi.fuse_in_header.size :])
     except ProtocolError:
-        connection.send(abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.EPROTO, unique))
+        _refuse(connection, unique, errno.EPROTO)
         raise
     connection.send(abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique) + payload)
     return agreed
+
+
+def turn_away(connection: socket.socket, number: int) -> None:
+    """Answer the peer's first message with the errno `number`, if it comes soon, and end the connection."""
+    with connection, contextlib.suppress(ProtocolError, ConnectionError):
+        if message := _first_message(connection, _REFUSAL_TIMEOUT):
+            _refuse(connection, abi.fuse_in_header.unpack_from(message)[2], number)
+
+
+def _first_message(connection: socket.socket, seconds: float) -> bytes:
+    """It has a whole header; empty if the peer has gone. Raises ProtocolError."""
+    connection.settimeout(seconds)
+    try:
+        message = connection.recv(PAGE_SIZE)
+    except TimeoutError as error:
+        raise ProtocolError(f"it has sent nothing for {seconds:g} seconds") from error
+    connection.settimeout(None)
+    if 0 < len(message) < abi.fuse_in_header.size:
+        raise ProtocolError("the first message is shorter than its header")
+    return message
+
+
+def _refuse(connection: socket.socket, unique: int, number: int) -> None:
+    connection.send(abi.fuse_out_header.pack(abi.fuse_out_header.size, -number, unique))
 
 
 def _agree(connection: socket.socket, body: memoryview) -> tuple[Agreed, bytes]:

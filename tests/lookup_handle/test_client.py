@@ -9,6 +9,7 @@ import signal
 import socket
 import stat
 import struct
+import sys
 import termios
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ import pytest
 
 from handlefs.protocol import abi
 from handlefs.protocol.client import Client, Offer, Session
+from handlefs.protocol.client.inodes import Inode
+from handlefs.protocol.client.stress import Stress
 from handlefs.protocol.handles import pack_handle, pack_handle_init
 from handlefs.protocol.init import WANTED
 
@@ -275,6 +278,82 @@ def test_in_plain_fuse_there_is_no_recovery_after_a_new_connection(server: Serve
         assert client.open("/file").read() == CONTENT
 
 
+def test_the_workload_removes_its_files_after_a_crash(client: Client, server: Served, source: Path) -> None:
+    """Open files that were removed died with the server: to close them is ESTALE, as it should be."""
+    stress = Stress(client, "/base", seed=1)
+    stress.prepare(30)
+    while not any(file.opened for file in stress._removed):
+        stress.run(0.2)
+    server.kill()
+    stress.verify()
+    stress.remove()
+    assert sorted(os.listdir(source)) == ["directory", "file"]
+
+
+def test_an_interrupted_request_does_not_leave_its_reply_behind(client: Client, server: Served) -> None:
+    """As by Ctrl-C between a request and its reply: the next request must not take that for its own."""
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    def signal_when_sent() -> None:
+        in_the_end(lambda: _waits(client), True)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    held, pid = client.inode("/file"), server.pid
+    thread = threading.Thread(target=signal_when_sent)
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert in_the_end(lambda: _state_of(pid), "T") == "T"
+        thread.start()
+        with pytest.raises(Interrupted):
+            client.listdir("/")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        thread.join(60)
+        signal.signal(signal.SIGUSR1, before)
+    assert client.stat_inode(held).st_size == len(CONTENT)
+    assert client.open("/directory/below").read() == b"content of below"
+
+
+def test_a_closed_client_stays_closed(server: Served) -> None:
+    with Client(str(server.socket)) as client:
+        file, held = client.open("/file"), client.inode("/file")
+    assert outcome(client.stat, "/file") == outcome(client.stat_inode, held) == "ENOTCONN"
+    assert outcome(file.close) == "ENOTCONN"  # nobody says what has become of earlier writes
+    assert client.session.statistics.connections == 1
+    assert in_the_end(lambda: server.status()["peers"], 0) == 0
+
+
+def test_threads_that_ask_for_a_handle_get_one_inode(client: Client) -> None:
+    """They would recover, and forget, each on its own."""
+    threads, rounds = 4, 1000
+    found: list[list[Inode]] = [[] for _ in range(rounds)]
+    begin = threading.Barrier(threads)
+
+    def ask() -> None:
+        for number in range(rounds):
+            begin.wait(60)
+            found[number].append(client.session.inode_of(b"handle %d" % number))
+
+    asking = [threading.Thread(target=ask) for _ in range(threads)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(before)
+    assert [len(inodes) for inodes in found] == [threads] * rounds
+    assert all(inode is inodes[0] for inodes in found for inode in inodes)
+
+
 # -- servers that break the rules ----------------------------------------------------------------------------------------
 
 
@@ -353,14 +432,27 @@ def test_a_server_that_forgets_faster_than_it_can_be_asked(tmp_path: Path) -> No
         assert session.statistics.recovered == session.statistics.stale == 100
 
 
-def test_a_server_that_comes_back_with_other_features(serving: Serving, source: Path) -> None:
-    """What was agreed on holds for the session: plain FUSE in its place is an error, not another protocol."""
+@pytest.mark.parametrize(
+    ("flags2", "max_write", "appended"),
+    [
+        pytest.param(0, 1 << 20, b"", id="plain FUSE"),
+        pytest.param(1 << 30, 4096, pack_handle_init(128), id="max_write"),
+    ],
+)
+def test_a_server_that_comes_back_with_other_features(
+    serving: Serving, source: Path, flags2: int, max_write: int, appended: bytes
+) -> None:
+    """What was agreed on holds for the session: plain FUSE in its place is an error, not another protocol, and so is a server
+    that refuses writes as large as before."""
     with serving() as server, Client(str(server.socket)) as client:
         held = client.inode("/file")
         server.crash()
         server.socket.unlink()
-        plain = abi.fuse_init_out.pack(7, 45, 0, 1 << 30, 0, 0, 1 << 16, 1, 16, 0, 0, 0, 0)
-        with wrong_server(server.socket, [], init=plain):
+        flags = client.session.flags
+        init = abi.fuse_init_out.pack(
+            7, 45, 0, flags & 0xFFFFFFFF, 0, 0, max_write, 1, 16, 0, flags >> 32 & ~(1 << 30) | flags2, 0, 0
+        )
+        with wrong_server(server.socket, [], init=init + appended):
             assert outcome(client.stat_inode, held) == "EPROTO"
         server.socket.unlink()
         server.start()

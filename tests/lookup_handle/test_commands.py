@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -100,6 +101,19 @@ def test_a_killed_server_is_known_and_replaced(server: Served) -> None:
     assert "Connection refused" in fails("client", server.socket, "ls")
     ok("restart", server.socket)
     assert "file" in ok("client", server.socket, "ls")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_server_whose_socket_was_removed_ends_well(server: Served, replaced: bool) -> None:
+    """Its peers are cut, its log is clean (`mounted` looks), and a socket of somebody else in that place stays."""
+    with Client(str(server.socket), patience=0) as client, socket.socket(socket.AF_UNIX) as other:
+        held = client.inode("/file")
+        server.socket.unlink()
+        if replaced:
+            other.bind(str(server.socket))
+        server.stop()
+        assert outcome(client.stat_inode, held) == "ENOTCONN"
+        assert server.socket.exists() == replaced
 
 
 def test_a_socket_that_is_in_use_or_is_none(server: Served, source: Path, tmp_path: Path) -> None:
@@ -201,6 +215,12 @@ def test_stress_while_the_server_is_restarted_and_evicted(server: Served, source
     assert (stress.returncode, err) == (0, "")
     assert out.startswith("All results were right: ")
     assert sorted(os.listdir(source)) == ["directory", "file"]
+
+
+def test_stress_says_where_it_failed(server: Served, source: Path) -> None:
+    (source / "stress-7").mkdir()
+    message = fails("client", server.socket, "stress", "--seed", 7)
+    assert message == "handlefs: File exists (seed 7, the files are in /stress-7)\n"
 
 
 def test_a_mount_through_the_client_lives_through_its_server(source: Path) -> None:

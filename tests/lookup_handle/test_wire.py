@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from handlefs.protocol.client.replies import EntryReply, attributes, entry, list
 from handlefs.protocol.handles import SECOND_NODE, pack_handle
 from handlefs.protocol.init import WANTED, ProtocolError
 
-from ..posix.compare import outcome
+from ..posix.compare import in_the_end, outcome
 from ..support.server import Served
 from .conftest import Serving
 
@@ -89,6 +90,18 @@ def test_anything_before_init_is_refused(server: Served) -> None:
         peer.connect(str(server.socket))
         peer.send(struct.pack("=IIQQIIIHH", 40, abi.FUSE_STATFS, 2, 1, 0, 0, 0, 0, 0))
         assert struct.unpack("=IiQ", peer.recv(4096)) == (16, -errno.EPROTO, 2)
+
+
+def test_a_full_server_says_so_and_drops_who_never_sends_init(server: Served) -> None:
+    with ExitStack() as stack:
+        for _ in range(64):
+            silent = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            silent.connect(str(server.socket))
+            silent.settimeout(60)
+        with pytest.raises(OSError, match="as many peers as it takes"):
+            Link(str(server.socket))
+        assert silent.recv(1) == b""  # cut off
+        Link(str(server.socket), patience=60).close()
 
 
 def test_a_plain_peer_gets_plain_fuse(server: Served) -> None:
@@ -390,7 +403,48 @@ def test_an_open_file_is_served_under_its_old_node_id(server: Served) -> None:
     link.close()
 
 
-def test_what_a_reply_gives_is_valid_when_it_is_sent(serving: Serving, source: Path) -> None:
+def test_the_end_of_a_connection_closes_what_the_peer_had_open(server: Served, source: Path) -> None:
+    """At once, on an idle server too: a removed file must not keep its space, nor a client of many use up the descriptors."""
+    pid = server.pid
+
+    def descriptors() -> list[str]:
+        return sorted(os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+
+    before = descriptors()
+    links = [Link(str(server.socket), offer) for offer in (Offer(), PLAIN) * 5]
+    for link in links:
+        file, directory = lookup(link, 1, b"file"), lookup(link, 1, b"directory")
+        for _ in range(10):
+            link.exchange(abi.FUSE_OPEN, file.nodeid, abi.fuse_open_in.pack(os.O_RDWR, 0))
+            link.exchange(abi.FUSE_OPENDIR, directory.nodeid, abi.fuse_open_in.pack(0, 0))
+    (source / "file").unlink()
+    assert len(descriptors()) >= len(before) + 200
+    assert server.status()["open_files"] == server.status()["open_dirs"] == 100
+    for link in links:
+        link.close()
+    assert in_the_end(descriptors, before) == before
+    status = server.status()
+    assert (status["peers"], status["open_files"], status["open_dirs"]) == (0, 0, 0)
+
+
+def test_of_a_long_listing_the_last_node_ids_are_valid(serving: Serving, source: Path) -> None:
+    """The others are stale when the reply arrives; all handles are good."""
+    for number in range(30):
+        (source / f"f{number}").touch()
+    with serving("--node-table=8") as server:
+        link = Link(str(server.socket))
+        fh, *_ = abi.fuse_open_out.unpack(link.exchange(abi.FUSE_OPENDIR, 1, abi.fuse_open_in.pack(0, 0)))
+        payload = link.exchange(abi.FUSE_READDIRPLUS, 1, abi.fuse_read_in.pack(fh, 0, 1 << 16, 0, 0, 0, 0))
+        replies = [reply for _, reply in listing_plus(payload, handles=True) if reply is not None]
+        assert len(replies) == 32
+        stale = [getattr_of(link, reply.nodeid) == "ESTALE" for reply in replies]
+        assert stale == [True] * 24 + [False] * 8
+        for reply in replies:
+            assert lookup_handle(link, reply.handle).stat == reply.stat
+        link.close()
+
+
+def test_a_reply_never_gives_the_stale_node_id_of_an_open_file(serving: Serving, source: Path) -> None:
     """A file that is open under a stale node ID gets a new name: the reply must carry a node ID that works."""
     with serving() as server:
         link = Link(str(server.socket))

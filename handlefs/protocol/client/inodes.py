@@ -64,7 +64,7 @@ class OpenFile:
 
 
 class InodeTable:
-    """The inodes in use, by handle: two node IDs of one object never make two inodes."""
+    """The inodes in use, by handle: two node IDs of one object never make two inodes. Not safe to use from several threads."""
 
     def __init__(self) -> None:
         self.forgets: deque[Forget] = deque()

@@ -12,6 +12,13 @@ from handlefs.protocol.init import PAGE_SIZE, WANTED, ProtocolError
 
 _RETRY_INTERVAL = 0.01  # seconds
 _NOBODY_THERE = (errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.EAGAIN)
+_PASSING = (errno.ECONNRESET, errno.EBUSY)
+"""After these another attempt may succeed."""
+_REFUSALS = {
+    errno.EACCES: "the server does not let this user in",
+    errno.EBUSY: "the server has as many peers as it takes",
+}
+"""Answers to INIT."""
 _INIT_REPLY = 4096  # bytes; larger than any version's
 _ANSWER_HEADROOM = 64 * 1024  # bytes beyond max_write: the largest answer without file data is a list of xattr names
 
@@ -63,16 +70,21 @@ class Link:
         while True:
             self._socket = _connected(path, deadline)
             try:
-                self._init(offer)
+                self._begin(offer)
                 return
-            except LinkLost as loss:  # killed meanwhile, or it has turned us away
-                self._socket.close()
-                if time.monotonic() >= deadline:
-                    raise OSError(errno.EACCES, "the server does not let this user in", path) from loss
-            except BaseException:
-                self._socket.close()
-                raise
+            except OSError as error:
+                if error.errno not in _PASSING or time.monotonic() >= deadline:
+                    raise OSError(error.errno, _REFUSALS.get(error.errno or 0, error.strerror), path) from error
             time.sleep(_RETRY_INTERVAL)
+
+    def _begin(self, offer: Offer) -> None:
+        try:
+            self._init(offer)
+        except LinkLost as loss:
+            raise OSError(errno.ECONNRESET, "the server has ended the connection before it began") from loss
+        except BaseException:
+            self._socket.close()
+            raise
 
     def _init(self, offer: Offer) -> None:
         flags = offer.flags | abi.FUSE_INIT_EXT
@@ -103,8 +115,21 @@ class Link:
         return bool(self.flags & abi.FUSE_SERVER_HANDLES)
 
     def exchange(self, opcode: int, nodeid: int, body: bytes, sender: Sender = ROOT) -> bytes:
-        """Send a request and return the payload of its reply. Raises OSError as the reply says, LinkLost, ProtocolError."""
-        unique = self._send(opcode, nodeid, body, sender)
+        """Send a request and return the payload of its reply. Raises OSError as the reply says, LinkLost, ProtocolError.
+
+        Whatever else comes in between ends the connection: its reply would be taken for that to the next request.
+        """
+        try:
+            size, number = self._answer(self._send(opcode, nodeid, body, sender))
+        except BaseException:
+            self.close()
+            raise
+        if number:
+            raise OSError(number, os.strerror(number))
+        return bytes(memoryview(self._buffer)[abi.fuse_out_header.size : size])
+
+    def _answer(self, unique: int) -> tuple[int, int]:
+        """Receive the reply to the request `unique` into the buffer: its size and errno."""
         try:
             size = self._socket.recv_into(self._buffer)
         except ConnectionError as error:
@@ -116,15 +141,15 @@ class Link:
         length, number, answered = abi.fuse_out_header.unpack_from(self._buffer)
         if length != size or answered != unique or not -4096 < number <= 0:
             raise ProtocolError("a reply that does not belong to the request, or with a malformed header")
-        if number:
-            raise OSError(-number, os.strerror(-number))
-        return bytes(memoryview(self._buffer)[abi.fuse_out_header.size : size])
+        return size, -number
 
     def tell(self, opcode: int, body: bytes) -> None:
         """Send what has no reply (FORGET); raises LinkLost."""
         self._send(opcode, 0, body, ROOT)
 
     def _send(self, opcode: int, nodeid: int, body: bytes, sender: Sender) -> int:
+        if self._socket.fileno() < 0:
+            raise LinkLost(sent=False)
         self._unique += 2  # odd numbers are for interrupts, as in the kernel
         uid, gid, pid, extensions = sender
         size = abi.fuse_in_header.size + len(body) + len(extensions)

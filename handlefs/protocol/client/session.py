@@ -69,6 +69,7 @@ class Session:
         self._patience = patience
         self._lock = threading.RLock()
         self._link: Link | None = None
+        self._closed = False
         first = self._connect(patience=0.0)
         self.flags = first.flags
         self.minor = first.minor
@@ -76,11 +77,10 @@ class Session:
         self.has_handles = first.has_handles
 
     def close(self) -> None:
-        """End the connection."""
+        """End the session: OSError(ENOTCONN) for whatever is asked of it now."""
         with self._lock:
-            if self._link is not None:
-                self._link.close()
-                self._link = None
+            self._closed = True
+            self._lost()
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -129,6 +129,11 @@ class Session:
             entry, _ = self.request_entry(abi.FUSE_LOOKUP_HANDLE, None, pack_handle(handle) + b"\0")
             check(entry.inode.handle == handle, "LOOKUP_HANDLE gave another object")
             return entry
+
+    def inode_of(self, handle: bytes) -> Inode:
+        """The inode of `handle`; if it was not known, one that is looked up when it is used."""
+        with self._lock:
+            return self.table.of_handle(handle)
 
     def open(self, opcode: int, inode: Inode, body: bytes, sender: Sender = ROOT) -> tuple[OpenFile, bytes]:
         """OPEN or OPENDIR: the open file, and the reply's payload."""
@@ -242,7 +247,7 @@ class Session:
         """The connection; a new one begins a new epoch, in which every node ID but the root's is stale."""
         if self._link is None:
             link = Link(self._path, self._offer, patience=patience)
-            if self.epoch and link.flags != self.flags:
+            if self.epoch and (link.flags != self.flags or link.max_write < self.max_write):
                 link.close()
                 raise OSError(errno.EPROTO, "the server has come back with other features", self._path)
             self._link = link
@@ -253,16 +258,20 @@ class Session:
 
     def _reconnect(self) -> None:
         """Make the connection again if it is lost. OSError: ENOTCONN if nobody is there, EPROTO with other features."""
+        if self._closed:
+            raise OSError(errno.ENOTCONN, "the session is closed", self._path)
         try:
             self._connect(patience=self._patience)
         except OSError as error:
             if error.errno == errno.EPROTO:
                 raise
             # Not what connect(2) says, ENOENT: the caller would take it for the answer to its request.
-            raise OSError(errno.ENOTCONN, f"the server is gone: {error.strerror}", self._path) from error
+            raise OSError(errno.ENOTCONN, f"no connection to the server: {error.strerror}", self._path) from error
 
     def _lost(self) -> None:
-        self.close()
+        if self._link is not None:
+            self._link.close()
+            self._link = None
 
     def _exchange(self, opcode: int, nodeids: Sequence[int], body: bytes, sender: Sender) -> bytes:
         assert self._link is not None

@@ -147,9 +147,8 @@ class Stress:
 
     def remove(self) -> None:
         """Remove everything that is in the base directory, and that itself."""
-        for file in self._opened():
-            assert file.opened is not None
-            file.opened.close()
+        while self._opened():
+            self._close_one()
         for name in self.names:
             self._remove(self._client.unlink, self._path(name))
         for directory in self._directories:
