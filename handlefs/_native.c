@@ -653,7 +653,7 @@ static PyObject *native_inline_direntplus(PyObject *module, PyObject *args)
     PyMem_Free(buffer);
     if (outcome == FAILED)
         Py_CLEAR(bytes);
-    else if (!certain || (offset == 0 && count == 0))
+    else if ((!certain && reply.end == PyBytes_AS_STRING(bytes)) || (offset == 0 && count == 0))
         Py_SETREF(bytes, Py_NewRef(Py_None));
     else
         _PyBytes_Resize(&bytes, reply.end - PyBytes_AS_STRING(bytes));
@@ -727,7 +727,8 @@ static PyMethodDef methods[] = {
      "fuse_entry_out, None if that is not certain or a directory; FileNotFoundError"},
     {"inline_direntplus", native_inline_direntplus, METH_VARARGS,
      "inline_direntplus(directory fd, offset, bytes to list, bytes of reply, inode number of .. or 0, rule, before, "
-     "generation of a node ID, entry timeout, attr timeout) -> struct fuse_direntplus for each, None if one is not certain"},
+     "generation of a node ID, entry timeout, attr timeout) -> struct fuse_direntplus for each up to one that is not certain, "
+     "None if that is the first"},
     {"ioctl_without", native_ioctl_without, METH_VARARGS,
      "ioctl_without(capability, fd, request, argument) -> what ioctl(2) returns without that capability"},
     {NULL},

@@ -310,7 +310,8 @@ class Operations:
             if not st.S_ISREG(stat.st_mode) or self._peers.wants(self._nodeid(handle, mount_id), size):
                 self._hand_over(self._peers, directory, name)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ESTALE):  # no object, or none with a node ID
+            # There is no object, or none with a node ID, and no room for one.
+            if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ESTALE, errno.ENOSPC):
                 raise
 
     def _hand_over(self, peers: Peers, directory: Inode, name: bytes) -> None:

@@ -36,7 +36,7 @@ def direntplus(
     attr_timeout: Timeout,
 ) -> bytes | None:
     """As many struct fuse_direntplus as fit `size` bytes, of those entries at `offset` of the directory that take up to
-    `wanted` bytes there. Raises OSError."""
+    `wanted` bytes there, up to the first that is not certain. Raises OSError."""
     nodes = _inline_nodes(operations, nodeid)
     if native is None or nodes is None:
         return None

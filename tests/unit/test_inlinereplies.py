@@ -110,17 +110,26 @@ def test_subdirectories(operations: Operations) -> None:
 
 
 def test_what_is_not_certain_is_left_to_the_other_way(operations: Operations) -> None:
+    """A reply ends before it; one that would begin with it is none."""
     source = Path(operations.source.path)
     (source / "directory" / "new").touch()
     nodeid = operations.lookup(ROOT_NODEID, b"directory").nodeid
-    assert at_once(operations, nodeid) is None
+    check_reply_ends_before(operations, nodeid, b"new")
     time.sleep(SOME_TIME)
-    assert at_once(operations, nodeid) is not None
+    assert at_once(operations, nodeid) == step_by_step(operations, nodeid)
     run("mount", "-t", "tmpfs", "none", source / "directory" / "inner")
     try:
-        assert at_once(operations, nodeid) is None
+        check_reply_ends_before(operations, nodeid, b"inner")
     finally:
-        run("umount", source / "directory" / "inner")
+        run("umount", "--lazy", source / "directory" / "inner")  # it was opened to be listed
+
+
+def check_reply_ends_before(operations: Operations, nodeid: int, name: bytes) -> None:
+    certain, everything = at_once(operations, nodeid) or b"", step_by_step(operations, nodeid)
+    assert everything.startswith(certain)
+    assert name in everything.removeprefix(certain)
+    assert name not in certain
+    assert at_once(operations, nodeid, last_offset(certain)) is None
 
 
 def test_errors(operations: Operations) -> None:
