@@ -131,7 +131,7 @@ def _counters(status: Status) -> Iterator[tuple[str, str, float]]:
 
 
 def _gauges(status: Status) -> Iterator[tuple[str, str, float]]:
-    yield "uptime_seconds", "Since the server started.", status["uptime"]
+    yield "uptime_seconds", "Since the mount was made; upgrades and takeovers do not interrupt it.", status["uptime"]
     yield "inode_cache_inodes", "Inodes in the cache.", status["cache"]["size"]
     yield "inode_cache_capacity", "Inodes that the cache may hold.", status["cache"]["capacity"]
     yield "handle_map_entries", "Node IDs in the handle map.", status["map"]["entries"]
@@ -219,7 +219,10 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", _CONTENT_TYPE)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET  # health checks ask that way
 
     def log_message(self, *args: Any) -> None:
         """Not every scrape is worth a line."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,18 @@ def test_only_the_metrics_are_there(direct: Mounted) -> None:
         urllib.request.urlopen(f"{url}/", timeout=TIMEOUT)
     with pytest.raises(urllib.error.HTTPError, match="501"):
         urllib.request.urlopen(urllib.request.Request(f"{url}/metrics", data=b"x", method="POST"), timeout=TIMEOUT)
+
+
+def test_only_the_head(direct: Mounted) -> None:
+    """HEAD, as health checks use it: the headers that GET has, and no content."""
+    host, _, port = direct.status()["metrics"].split("/")[2].rpartition(":")
+    with closing(http.client.HTTPConnection(host, int(port), timeout=TIMEOUT)) as connection:
+        connection.request("HEAD", "/metrics")
+        reply = connection.getresponse()
+        assert (reply.status, reply.headers["Content-Type"].split(";")[0], reply.read()) == (200, "text/plain", b"")
+    with socket.create_connection((host, int(port)), TIMEOUT) as raw:
+        raw.sendall(b"HEAD /metrics HTTP/1.0\r\n\r\n")
+        assert raw.makefile("rb").read().endswith(b"\r\n\r\n")
 
 
 def test_a_used_port_is_told(direct: Mounted, ext4: Path, tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_what_is_open_goes_on(systemd: Systemd, ext4: Path, passthrough: str, en
                 fcntl.flock(file, fcntl.LOCK_EX)
                 removed.write(b"removed")
                 (service.path / "removed").unlink()
-                if end == "crash":  # docs/crash-only.md: it takes a second until what is removed is stored
+                if end == "crash":  # docs/takeover.md: it takes a moment until what is removed is stored
                     assert in_the_end(service.stored, stored + 2, seconds=TIMEOUT) == stored + 2
                 for number in range(3):
                     file.write(b"%d" % number)

@@ -128,16 +128,19 @@ DISTURBANCES: Mapping[str, Kind] = {
 """By name."""
 
 KILLS = tuple(name for name, kind in DISTURBANCES.items() if kind.lane == "kills")
+RENEWALS = tuple(name for name, kind in DISTURBANCES.items() if kind.lane == "renewals")
 _RENEWAL_PAUSE = (0.2, 2.0)
 
 
 class Disturbed:
-    """Disturbances at random times: `times` are those of time.monotonic() at which something was killed or replaced."""
+    """Disturbances at random times: `times` are those of time.monotonic() at which something was killed or replaced, `counts`
+    how often by which, and `refused` how often there was nothing to kill, or what was new was killed."""
 
     def __init__(self, victim: Victim, names: Sequence[str], seed: int, pause: tuple[float, float]) -> None:
         """With `pause` seconds, at random, between two kills."""
         self.times: list[float] = []
         self.counts: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
         self._victim = victim
         self._seed = seed
         self._lanes = {
@@ -149,7 +152,7 @@ class Disturbed:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Until the end of the block; what has failed is raised there."""
+        """Until the end of the block; what has failed is raised there. What has not been renewed by then is renewed at last."""
         threads = [
             threading.Thread(target=self._run, args=(lane, names, pause), name=lane, daemon=True)
             for lane, (names, pause) in self._lanes.items()
@@ -165,6 +168,17 @@ class Disturbed:
                 thread.join()
         if self._failures:
             raise self._failures[0]
+        for name in self._lanes["renewals"][0]:  # in the midst of kills it may never have succeeded; now it must
+            if not self.counts[name]:
+                self._act(name, random.Random(self._seed))
+
+    def _act(self, name: str, chance: random.Random) -> None:
+        now = time.monotonic()
+        if done := DISTURBANCES[name].act(self._victim, chance):
+            self.counts[name] += done
+            self.times.append(now)
+        else:
+            self.refused[name] += 1
 
     def _run(self, lane: str, names: Sequence[str], pause: tuple[float, float]) -> None:
         chance = random.Random(f"{self._seed} {lane}")
@@ -172,9 +186,6 @@ class Disturbed:
         try:
             while not self._stop.wait(chance.uniform(*pause)):
                 (name,) = chance.choices(names, weights)
-                now = time.monotonic()
-                if done := DISTURBANCES[name].act(self._victim, chance):
-                    self.counts[name] += done
-                    self.times.append(now)
+                self._act(name, chance)
         except BaseException as error:
             self._failures.append(error)

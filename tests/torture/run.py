@@ -59,6 +59,8 @@ class Figures:
 
     steps: Counter[str]
     disturbances: Counter[str]
+    refused: Counter[str]
+    """What came to nothing: there was no such process, or what a reload or an upgrade had started was killed."""
     peace_rate: float
     """Steps per second of all clients together."""
     disturbed_rate: float
@@ -78,10 +80,10 @@ class Figures:
 
     def lines(self) -> list[str]:
         """For the reader."""
-        killed = ", ".join(f"{count} {name}" for name, count in sorted(self.disturbances.items()))
+        killed, refused = _listed(self.disturbances), _listed(self.refused)
         return [
             f"{self.steps.total():,} steps of {len(self.steps)} kinds, none wrong; the source is as the clients say",
-            f"killed or renewed: {killed or 'nothing'}",
+            f"killed or renewed: {killed or 'nothing'}; in vain: {refused or 'nothing'}",
             f"{self.restarts:,} workers replaced, {self.finished:,} requests finished by a successor",
             f"steps per second: {self.peace_rate:,.0f} in peace, {self.disturbed_rate:,.0f} disturbed: {self.lost:.0%} lost",
             f"a call takes {spread(self.peace_calls)} in peace, {spread(self.hit_calls)} when something is killed meanwhile",
@@ -93,7 +95,7 @@ class Figures:
         return " | ".join(
             (
                 f"{self.steps.total():,}",
-                ", ".join(f"{count} {name}" for name, count in sorted(self.disturbances.items())),
+                _listed(self.disturbances),
                 f"{self.finished:,}",
                 f"{self.peace_rate:,.0f} → {self.disturbed_rate:,.0f} ({self.lost:.0%} lost)",
                 spread(self.peace_calls),
@@ -107,6 +109,10 @@ TABLE = (
     "| a call in peace | a call at a kill |\n"
     "|---|---|---|---|---|---|---|"
 )
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
 def spread(seconds: Sequence[float]) -> str:
@@ -165,6 +171,7 @@ def torture(plan: Plan) -> Figures:
     return Figures(
         steps=sum((report.steps for report in reports), Counter()),
         disturbances=disturbed.counts,
+        refused=disturbed.refused,
         peace_rate=sum(report.done[1] for report in reports) / plan.peace,
         disturbed_rate=sum(report.done[2] for report in reports) / plan.disturbed,
         peace_calls=peace,

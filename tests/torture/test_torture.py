@@ -15,7 +15,7 @@ from ..support.filesystems import FileSystems
 from ..support.server import mounted
 from ..support.users import ALICE, ROOT, Child, User
 from .client import Assignment, Client, Report
-from .disturbances import DISTURBANCES, KILLS
+from .disturbances import DISTURBANCES, KILLS, RENEWALS
 from .features import FEATURES
 from .run import PATIENCE, Plan, check_competition, torture
 from .tree import File, WrongResult
@@ -51,6 +51,7 @@ def test_clients_do_not_notice(
     print(*figures.lines(), sep="\n")
     assert figures.restarts > 0
     assert figures.finished > 0
+    assert all(figures.disturbances[name] > 0 for name in RENEWALS if name in disturbances)
 
 
 def work(base: Path, user: User, seconds: float) -> Report:
