@@ -204,7 +204,7 @@ def test_what_is_open_goes_on(systemd: Systemd, ext4: Path, passthrough: str, en
                 fcntl.flock(file, fcntl.LOCK_EX)
                 removed.write(b"removed")
                 (service.path / "removed").unlink()
-                if end == "crash":  # docs/crash-only.md: it takes a second until what is removed is stored
+                if end == "crash":  # docs/takeover.md: it takes a moment until what is removed is stored
                     assert in_the_end(service.stored, stored + 2, seconds=TIMEOUT) == stored + 2
                 for number in range(3):
                     file.write(b"%d" % number)
@@ -334,6 +334,16 @@ def test_a_server_that_cannot_be_brought_back(systemd: Systemd, ext4: Path) -> N
         assert Child(outcome, os.listdir, service.path).result(TIMEOUT) in ("ECONNABORTED", "ENOTCONN")
         run("umount", service.path)
         systemd.systemctl("reset-failed", service.name)
+
+
+def test_without_a_source_it_is_not_tried_again(systemd: Systemd, tmp_path: Path) -> None:
+    name = systemd.instance(UNIT.name, tmp_path)
+    with pytest.raises(RuntimeError, match="failed"):
+        systemd.systemctl("start", name)
+    assert in_the_end(lambda: systemd.property(name, "ActiveState"), "failed", TIMEOUT) == "failed"
+    assert systemd.property(name, "NRestarts") == "0"
+    assert systemd.property(name, "ExecMainStatus") == "2"
+    systemd.systemctl("reset-failed", name)
 
 
 def test_pyfuse3_is_mounted_anew(systemd: Systemd, ext4: Path) -> None:
