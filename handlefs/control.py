@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from handlefs import notify
 from handlefs.config import Config
 from handlefs.errors import StartupError
 
@@ -77,6 +78,8 @@ class Record:
     config: Config
     last_seen: float
     """When the server was there for certain, in seconds since 1970; it may have been killed half a second later."""
+    is_managed: bool = False
+    """Whether a service manager runs it."""
 
     @property
     def mountpoint(self) -> str:
@@ -111,7 +114,7 @@ def _read_record(path: Path) -> Record | None:
     try:
         with path.open("rb") as file:
             content, last_seen = json.load(file), os.fstat(file.fileno()).st_mtime
-        return Record(content["pid"], Config.from_dict(content["config"]), last_seen)
+        return Record(content["pid"], Config.from_dict(content["config"]), last_seen, content.get("managed", False))
     except FileNotFoundError:  # the server ended meanwhile
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -253,7 +256,7 @@ class ControlServer:
 
     def _write_record(self) -> BinaryIO:
         path = _file(self._config.mountpoint, "json")
-        content = {"pid": os.getpid(), "config": self._config.to_dict()}
+        content = {"pid": os.getpid(), "config": self._config.to_dict(), "managed": notify.has_manager()}
         temporary = path.with_suffix(".new")
         file = temporary.open("wb")
         temporary.chmod(0o600)

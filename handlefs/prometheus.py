@@ -150,6 +150,9 @@ def _processes(status: Status) -> Iterator[Metric]:
     busy = max((worker["busy_for"] or 0.0 for worker in workers), default=0.0)
     yield GaugeMetricFamily("handlefs_longest_request_seconds", "Age of the oldest request being served.", busy)
     yield CounterMetricFamily("handlefs_worker_restarts", "Workers that died and were replaced.", status["restarts"])
+    yield CounterMetricFamily(
+        "handlefs_upgrades", "How often the supervisor was replaced in place.", status["upgrades"]
+    )
     finished = status["finished_in_flight"]
     yield CounterMetricFamily("handlefs_finished_in_flight", "Requests of dead workers that were finished.", finished)
     removed = status["removed_files"]

@@ -414,6 +414,22 @@ def test_the_background_has_no_manager(place: Place, tmp_path: Path, monkeypatch
             manager.recv(1000, socket.MSG_DONTWAIT)
 
 
+@needs_root
+@both_transports
+def test_restart_leaves_it_to_any_manager(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """It would start a server of its own beside the manager's."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        server: subprocess.Popen[str] = request.getfixturevalue("foreground")
+        assert re.search("runs this server: .*restart", fails("restart", place.path))
+        assert place.pid == server.pid
+        ok("umount", place.path)
+        assert server.wait(TIMEOUT) == 0
+
+
 def wait_until_unmounted(place: Place) -> None:
     """The kernel flags a change of the mount table to poll(2)."""
     with open("/proc/self/mountinfo") as table:

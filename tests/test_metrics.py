@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from handlefs.prometheus import MAX_CLIENTS
 
 from .posix.compare import in_the_end, outcome
+from .support.filesystems import run
 from .support.modes import TRANSPORTS
 from .support.server import Mounted, mounted
 from .support.users import Child
@@ -111,6 +113,12 @@ def test_workers_and_their_deaths(direct: Mounted) -> None:
     assert value(samples, "finished_in_flight_total") >= 0
     assert value(samples, "removed_files") == 0
     assert value(samples, "worker_cpu_seconds_total", slot="0") >= 0
+
+
+def test_upgrades_are_counted(direct: Mounted) -> None:
+    assert value(scrape(direct), "upgrades_total") == 0
+    run(sys.executable, "-m", "handlefs", "upgrade", direct.path, timeout=TIMEOUT)
+    assert in_the_end(lambda: value(scrape(direct), "upgrades_total"), 1, TIMEOUT) == 1
 
 
 def test_only_the_metrics_are_there(direct: Mounted) -> None:

@@ -35,7 +35,7 @@ def command(mountpoint: str, transport: str | None) -> None:
             f"no handlefs server is known for {mountpoint}: mount it with handlefs SOURCE {shlex.quote(mountpoint)}"
         )
     if known.alive():
-        _refuse_unit(mountpoint)
+        _refuse_managed(known)
     else:
         click.echo(f"handlefs: {known.obituary()}: its mount is replaced", err=True)
     config = known.config.with_options({"transport": transport} if transport else {})
@@ -51,11 +51,14 @@ def command(mountpoint: str, transport: str | None) -> None:
         _replace(config)
 
 
-def _refuse_unit(mountpoint: str) -> None:
-    """Raise ClickException if systemd runs the server: it would start its own one again, or none."""
-    cgroups = Path(f"/proc/{control.server_pid(mountpoint)}/cgroup").read_text()
-    if unit := re.search(r"/(handlefs@[^/\n]+\.service)$", cgroups, re.MULTILINE):
+def _refuse_managed(known: control.Record) -> None:
+    """Raise ClickException if a service manager runs the server: it would start its own one again, or none."""
+    if not known.is_managed:
+        return
+    cgroups = Path(f"/proc/{control.server_pid(known.mountpoint)}/cgroup").read_text()
+    if unit := re.search(r"/([^/\n]+\.service)$", cgroups, re.MULTILINE):
         raise click.ClickException(f"systemd runs this server: use systemctl restart {shlex.quote(unit[1])}")
+    raise click.ClickException("a service manager runs this server: restart it there")
 
 
 def _replace(config: Config) -> None:

@@ -336,6 +336,16 @@ def test_a_server_that_cannot_be_brought_back(systemd: Systemd, ext4: Path) -> N
         systemd.systemctl("reset-failed", service.name)
 
 
+def test_without_a_source_it_is_not_tried_again(systemd: Systemd, tmp_path: Path) -> None:
+    name = systemd.instance(UNIT.name, tmp_path)
+    with pytest.raises(RuntimeError, match="failed"):
+        systemd.systemctl("start", name)
+    assert in_the_end(lambda: systemd.property(name, "ActiveState"), "failed", TIMEOUT) == "failed"
+    assert systemd.property(name, "NRestarts") == "0"
+    assert systemd.property(name, "ExecMainStatus") == "2"
+    systemd.systemctl("reset-failed", name)
+
+
 def test_pyfuse3_is_mounted_anew(systemd: Systemd, ext4: Path) -> None:
     with running(systemd, ext4, "--transport=pyfuse3") as service:
         (service.path / "file").touch()
