@@ -61,6 +61,13 @@ def ok(*words: object) -> str:
     return done.stdout
 
 
+def restarted_after_a_kill(place: "Place") -> None:
+    """`handlefs restart` of a killed server, which says what has happened."""
+    done = handlefs("restart", place.path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert re.fullmatch(r"handlefs: the server of .*, was killed, .*: its mount is replaced\n", done.stderr)
+
+
 def fails(*words: object, status: int = 1) -> str:
     """Run a command that must fail with a message; the message."""
     done = handlefs(*words)
@@ -666,7 +673,7 @@ def test_restart_with_the_other_transport(place: Place) -> None:
             os.close(mount)
             assert (file.read(), os.fstat(file.fileno()).st_ino) == ("content", ino)
     place.kill()
-    ok("restart", place.path)
+    restarted_after_a_kill(place)
     assert transport_in_use(place) == "direct", "the choice is kept"
     assert "bad transport 'pigeon'" in fails("restart", place.path, "--transport", "pigeon", status=2)
     ok("umount", place.path)
@@ -770,7 +777,7 @@ def test_restart_keeps_configuration_and_handles(place: Place) -> None:
     assert control.request(str(place.path), {"op": "config"})["config"] == before
     assert json.loads(ok("handle", place.path / "file", "--json")) == handle
     place.kill()
-    assert ok("restart", place.path) == ""
+    restarted_after_a_kill(place)
     assert (place.path / "file").read_text() == "content"
     assert control.request(str(place.path), {"op": "config"})["config"] == before
     ok("umount", place.path)

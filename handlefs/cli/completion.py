@@ -4,7 +4,7 @@ import click
 from click.shell_completion import get_completion_class
 
 
-@click.command("completion", short_help="Print the shell's completion script.")
+@click.command("completion", hidden=True)  # in the manual: with it the list of commands would not fit a screen
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def command(shell: str) -> None:
     """Print the completion script for SHELL; for bash: eval "$(handlefs completion bash)"."""

@@ -61,8 +61,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.version_option(__version__, prog_name="handlefs", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Mirror the directory SOURCE at MOUNTPOINT, so that it can be exported over
-    NFS and its server be restarted at any time without a client noticing."""
+    """Mirror SOURCE at MOUNTPOINT, for exports over NFS and restarts at any time."""
 
 
 _COMMANDS = (
