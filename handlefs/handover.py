@@ -1,4 +1,4 @@
-"""What a supervisor leaves to the one that takes over the live mount from it (docs/crash-only.md)."""
+"""What a supervisor leaves to the one that takes over the live mount from it (docs/takeover.md)."""
 
 import contextlib
 import json

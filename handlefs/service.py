@@ -1,5 +1,5 @@
 """Running under a service manager: what it keeps of a server in its descriptor store, so that a successor takes over the live
-mount (docs/crash-only.md)."""
+mount (docs/takeover.md)."""
 
 import logging
 import os
@@ -7,7 +7,7 @@ import re
 import select
 from collections.abc import Mapping
 
-from handlefs import notify
+from handlefs import nfs, notify
 from handlefs.config import Config
 from handlefs.errors import StartupError
 from handlefs.handover import State
@@ -53,7 +53,7 @@ def inherited(config: Config) -> State | None:
     the start.
 
     A mount that cannot be gone on with, since it was unmounted, or has other options, or is of code with another layout, loses
-    its connection.
+    its connection. While the NFS server exports a mount, its options stay: a new mount would be none to its clients.
     """
     stored = notify.received()
     if not stored:
@@ -79,11 +79,23 @@ def _state(config: Config, stored: Mapping[str, int]) -> State:
         if (match := _REMOVED.fullmatch(name))
     ]
     state = State.from_memory(stored[_STATE]).inherited_as(stored, removed)
-    if state.assignment.config != config:
-        raise StartupError("its options have changed")
+    _check_options(state.assignment.config, config)
     poll = select.poll()
     poll.register(state.assignment.device, 0)  # POLLERR alone
     mount = mount_at(config.mountpoint)
     if poll.poll(0) or mount is None or mount.dev != state.mount_device:
         raise StartupError("it is not there any more")
     return state
+
+
+def _check_options(served: Config, wanted: Config) -> None:
+    """Raise StartupError if they differ, unless the mount is exported: then log that they do."""
+    if served == wanted:
+        return
+    if served.mountpoint != wanted.mountpoint or not (nfs.threads() and nfs.exported(served.mountpoint)):
+        raise StartupError("its options have changed")
+    log.error(
+        "the options of %s have changed, but the NFS server exports it: it is served with the old ones; "
+        "for the new ones stop the NFS server, restart this service, start the NFS server",
+        served.mountpoint,
+    )

@@ -43,6 +43,8 @@ def launch(config: Config, *, foreground: bool = False) -> None:
     if inherited is None:
         replace_dead_mount(config.mountpoint)
         check_directories(config)
+    else:
+        config = inherited.assignment.config  # of an exported mount, maybe not what was given
 
     def serve(on_ready: Callable[[], None]) -> None:
         os.chdir("/")

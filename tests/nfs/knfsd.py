@@ -134,7 +134,7 @@ class NativeExport(Export):
 class HandlefsExport(Export):
     """A handlefs mount, exported and restarted with its own commands."""
 
-    LOG = Path("/var/log/handlefs.log")
+    LOG = Path("/var/log/handlefs-export.log")  # not the default, where the host may have one
 
     def __init__(self, source: Path, transport: str) -> None:
         super().__init__(source, PSEUDO_ROOT / "handlefs")
