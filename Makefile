@@ -1,5 +1,5 @@
 # Thin wrappers; the scripts say more with --help.
-.PHONY: install test lint quickstart bench torture
+.PHONY: install test lint quickstart bench torture pruning
 VENV ?= $(or $(HANDLEFS_VENV),.venv)
 
 install quickstart test:
@@ -10,6 +10,9 @@ bench: # make bench BENCH='--scale quick'
 
 torture: # make torture TORTURE='--minutes 10 --fs ext4 --seed 1'
 	scripts/torture $(TORTURE)
+
+pruning: # make pruning PRUNING='--files 100000 --minutes 10 --fs xfs'
+	$(VENV)/bin/python -m tests.lookup_handle.pruning $(PRUNING)
 
 lint:
 	$(VENV)/bin/ruff check .

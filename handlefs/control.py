@@ -96,7 +96,8 @@ class Record:
     def obituary(self) -> str:
         """What to say of a server that is not alive, and has left its mount."""
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.last_seen))
-        return f"the server of {self.mountpoint}, process {self.pid}, was killed, or its mount aborted, at {moment}"
+        aborted = "" if self.config.socket else ", or its mount aborted,"
+        return f"the server of {self.mountpoint}, process {self.pid}, was killed{aborted} at {moment}"
 
 
 def servers() -> list[Record]:

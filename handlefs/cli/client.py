@@ -82,12 +82,21 @@ def print_statistics(client: Client) -> None:
 @stats_option
 @click.pass_obj
 def ls(socket: str, path: str, long: bool, stats: bool) -> None:
-    """List a directory."""
+    """List a directory, or one file. Control characters and backslashes in names are escaped."""
     with _client(socket, path, stats=stats) as client:
-        for dirent, entry in sorted(client.scandir(path), key=lambda item: item[0].name):
-            if dirent.name not in (b".", b".."):
-                name = os.fsdecode(dirent.name)
-                click.echo(f"{_long(entry.reply.stat)} {name}" if long and entry is not None else name)
+        found = client.stat(path)
+        listed: list[tuple[bytes, Stat | None]] = [(os.fsencode(path), found)]
+        if st.S_ISDIR(found.st_mode):
+            listed = [(dirent.name, entry and entry.reply.stat) for dirent, entry in client.scandir(path)]
+        for name, stat in sorted(listed, key=lambda item: item[0]):
+            if name not in (b".", b".."):
+                click.echo(f"{_long(stat)} {_printable(name)}" if long and stat is not None else _printable(name))
+
+
+def _printable(name: bytes) -> str:
+    """The name on one line, as ls -b has it."""
+    text = name.replace(b"\\", b"\\\\").decode(errors="backslashreplace")
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _long(stat: Stat) -> str:
@@ -157,7 +166,7 @@ def mkdir(socket: str, path: str) -> None:
 @click.pass_obj
 def mv(socket: str, old: str, new: str) -> None:
     """Give OLD the path NEW, in the place of what is there."""
-    with _client(socket, old) as client:
+    with _client(socket, f"{old} -> {new}") as client:
         client.rename(old, new)
 
 

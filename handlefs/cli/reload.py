@@ -4,6 +4,7 @@ import click
 
 from handlefs import control
 from handlefs.cli.params import MOUNTPOINT
+from handlefs.cli.umount import refuse_socket
 from handlefs.mount import canonical
 
 
@@ -14,5 +15,7 @@ def command(mountpoint: str) -> None:
 
     No client notices. The supervisor stays as it is: see upgrade. If the new code does not start, nothing changes.
     """
-    reply = control.request(canonical(mountpoint), {"op": "reload"}, control.RELOAD_TIMEOUT)
+    mountpoint = canonical(mountpoint)
+    refuse_socket(mountpoint)
+    reply = control.request(mountpoint, {"op": "reload"}, control.RELOAD_TIMEOUT)
     click.echo(f"{reply['replaced']} workers replaced")

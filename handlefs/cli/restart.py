@@ -37,7 +37,8 @@ def command(mountpoint: str, transport: str | None) -> None:
     if known.alive():
         _refuse_managed(known)
     else:
-        click.echo(f"handlefs: {known.obituary()}: its mount is replaced", err=True)
+        replaced = "a new one takes its place" if known.config.socket else "its mount is replaced"
+        click.echo(f"handlefs: {known.obituary()}: {replaced}", err=True)
     config = known.config.with_options({"transport": transport} if transport else {})
     if config.socket:
         end_socket(mountpoint)

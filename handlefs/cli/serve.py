@@ -17,7 +17,7 @@ from handlefs.volumes import Submounts
 @click.option("--socket", "path", required=True, type=DIRECTORY, metavar="PATH", help="Where to listen; mode 0600.")
 @word_option("--nodeids", get_args(NodeIds), "New node IDs, or those made from handles. Default: ephemeral.")
 @click.option("--node-table", metavar="N", help="Node IDs kept for each peer. Default: 16384.")
-@click.option("--forget-chance", metavar="P", help="For tests: forget each node ID with this probability.")
+@click.option("--forget-chance", metavar="P", help="For tests: forget node IDs with this probability, below 1.")
 @click.option("--ro", is_flag=True, help="Read-only.")
 @click.option("-f", "--foreground", is_flag=True, help="Do not go to the background; log to stderr.")
 @click.option("--cache-size", metavar="N", help="Inodes kept open for each peer; 0 for none.")

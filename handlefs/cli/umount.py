@@ -50,7 +50,8 @@ def our_mount(mountpoint: str) -> Mount:
     if mount is None:
         raise click.ClickException(f"nothing is mounted at {mountpoint}")
     if mount.fstype != "fuse.handlefs" and control.record(mountpoint) is None:
-        raise click.ClickException(f"{mountpoint} is not a handlefs mount but one of type {mount.fstype}")
+        hint = ": umount(8) ends it" if mount.fstype == "fuse.handlefs-client" else ""
+        raise click.ClickException(f"{mountpoint} is not a handlefs mount but one of type {mount.fstype}{hint}")
     return mount
 
 
@@ -78,6 +79,12 @@ def serves_socket(path: str) -> bool:
     """Whether *path* is the socket of a server, dead or alive, and not a mount point."""
     record = control.record(path)
     return record is not None and record.config.socket
+
+
+def refuse_socket(path: str) -> None:
+    """ClickException if *path* is the socket of a server: there is one process, and nothing to be replaced in it."""
+    if serves_socket(path):
+        raise click.ClickException(f"a server on a socket has no workers: use handlefs restart {shlex.quote(path)}")
 
 
 def end_socket(path: str) -> None:

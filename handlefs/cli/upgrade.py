@@ -4,6 +4,7 @@ import click
 
 from handlefs import control
 from handlefs.cli.params import MOUNTPOINT
+from handlefs.cli.umount import refuse_socket
 from handlefs.mount import canonical
 
 
@@ -14,5 +15,7 @@ def command(mountpoint: str) -> None:
 
     No client notices, and the process ID stays. If the new code cannot take over, nothing changes.
     """
-    reply = control.request(canonical(mountpoint), {"op": "upgrade"}, control.RELOAD_TIMEOUT)
+    mountpoint = canonical(mountpoint)
+    refuse_socket(mountpoint)
+    reply = control.request(mountpoint, {"op": "upgrade"}, control.RELOAD_TIMEOUT)
     click.echo(f"upgraded to handlefs {reply['version']}; {reply['replaced']} workers replaced")

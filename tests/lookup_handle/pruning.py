@@ -26,6 +26,8 @@ from ..support.server import Served, mounted
 NODE_TABLE = 64
 FILES_PER_DIRECTORY = 250
 LARGEST_CHANCE = 0.3
+VISITED = 100
+"""Files that a passing peer opens: more than the server may have open afterwards."""
 SHARE_AFTER_KILLS = 0.2
 """Of the time, at the end, in which the server lives on: does its memory stay flat?"""
 
@@ -39,6 +41,11 @@ class Report:
     reused: int = 0
     recovered: int = 0
     gone: int = 0
+    """Handles that the session found to be gone …"""
+    missed: int = 0
+    """… and removed files that the workload did, and"""
+    unknown: int = 0
+    """operations that it had to look after: the name may still be cached, and its object gone."""
     memory: list[int] = field(default_factory=list)
     """KiB of the last server process, as time goes by."""
     descriptors: list[int] = field(default_factory=list)
@@ -95,6 +102,13 @@ def watch(server: Served, report: Report) -> None:
     report.descriptors.append(server.descriptors())
 
 
+def visit(server: Served, stress: Stress) -> None:
+    """A peer that leaves with everything open."""
+    with Client(server.address) as visitor:
+        for file in stress.files[:VISITED]:
+            visitor.open_by_handle(file.inode.handle).pread(1, 0)
+
+
 def torture(source: Path, files: int, seconds: float, seed: int, *, sample: int | None = None) -> Report:
     """Make `files` files in `source`, work on them for so long, compare everything; AssertionError if anything is wrong. At
     the end `sample` files are read through the client, or all."""
@@ -112,6 +126,7 @@ def torture(source: Path, files: int, seconds: float, seed: int, *, sample: int 
                 stress.run(seconds * (1 - SHARE_AFTER_KILLS))
             watch(server, report)
             for _ in range(10):
+                visit(server, stress)
                 stress.run(seconds * SHARE_AFTER_KILLS / 10)
                 watch(server, report)
             stress.verify(sample)
@@ -119,6 +134,7 @@ def torture(source: Path, files: int, seconds: float, seed: int, *, sample: int 
             report.words = stress.report()
             report.reused = stress.counts.reused
             report.recovered = client.session.statistics.recovered
+            report.missed, report.unknown = stress.counts.gone, stress.counts.unknown
             report.gone = client.session.statistics.gone
         check_files(source / "base", stress)
     return report

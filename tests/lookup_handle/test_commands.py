@@ -97,9 +97,14 @@ def test_status_evict_restart_and_end(server: Served) -> None:
 def test_a_killed_server_is_known_and_replaced(server: Served) -> None:
     server.crash()
     assert server.socket.exists()
-    assert "was killed: bring it back with handlefs restart" in fails("status", server.socket)
+    message = fails("status", server.socket)
+    assert "was killed at " in message
+    assert "bring it back with handlefs restart" in message
     assert "Connection refused" in fails("client", server.socket, "ls")
-    ok("restart", server.socket)
+    done = handlefs("restart", server.socket)
+    assert done.returncode == 0
+    assert done.stderr.endswith(": a new one takes its place\n")
+    assert "its mount" not in done.stderr
     assert "file" in ok("client", server.socket, "ls")
 
 
@@ -204,6 +209,25 @@ def test_errors_are_told_in_a_line(server: Served, tmp_path: Path) -> None:
     assert "No such command 'lss'" in fails(*client, "lss", status=2)
 
 
+def test_listing_one_file_and_odd_names(server: Served, source: Path) -> None:
+    client = ["client", server.socket]
+    assert ok(*client, "ls", "directory/below") == "directory/below\n"
+    assert ok(*client, "ls", "-l", "file").endswith(" file\n")
+    odd = source / "odd"
+    odd.mkdir()
+    for name in (b"two\nlines", b"back\\slash", "é".encode(), b"\xff"):
+        (odd / os.fsdecode(name)).touch()
+    assert ok(*client, "ls", "odd").splitlines() == ["back\\\\slash", "two\\nlines", "é", "\\xff"]
+
+
+def test_errors_say_what_to_do(server: Served, tmp_path: Path) -> None:
+    client = ["client", server.socket]
+    assert fails(*client, "mv", "file", "none/file") == "handlefs: file -> none/file: No such file or directory\n"
+    assert "too long" in fails("client", tmp_path / ("long" * 50), "ls")
+    for command in ("reload", "upgrade"):
+        assert "has no workers: use handlefs restart" in fails(command, server.socket)
+
+
 def test_stress_while_the_server_is_restarted_and_evicted(server: Served, source: Path) -> None:
     argv = [*HANDLEFS, "client", str(server.socket), "stress", "--files", "100", "--seconds", "4", "--seed", "7"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stress:
@@ -250,6 +274,7 @@ def test_unmounting_ends_the_client(server: Served, tmp_path: Path) -> None:
     ok("client", server.socket, "mount", tmp_path / "mnt", "--log-file", tmp_path / "log")
     try:
         assert sorted(os.listdir(tmp_path / "mnt")) == ["directory", "file"]
+        assert "umount(8) ends it" in fails("umount", tmp_path / "mnt")
         run("umount", tmp_path / "mnt")
     finally:
         unmount(tmp_path / "mnt")

@@ -174,5 +174,5 @@ def _connected(path: str, deadline: float) -> socket.socket:
         except OSError as error:
             connection.close()
             if error.errno not in _NOBODY_THERE or time.monotonic() >= deadline:
-                raise OSError(error.errno, error.strerror, path) from None
+                raise OSError(error.errno, error.strerror or str(error), path) from None  # a path too long has no errno
         time.sleep(_RETRY_INTERVAL)

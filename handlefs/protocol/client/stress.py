@@ -51,7 +51,7 @@ class Counts:
     reads: int = 0
     removed: int = 0
     gone: int = 0
-    """Times that a removed file was found to be gone."""
+    """Times that a removed file was found to be gone: nothing else may be ESTALE."""
     reused: int = 0
     """Inode numbers of removed files that new ones have got."""
     unknown: int = 0
@@ -219,6 +219,7 @@ class Stress:
         except OSError as error:
             self._notice_restarts()
             _same(error.errno == errno.ESTALE and file.lost, f"file {file.identity} is open, and yet {error}")
+            self.counts.gone += 1
             return
         file.unused = False
         _same(data == file.content, f"open file {file.identity} has another's content")
@@ -232,6 +233,7 @@ class Stress:
             except OSError as error:
                 self._notice_restarts()
                 _same(error.errno == errno.ESTALE and file.lost, f"file {file.identity} is open, and yet {error}")
+                self.counts.gone += 1
 
     def _check_removed(self) -> None:
         """A removed file is gone, or still held by somebody; never another one."""
