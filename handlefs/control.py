@@ -24,7 +24,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,7 +76,7 @@ class Record:
 
     pid: int
     config: Config
-    last_seen: float
+    last_seen: float = field(compare=False)
     """When the server was there for certain, in seconds since 1970; it may have been killed half a second later."""
     is_managed: bool = False
     """Whether a service manager runs it."""
