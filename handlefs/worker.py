@@ -244,6 +244,9 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
         set_up_logging(assignment.config.log_file, foreground=assignment.foreground)
         source = _open_source(assignment)
         table = _open_table(assignment)
+    except RuntimeError as error:  # of threading: the processes that there may be include threads
+        send(commands, {"failed": f"cannot start a worker: {error}"})
+        return 1
     except StartupError as error:
         send(commands, {"failed": str(error)})
         return 1

@@ -6,6 +6,7 @@ import logging
 import os
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -248,6 +249,7 @@ def test_a_long_listing_fits_into_writev(served: Served) -> None:
     many.mkdir()
     for number in range(4000):
         (many / f"{number}").touch()
+    time.sleep(0.2)  # a reply ends where the first new entry would be
     node = served.operations.lookup(1, b"many").nodeid
     fh = served.operations.opendir(node)
     body = abi.fuse_read_in.pack(fh, 0, 1 << 20, 0, 0, 0, 0)
