@@ -116,6 +116,8 @@ def _send(device: int, unique: int, payload: bytes, number: int = 0) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENODEV):  # interrupted, or unmounted, meanwhile
             log.exception("a reply could not be written")
+            if not number:  # whoever waits for it would do so for ever, unkillable
+                _send(device, unique, b"", errno.EIO)
 
 
 class Bridge:

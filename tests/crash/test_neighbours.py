@@ -37,8 +37,6 @@ def append_only_log(base: Path) -> list[object]:
 
 @pytest.mark.parametrize("passthrough", ["auto", "off"])
 def test_a_file_that_becomes_append_only(kind: str, filesystems: FileSystems, passthrough: str) -> None:
-    if kind == "tmpfs":
-        pytest.skip("the kernel of the mount does not know that the file can only be appended to, nor does tmpfs tell")
     base = filesystems[kind] / f"append-{passthrough}"
     source, control = base / "source", base / "control"
     source.mkdir(parents=True)

@@ -96,7 +96,10 @@ def _cgroup(name: str) -> Iterator[Path]:
     if not roots:
         raise UnavailableError("no cgroup2 file system is mounted")
     path = roots[0] / name
-    path.mkdir()
+    try:
+        path.mkdir()
+    except OSError as error:
+        raise UnavailableError(f"no cgroup can be made: {error}") from error
     try:
         yield path
     finally:
@@ -156,5 +159,5 @@ def _await_boot(systemd: Systemd) -> None:
             return
         except RuntimeError as error:
             if time.monotonic() > deadline:
-                raise UnavailableError(f"systemd does not boot here: {error}\n{systemd.log()}") from error
+                raise RuntimeError(f"systemd does not boot: {error}\n{systemd.log()}") from error
         time.sleep(0.05)
