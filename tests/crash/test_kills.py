@@ -18,6 +18,7 @@ from handlefs.supervisor import ATTEMPTS
 
 from ..posix.compare import in_the_end, outcome
 from ..support.filesystems import FileSystems
+from ..support.meanwhile import meanwhile
 from ..support.server import Mounted, mounted
 from ..support.syscalls import RENAME_NOREPLACE, renameat2
 from ..support.users import Child
@@ -30,25 +31,14 @@ CLIENTS = 4
 @contextmanager
 def random_kills(server: Mounted, seed: int) -> Iterator[None]:
     """Until the end of the block a worker is killed every 20 to 100 ms."""
-    stop, failures, chance = threading.Event(), [], random.Random(seed)
+    chance = random.Random(seed)
 
     def work() -> None:
-        try:
-            while not stop.wait(chance.uniform(0.02, 0.1)):
-                for pid in workers(server)[:: chance.choice((1, -1))][:1]:
-                    kill(pid)
-        except Exception as error:  # raised below, in the test's own thread
-            failures.append(error)
+        for pid in workers(server)[:: chance.choice((1, -1))][:1]:
+            kill(pid)
 
-    thread = threading.Thread(target=work, name="random-kills", daemon=True)
-    thread.start()
-    try:
+    with meanwhile(work, lambda: chance.uniform(0.02, 0.1)):
         yield
-    finally:
-        stop.set()
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 class Model:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from handlefs.protocol.client import Client
 from handlefs.protocol.client.stress import Stress, content_of
 
 from ..support.filesystems import KINDS, filesystem
+from ..support.meanwhile import meanwhile
 from ..support.server import Served, mounted
 
 NODE_TABLE = 64
@@ -70,28 +70,16 @@ def check_files(base: Path, stress: Stress) -> None:
 @contextmanager
 def killing(server: Served, chance: random.Random, report: Report) -> Iterator[None]:
     """Kill the server all the time, and start it with a larger chance of forgetting each time."""
-    stop, failures = threading.Event(), []
 
     def kill() -> None:
-        try:
-            while not stop.wait(chance.uniform(0.2, 2.0)):
-                server.crash()
-                report.kills += 1
-                forgetting = min(0.01 * report.kills, LARGEST_CHANCE)
-                server.args = (*server.args[:-1], f"--forget-chance={forgetting}")
-                server.start()
-        except Exception as error:  # raised below, in the test's own thread
-            failures.append(error)
+        server.crash()
+        report.kills += 1
+        forgetting = min(0.01 * report.kills, LARGEST_CHANCE)
+        server.args = (*server.args[:-1], f"--forget-chance={forgetting}")
+        server.start()
 
-    thread = threading.Thread(target=kill, daemon=True)
-    thread.start()
-    try:
+    with meanwhile(kill, lambda: chance.uniform(0.2, 2.0)):
         yield
-    finally:
-        stop.set()
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 def watch(server: Served, report: Report) -> None:

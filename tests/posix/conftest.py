@@ -4,7 +4,6 @@ the control."""
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TypeVar
 import pytest
 
 from ..support.filesystems import KINDS, FileSystems
+from ..support.meanwhile import meanwhile
 from ..support.modes import CLIENT_MODES, MODES, NATIVE, TRANSPORTS
 from ..support.server import Bridged, Mounted, Native, mounted
 from ..support.users import root_again
@@ -75,24 +75,8 @@ class TestTree:
 @contextmanager
 def evict_storm(server: Mounted) -> Iterator[None]:
     """A thread that empties the server's inode cache every few milliseconds; its failure fails the test."""
-    stop, failures = threading.Event(), []
-
-    def storm() -> None:
-        try:
-            while not stop.wait(STORM_INTERVAL):
-                server.evict()
-        except Exception as error:  # raised below, in the test's own thread
-            failures.append(error)
-
-    thread = threading.Thread(target=storm, name="evict-storm", daemon=True)
-    thread.start()
-    try:
+    with meanwhile(server.evict, lambda: STORM_INTERVAL):
         yield
-    finally:
-        stop.set()
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 @dataclass

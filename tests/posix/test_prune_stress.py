@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ..support.filesystems import KINDS, FileSystems
+from ..support.meanwhile import meanwhile
 from ..support.modes import MODES, NATIVE
 from ..support.server import Mounted, Native, mounted
 from ..support.syscalls import Handle, drop_caches, name_to_handle, open_handle
@@ -246,26 +246,15 @@ class Client:
 @contextmanager
 def pruning(server: Mounted | Native, seed: int) -> Iterator[None]:
     """Evict a random number of inodes, or all, at random moments; drop the kernel's caches now and then."""
-    stop, chance, failures = threading.Event(), random.Random(seed), []
+    chance = random.Random(seed)
 
     def prune() -> None:
-        try:
-            while not stop.wait(chance.random() * 0.02):
-                server.evict(chance.choice((1, 1, 3, 10, None)))
-                if chance.random() < 0.05:
-                    drop_caches(chance.choice((2, 3)))
-        except Exception as error:  # raised below, in the test's own thread
-            failures.append(error)
+        server.evict(chance.choice((1, 1, 3, 10, None)))
+        if chance.random() < 0.05:
+            drop_caches(chance.choice((2, 3)))
 
-    thread = threading.Thread(target=prune, daemon=True)
-    thread.start()
-    try:
+    with meanwhile(prune, lambda: chance.random() * 0.02):
         yield
-    finally:
-        stop.set()
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 def snapshot(base: Path) -> tuple[dict[str, bytes], set[str]]:
