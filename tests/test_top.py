@@ -78,10 +78,12 @@ def test_batch(direct: Mounted) -> None:
 
 
 def test_a_server_that_ends_is_told(direct: Mounted) -> None:
-    with subprocess.Popen([*TOP, direct.path, "--batch", "3"], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*TOP, direct.path, "--batch", "5"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith(f"{direct.path}  ")
+        process.send_signal(signal.SIGSTOP)  # else it might be done before the server is
         direct.stop()
+        process.send_signal(signal.SIGCONT)
         rest, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0
     assert f"no handlefs server runs at {direct.path}" in rest

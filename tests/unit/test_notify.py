@@ -61,7 +61,7 @@ def test_waiting_until_all_is_taken_in(manager: socket.socket) -> None:
     assert message == b"BARRIER=1"
     assert waiting.is_alive()
     os.close(barrier)
-    waiting.join(20)
+    waiting.join(60)
     assert not waiting.is_alive()
 
 
