@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from ..posix.compare import PATIENCE
 from ..support.filesystems import FileSystems
 from ..support.server import mounted
 from ..support.users import ALICE, ROOT, Child, User
 from .client import Assignment, Client, Report
 from .disturbances import DISTURBANCES, KILLS, RENEWALS
 from .features import FEATURES
-from .run import PATIENCE, Plan, check_competition, torture
+from .run import Plan, check_competition, torture
 from .tree import File, WrongResult
 
 SEED = 20261121
