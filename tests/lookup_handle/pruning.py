@@ -19,6 +19,7 @@ from pathlib import Path
 from handlefs.protocol.client import Client
 from handlefs.protocol.client.stress import Stress, content_of
 
+from ..support.arguments import positive, whole
 from ..support.filesystems import KINDS, filesystem
 from ..support.meanwhile import meanwhile
 from ..support.server import Served, mounted
@@ -136,8 +137,8 @@ def torture(source: Path, files: int, seconds: float, seed: int, *, sample: int 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Stress test of pruning; see tests/lookup_handle/pruning.py")
-    parser.add_argument("--files", type=int, default=100_000)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--files", type=whole, default=100_000)
+    parser.add_argument("--minutes", type=positive, default=10)
     parser.add_argument("--fs", default="ext4", choices=KINDS)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     options = parser.parse_args()

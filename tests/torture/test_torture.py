@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +88,26 @@ def test_clients_are_right_without_a_server(kind: str, user: User, filesystems: 
     report = work(base, user, 2)
     report.tree.check_all(base / "own", FEATURES)
     check_competition(base / "shared", [report])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--fs", "ext4,foo"), "no such thing: foo; there are ext4,"),
+        (("--passthrough", "never"), "no such thing: never"),
+        (("--disturb", "workers"), "no such thing: workers"),
+        (("--minutes", "0"), "'0' is no number above 0"),
+        (("--clients", "0"), "'0' is no whole number from 1 on"),
+    ],
+)
+def test_mistakes_on_its_command_line_are_told(words: tuple[str, str], message: str) -> None:
+    argv = [sys.executable, "-m", "tests.torture", *words]
+    done = subprocess.run(
+        argv, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def other_content(path: Path) -> None:
