@@ -103,16 +103,25 @@ class UnixServer:
                 log.warning("no peer can be let in: %s", error)
                 time.sleep(_PAUSE)
                 continue
-            uid = peer_uid(connection)
-            if uid != 0 or not self._vacant:
-                reason = f"user {uid} is not root" if uid != 0 else f"there are {MOST_PEERS} already"
+            if refusal := self._let_in(connection):
+                number, reason = refusal
                 log.warning("a peer was turned away: %s", reason)
-                turn_away(connection, errno.EACCES if uid != 0 else errno.EBUSY)
-                continue
-            place = self._vacant.pop()
-            threading.Thread(
-                target=self._serve_peer, args=(place, connection), name=f"peer-{place}", daemon=True
-            ).start()
+                turn_away(connection, number)
+
+    def _let_in(self, connection: socket.socket) -> tuple[int, str] | None:
+        """Have a thread serve the peer; otherwise the errno for it, and why."""
+        if (uid := peer_uid(connection)) != 0:
+            return errno.EACCES, f"user {uid} is not root"
+        if not self._vacant:
+            return errno.EBUSY, f"there are {MOST_PEERS} already"
+        place = self._vacant.pop()
+        thread = threading.Thread(target=self._serve_peer, args=(place, connection), name=f"peer-{place}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no more threads for us
+            self._vacant.add(place)
+            return errno.EBUSY, str(error)
+        return None
 
     def _serve_peer(self, place: int, connection: socket.socket) -> None:
         try:

@@ -29,12 +29,12 @@ from handlefs.cli.main import cli
 from handlefs.handle import AT_FDCWD, name_to_handle_at, open_by_handle_at
 from handlefs.mount import mount_at, mounts, unmount
 
+from .support.cli import HANDLEFS, TIMEOUT, fails, handlefs, ok
 from .support.filesystems import FileSystems
 from .support.server import mounted
+from .support.syscalls import drop_caches
 
-HANDLEFS = [sys.executable, "-m", "handlefs"]
 MAN_PAGE = Path(__file__).parents[1] / "docs/handlefs.8"
-TIMEOUT = 120
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 both_transports = pytest.mark.parametrize("place", ["default", "pyfuse3"], indirect=True)
@@ -48,33 +48,11 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-def handlefs(*words: object, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    argv = [*HANDLEFS, *(str(word) for word in words)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT, check=False, cwd=cwd)
-
-
-def ok(*words: object) -> str:
-    """Run a command that must succeed, and say nothing on stderr."""
-    done = handlefs(*words)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert done.stderr == ""
-    return done.stdout
-
-
 def restarted_after_a_kill(place: "Place") -> None:
     """`handlefs restart` of a killed server, which says what has happened."""
     done = handlefs("restart", place.path)
     assert (done.returncode, done.stdout) == (0, "")
     assert re.fullmatch(r"handlefs: the server of .*, was killed, .*: its mount is replaced\n", done.stderr)
-
-
-def fails(*words: object, status: int = 1) -> str:
-    """Run a command that must fail with a message; the message."""
-    done = handlefs(*words)
-    assert done.returncode == status, done.stderr + done.stdout
-    assert done.stderr.startswith("handlefs: ")
-    assert "Traceback" not in done.stderr
-    return done.stderr
 
 
 class Place:
@@ -1111,7 +1089,7 @@ def test_handle_searches_for_a_path(place: Place) -> None:
     place.mount()
     facts = json.loads(ok("handle", place.path / "file", "--json"))
     (place.source / "file").rename(place.source / "dir/new name")
-    Path("/proc/sys/vm/drop_caches").write_text("2")
+    drop_caches()
     found = json.loads(ok("handle", facts["nodeid"], "--search", "--json"))
     assert found["path"] == str(place.source / "dir/new name")
     ok("umount", place.path)

@@ -10,18 +10,17 @@ import select
 import signal
 import struct
 import subprocess
-import sys
 import termios
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from .support.cli import HANDLEFS, TIMEOUT, fails, ok
 from .support.modes import TRANSPORTS
 from .support.server import Mounted, mounted
 
-TIMEOUT = 60.0
-TOP = (sys.executable, "-m", "handlefs", "top")
+TOP = (*HANDLEFS, "top")
 
 
 @pytest.fixture(autouse=True)
@@ -46,14 +45,6 @@ def direct(ext4: Path) -> Iterator[Mounted]:
         yield server
 
 
-def top(*words: object, status: int = 0) -> str:
-    done = subprocess.run(
-        [*TOP, *map(str, words)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stderr if status else done.stdout
-
-
 def test_once(server: Mounted) -> None:
     """Operations of the interval are there with their latencies, those before it are not."""
     (server.path / "before").symlink_to("x")
@@ -72,28 +63,30 @@ def test_once(server: Mounted) -> None:
 
 
 def test_batch(direct: Mounted) -> None:
-    text = top("--batch", 3, "--interval", 0.1)
+    text = ok("top", "--batch", 3, "--interval", 0.1)
     assert len(re.findall(rf"^{re.escape(str(direct.path))}  ", text, re.MULTILINE)) == 3
     assert "\x1b" not in text
 
 
 def test_a_server_that_ends_is_told(direct: Mounted) -> None:
-    with subprocess.Popen([*TOP, direct.path, "--batch", "3"], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*TOP, direct.path, "--batch", "5"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith(f"{direct.path}  ")
+        process.send_signal(signal.SIGSTOP)  # else it might be done before the server is
         direct.stop()
+        process.send_signal(signal.SIGCONT)
         rest, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0
     assert f"no handlefs server runs at {direct.path}" in rest
 
 
 def test_mistakes_are_told(direct: Mounted, tmp_path: Path) -> None:
-    assert "no handlefs server runs at" in top(tmp_path, "--once", status=1)
-    assert "this is no terminal: use --once or --batch N" in top(status=2)
-    assert "--once and --batch exclude each other" in top("--once", "--batch", 2, status=2)
-    assert "--interval" in top("--once", "--interval", 0, status=2)
+    assert "no handlefs server runs at" in fails("top", tmp_path, "--once")
+    assert "this is no terminal: use --once or --batch N" in fails("top", status=2)
+    assert "--once and --batch exclude each other" in fails("top", "--once", "--batch", 2, status=2)
+    assert "--interval" in fails("top", "--once", "--interval", 0, status=2)
     direct.stop()
-    assert "no handlefs server runs here" in top("--once", status=1)
+    assert "no handlefs server runs here" in fails("top", "--once")
 
 
 def output_until(terminal: int, wanted: bytes) -> bytes:

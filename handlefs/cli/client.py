@@ -22,8 +22,6 @@ from handlefs.protocol.client.replies import Stat
 from handlefs.protocol.client.stress import Stress, WrongResult
 from handlefs.protocol.init import ProtocolError
 
-PATIENCE = 10.0
-"""Seconds to wait for a server that is being restarted."""
 _COPY_SIZE = 1 << 20
 
 
@@ -56,7 +54,7 @@ stats_option = click.option("--stats", is_flag=True, help="Say on stderr what it
 def _client(socket: str, path: str, *, stats: bool = False) -> Iterator[Client]:
     """A connected client; errors name `path`."""
     try:
-        client = Client(socket, patience=PATIENCE)
+        client = Client(socket)
     except ProtocolError as error:
         raise StartupError(f"{socket}: {error}") from error
     with client:

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -77,6 +77,12 @@ def short_time(seconds: float) -> str:
     if seconds < 0.001:
         return f"{seconds * 1e6:.0f} µs"
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def doing(worker: Mapping[str, Any]) -> str:
+    """What a worker in the server's status serves, and for how long by now; empty if it waits."""
+    operation, seconds = worker["operation"], worker["busy_for"]
+    return f"{operation} for {short_time(seconds)}" if operation and seconds else ""
 
 
 @contextlib.contextmanager

@@ -68,9 +68,7 @@ def _replace(config: Config) -> None:
             stop(config.mountpoint)
         launch(config)
     except BaseException:
-        if (
-            mount_at(config.mountpoint) is None
-        ):  # the record has gone with the old server: what it said must not be lost
+        if mount_at(config.mountpoint) is None:  # the record went with the old server: what it said must not be lost
             click.echo(f"handlefs: the server is not running; to start it:\n  {command_line(config)}", err=True)
         raise
 

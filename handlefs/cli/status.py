@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from handlefs import control, nfs
-from handlefs.cli.params import MOUNTPOINT, json_option, print_json, print_table, short_time
+from handlefs.cli.params import MOUNTPOINT, doing, json_option, print_json, print_table, short_time
 from handlefs.metrics import quantile
 from handlefs.mount import canonical, mount_at
 
@@ -119,12 +119,8 @@ def _latency(buckets: list[list[int]]) -> str:
 
 
 def _worker(worker: dict[str, Any]) -> str:
-    doing = (
-        f", {worker['operation']} for {short_time(worker['busy_for'])}"
-        if worker["operation"] and worker["busy_for"]
-        else ""
-    )
-    return f"process {worker['pid']}: {worker['operations_total']:,} operations, {worker['cpu_seconds']:.1f} s of CPU{doing}"
+    counts = f"{worker['operations_total']:,} operations", f"{worker['cpu_seconds']:.1f} s of CPU", doing(worker)
+    return f"process {worker['pid']}: {', '.join(filter(None, counts))}"
 
 
 def _counts(counts: dict[str, int]) -> str:

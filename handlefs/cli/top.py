@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from handlefs import control
-from handlefs.cli.params import MOUNTPOINT, short_time
+from handlefs.cli.params import MOUNTPOINT, doing, short_time
 from handlefs.metrics import BUCKETS, quantile
 from handlefs.mount import canonical
 
@@ -161,12 +161,11 @@ class Interval:
         for worker in self._now["workers"]:
             known = before.get(worker["pid"], {"operations_total": worker["operations_total"], "cpu_seconds": 0.0})
             cpu = (worker["cpu_seconds"] - known["cpu_seconds"]) / self._seconds
-            serving = worker["operation"] and worker["busy_for"]
             table.add_row(
                 str(worker["pid"]),
                 self._rate(worker["operations_total"] - known["operations_total"]),
                 f"{cpu:.0%}",
-                f"{worker['operation']} for {short_time(worker['busy_for'])}" if serving else "",
+                doing(worker),
             )
         return table
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..support.meanwhile import meanwhile
 from ..support.server import Tree
+from ..support.syscalls import drop_caches
 
 STORM_INTERVAL = 0.005
 DROP_EVERY = 40  # evictions between two drops of the kernel's own dentries and inodes
@@ -35,42 +36,19 @@ def run(*argv: str | Path, cwd: Path | None = None, env: Mapping[str, str] | Non
     return out
 
 
-def drop_kernel_caches() -> None:
-    """Make the kernel give up the dentries and inodes nobody uses; the page cache stays."""
-    Path("/proc/sys/vm/drop_caches").write_text("2")
+@contextmanager
+def evict_storm(tree: Tree) -> Iterator[None]:
+    """During the block evict the server's inode cache every few milliseconds, and the kernel's caches now and then."""
+    evicted: list[int] = []
 
+    def evict() -> None:
+        evicted.append(tree.evict())
+        if len(evicted) % DROP_EVERY == 0:
+            drop_caches()
 
-class Storm:
-    """Evicts the server's inode cache every few milliseconds, and the kernel's caches now and then."""
-
-    def __init__(self, tree: Tree) -> None:
-        self._tree = tree
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._blow, name="evict storm")
-        self._error: Exception | None = None
-        self.rounds = 0
-        self.evicted = 0
-
-    def _blow(self) -> None:
-        try:
-            while not self._stopped.wait(STORM_INTERVAL):
-                self.evicted += self._tree.evict()
-                self.rounds += 1
-                if self.rounds % DROP_EVERY == 0:
-                    drop_kernel_caches()
-        except Exception as error:  # a thread's error would be lost: it is raised again where the storm is stopped
-            self._error = error
-
-    def __enter__(self) -> Storm:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        assert self.evicted > 0, f"the storm had nothing to evict in {self.rounds} rounds"
+    with meanwhile(evict, lambda: STORM_INTERVAL):
+        yield
+    assert any(evicted), f"the storm had nothing to evict in {len(evicted)} rounds"
 
 
 @dataclass(frozen=True)
@@ -98,13 +76,13 @@ class Place:
         if not self.storm:
             yield
             return
-        with Storm(self.tree):
+        with evict_storm(self.tree):
             yield
 
     def forget(self) -> None:
         """Start again from nothing: neither the server nor the kernel knows an inode that is not in use."""
         self.tree.evict()
-        drop_kernel_caches()
+        drop_caches()
 
 
 def wait_for_tick(path: Path) -> None:
@@ -112,7 +90,7 @@ def wait_for_tick(path: Path) -> None:
     probe = path / ".tick"
     probe.touch()
     first = probe.stat().st_mtime_ns
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while probe.stat().st_mtime_ns == first:
         assert time.monotonic() < deadline, f"time stands still on {path}"
         os.utime(probe)

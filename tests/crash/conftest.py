@@ -33,6 +33,9 @@ class Ground:
     fault: Path
     controls: Path
 
+    _operation: str = ""
+    _served: int = 0
+
     def directories(self) -> tuple[Path, Path]:
         """A new directory in the mount, and one beside it, both for everybody."""
         name = str(next(_numbers))
@@ -43,12 +46,18 @@ class Ground:
 
     def kill_at(self, operation: str, point: int | str) -> None:
         """Have a worker die at that point of the next `operation`, or of each (`always`)."""
+        self._operation, self._served = operation, self._count(operation)
         new = self.fault.with_suffix(".new")
         new.write_text(f"{operation} {point}")
         new.rename(self.fault)
 
+    def _count(self, operation: str) -> int:
+        return int(self.server.status()["operations"].get(operation, 0))
+
     def was_killed(self) -> bool:
         """Whether that has happened; after a moment, since the last points come after the reply. If not, it is called off."""
+        if self._operation == "release":  # close(2) does not wait for it
+            in_the_end(lambda: self.fault.exists() and self._count("release") == self._served, False)
         killed = in_the_end(self.fault.exists, False, seconds=0.1) is False
         self.fault.unlink(missing_ok=True)
         return killed

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..posix.compare import in_the_end
+from ..posix.compare import in_the_end, outcome
 from ..support.server import Mounted
 from .conftest import TIMEOUT
+
+PROCESSES = ["handlefs-0", "handlefs-1", "handlefs-2", "handlefs-3", "handlefs-spare", "handlefs-tmpl"]
+"""The children of a supervisor: workers, a spare one, and the template, which forks them."""
 
 
 def workers(server: Mounted) -> list[int]:
@@ -50,9 +53,19 @@ def name(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
+def settled(supervisor: int) -> set[int]:
+    """The children of a supervisor, as soon as all that have died are waited for and replaced."""
+
+    def names() -> list[str]:
+        return sorted(name(child) for child in children(supervisor))  # zombies have names, too
+
+    assert in_the_end(names, PROCESSES, seconds=TIMEOUT) == PROCESSES
+    return children(supervisor)
+
+
 def template(supervisor: int) -> int:
     """The process that forks the workers: it leads their process group."""
-    (pid,) = (child for child in children(supervisor) if os.getpgid(child) == child and state(child) != "Z")
+    (pid,) = (child for child in children(supervisor) if outcome(os.getpgid, child) == child and state(child) != "Z")
     return pid
 
 

@@ -257,7 +257,7 @@ def test_a_killed_open_leaves_no_backing_id(kind: str, filesystems: FileSystems,
         fd = os.open(directory, os.O_RDONLY)
         try:
             with closing(BackingTable(fd)) as table:
-                assert in_the_end(lambda: table._env.stat()["entries"], 0, seconds=10) == 0
+                assert in_the_end(lambda: table._env.stat()["entries"], 0) == 0
         finally:
             os.close(fd)
 

@@ -23,7 +23,7 @@ from ..support.server import Mounted, mounted
 from ..support.syscalls import RENAME_NOREPLACE, renameat2
 from ..support.users import Child
 from .conftest import TIMEOUT, Ground
-from .processes import all_gone, children, kill, workers
+from .processes import all_gone, children, kill, settled, workers
 
 CLIENTS = 4
 
@@ -266,7 +266,7 @@ def test_more_removed_files_than_descriptors(kind: str, filesystems: FileSystems
         for number, fd in enumerate(files):
             os.write(fd, b"%d" % number)
             (server.path / f"{number}").unlink()
-        assert "too many removed files" in server.read_log()
+        assert in_the_end(lambda: "too many removed files" in server.read_log(), True) is True
         assert [os.pread(fd, 10, 0) for fd in files] == [b"%d" % number for number in range(100)]
         kill(workers(server)[0])
         assert Child(outcome, os.mkdir, server.path / "after").result(TIMEOUT) is None
@@ -313,27 +313,23 @@ def test_a_request_that_kills_its_workers_gets_eio(ground: Ground) -> None:
 
 def test_nothing_of_the_dead_is_left(server: Mounted) -> None:
     """Neither zombies nor descriptors, in the supervisor or in the template."""
-    processes = children(server.pid)
+    settled(server.pid)
     descriptors = server.descriptors()
     for _ in range(30):
         kill(random.choice(workers(server)))
         assert outcome(Child(os.listdir, server.path).result, TIMEOUT) is not None
-    assert in_the_end(lambda: len(children(server.pid)), len(processes), seconds=TIMEOUT) == len(processes)
+    settled(server.pid)
     assert in_the_end(lambda: server.descriptors() <= descriptors, True, seconds=TIMEOUT) is True
 
 
 def test_any_process_but_the_supervisor_may_be_killed(server: Mounted) -> None:
     """The template and the spare worker too, all at once."""
-    before = children(server.pid)
+    before = settled(server.pid)
     for pid in before:
         kill(pid)
     assert Child(outcome, os.mkdir, server.path / "after").result(TIMEOUT) is None
-
-    def all_new() -> bool:
-        now = children(server.pid)
-        return len(now) == len(before) and not now & before
-
-    assert in_the_end(all_new, True, seconds=TIMEOUT) is True
+    assert in_the_end(lambda: children(server.pid) & before, set(), seconds=TIMEOUT) == set()
+    settled(server.pid)
     server.check_log()
 
 
@@ -342,7 +338,7 @@ def test_the_supervisor_has_nothing_of_its_mount(server: Mounted) -> None:
     (server.path / "some").write_text("text")
     with (server.path / "some").open():
         (server.path / "some").unlink()
-        for pid in (server.pid, *children(server.pid)):
+        for pid in (server.pid, *settled(server.pid)):
             for fd in Path(f"/proc/{pid}/fd").iterdir():
                 found = outcome(fd.stat)  # it may be closed meanwhile
                 assert not isinstance(found, os.stat_result) or found.st_dev != device
@@ -351,6 +347,7 @@ def test_the_supervisor_has_nothing_of_its_mount(server: Mounted) -> None:
 
 def test_status_needs_no_worker(server: Mounted) -> None:
     """It tells all, and what a stopped worker is doing, though none of them could be asked."""
+    settled(server.pid)
     pids = workers(server)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)

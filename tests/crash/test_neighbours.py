@@ -133,4 +133,4 @@ def test_a_repeated_request_keeps_nothing_open(ground: Ground) -> None:
         ground.kill_at("read", point)
         assert ground.bounded(read_a_little) == bytes(10)
         ground.was_killed()
-    assert in_the_end(lambda: open_in_workers(ground.server, paths), [], seconds=10) == []
+    assert in_the_end(lambda: open_in_workers(ground.server, paths), []) == []

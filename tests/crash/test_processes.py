@@ -85,8 +85,9 @@ def test_no_worker_can_start_any_more(source: Path) -> None:
         with limit.at(1):
             for pid in children(supervisor) - {template(supervisor)}:
                 kill(pid)
+            begin = time.monotonic()
             time.sleep(3)
-            assert server.read_log().count("cannot fork a worker") < 15
+            assert server.read_log().count("cannot fork a worker") < 5 * (time.monotonic() - begin)
         assert answers(server)
         with limit.at(1):
             for pid in children(supervisor):

@@ -24,9 +24,9 @@ from ..support.server import ALARMING
 from ..support.systemd import Systemd, booted
 from ..support.users import Child
 from .conftest import TIMEOUT
-from .processes import children
+from .processes import settled
 from .test_kills import Model
-from .test_takeover import PROCESSES, Code, code, fails, workload
+from .test_takeover import Code, code, fails, workload
 
 __all__ = ["code"]
 
@@ -172,6 +172,7 @@ def test_restarts_and_crashes_under_a_checked_workload(
     """Clients wait a moment; nothing is left over in the supervisor or in the descriptor store."""
     with running(systemd, ext4, f"--passthrough={passthrough}") as service:
         service.do("restart")  # so that all that it needs is counted in what follows
+        settled(service.pid())
         descriptors, stored = service.descriptors(), service.stored()
         with workload(service.path, float(pytestconfig.getoption("--stress-seconds")), client) as done:
             times = 0
@@ -180,7 +181,7 @@ def test_restarts_and_crashes_under_a_checked_workload(
                 service.crash() if crashes and times % 2 else service.do("restart")
                 assert service.main_pid != before
                 times += 1
-        assert in_the_end(lambda: len(children(service.pid())), PROCESSES, seconds=TIMEOUT) == PROCESSES
+        settled(service.pid())
         assert in_the_end(lambda: service.descriptors() <= descriptors, True, seconds=TIMEOUT) is True
         assert in_the_end(service.stored, stored, seconds=TIMEOUT) == stored
         assert service.status()["upgrades"] == 0
@@ -220,6 +221,12 @@ def test_what_is_open_goes_on(systemd: Systemd, ext4: Path, passthrough: str, en
         assert in_the_end(service.stored, stored, seconds=TIMEOUT) == stored
 
 
+def has_come_to(fault: Path, request: Child[object]) -> bool:
+    """Whether a worker has died at `fault`; if not, the request has been answered before it came to that point."""
+    in_the_end(lambda: request.has_result(0) or not fault.exists(), True)
+    return not fault.exists()
+
+
 def test_requests_are_finished_after_a_crash(systemd: Systemd, ext4: Path) -> None:
     """A worker dies at each point of MKDIR, and the supervisor together with it."""
     with running(systemd, ext4, "--workers=1") as service:
@@ -228,7 +235,7 @@ def test_requests_are_finished_after_a_crash(systemd: Systemd, ext4: Path) -> No
             (service.fault.with_suffix(".new")).write_text(f"mkdir {point}")
             service.fault.with_suffix(".new").rename(service.fault)
             child = Child(outcome, (service.path / f"{point}").mkdir)
-            if in_the_end(service.fault.exists, False, seconds=1) is not False:
+            if not has_come_to(service.fault, child):
                 service.fault.unlink()
                 break
             service.crash()
@@ -299,11 +306,15 @@ def test_unmounting_ends_the_service(systemd: Systemd, ext4: Path) -> None:
 
 def test_unmounting_while_nobody_serves(systemd: Systemd, ext4: Path) -> None:
     """It does not hang, and the next process mounts anew."""
-    with running(systemd, ext4, service="RestartSec=3") as service:
+    closed = systemd.scratch / "closed"
+    gate = f"ExecStartPre=/bin/sh -c 'while test -e {closed}; do sleep 0.1; done'"
+    with running(systemd, ext4, service=gate) as service:
         (service.path / "file").touch()
+        closed.touch()
         service.kill()
         Child(unmount, str(service.path)).result(TIMEOUT)
         assert not is_mounted(service.path)
+        closed.unlink()
         assert in_the_end(lambda: is_mounted(service.path), True, TIMEOUT) is True
         assert Child(os.listdir, service.path).result(TIMEOUT) == ["file"]
 

@@ -26,12 +26,10 @@ from ..support.server import Mounted, mounted
 from ..support.users import Child
 from .conftest import TIMEOUT
 from .conftest import serving as crash_ground
-from .processes import children, workers
+from .processes import settled, workers
 from .test_kills import Model, random_kills
 
 CLIENTS = 3
-PROCESSES = 6
-"""Children of a supervisor: four workers, a spare one, and the template. Zombies would count, too."""
 
 
 class Code:
@@ -127,6 +125,7 @@ def test_in_a_loop(
     with serving(filesystems[kind], f"--passthrough={passthrough}") as server:
         pid = server.pid
         succeeds(command, server.path)  # so that what it needs is counted in what follows
+        settled(pid)
         descriptors = server.descriptors()
         with workload(server.path, float(pytestconfig.getoption("--stress-seconds"))) as done:
             times = 0
@@ -138,7 +137,7 @@ def test_in_a_loop(
         status = server.status()
         assert (status["pid"], status["restarts"]) == (pid, 0)
         assert status["upgrades"] == (times + 1 if command == "upgrade" else 0)
-        assert in_the_end(lambda: len(children(pid)), PROCESSES, seconds=TIMEOUT) == PROCESSES
+        settled(pid)
         assert in_the_end(lambda: server.descriptors() <= descriptors, True, seconds=TIMEOUT) is True
 
 
@@ -308,4 +307,4 @@ def test_upgrades_while_workers_are_killed(kind: str, filesystems: FileSystems, 
                 succeeds(("reload", "upgrade")[times % 2], server.path)
                 times += 1
         assert server.status()["restarts"] > 0
-        assert in_the_end(lambda: len(children(server.pid)), PROCESSES, seconds=TIMEOUT) == PROCESSES
+        settled(server.pid)

@@ -19,8 +19,8 @@ import pytest
 from .guest import Guest, LabError
 
 IN_GUEST = "HANDLEFS_LAB_GUEST" in os.environ
-TEST_TIME = 120  # seconds; the guest ends when a test takes longer
-GUEST_TIME = 1200.0
+TEST_TIME = 300  # seconds; the guest ends when a test takes longer
+GUEST_TIME = 3600.0  # seconds
 LOG_LINES = 60
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from handlefs.protocol.client import Client
 from handlefs.protocol.client.stress import Stress, content_of
 
+from ..support.arguments import positive, whole
 from ..support.filesystems import KINDS, filesystem
 from ..support.meanwhile import meanwhile
 from ..support.server import Served, mounted
@@ -26,6 +27,9 @@ from ..support.server import Served, mounted
 NODE_TABLE = 64
 FILES_PER_DIRECTORY = 250
 LARGEST_CHANCE = 0.3
+LEAST_KILLS = 3
+PATIENCE = 60
+"""Seconds for which to work on until there have been so many."""
 VISITED = 100
 """Files that a passing peer opens: more than the server may have open afterwards."""
 SHARE_AFTER_KILLS = 0.2
@@ -106,12 +110,15 @@ def torture(source: Path, files: int, seconds: float, seed: int, *, sample: int 
     options = ("--node-table=64", "--cache-size=32", "--forget-chance=0")
     with mounted(source, None, *options, kind=Served) as server:
         assert isinstance(server, Served)
-        with Client(str(server.socket), patience=60) as client:
+        with Client(str(server.socket), patience=PATIENCE) as client:
             stress = Stress(client, "/base", seed)
             stress.adopt()
             assert len(stress.files) == files
             with killing(server, chance, report):
                 stress.run(seconds * (1 - SHARE_AFTER_KILLS))
+                for _ in range(PATIENCE):  # on a machine where a start takes long
+                    if report.kills < LEAST_KILLS:
+                        stress.run(1)
             watch(server, report)
             for _ in range(10):
                 visit(server, stress)
@@ -130,8 +137,8 @@ def torture(source: Path, files: int, seconds: float, seed: int, *, sample: int 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Stress test of pruning; see tests/lookup_handle/pruning.py")
-    parser.add_argument("--files", type=int, default=100_000)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--files", type=whole, default=100_000)
+    parser.add_argument("--minutes", type=positive, default=10)
     parser.add_argument("--fs", default="ext4", choices=KINDS)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     options = parser.parse_args()

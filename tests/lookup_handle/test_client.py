@@ -384,7 +384,7 @@ def wrong_server(path: Path, answers: list[bytes | int], init: bytes | None = No
     thread.start()
     with listener:
         yield
-    thread.join(10)
+    thread.join(60)
 
 
 def entry_out(nodeid: int, mode: int, handle: bytes) -> bytes:

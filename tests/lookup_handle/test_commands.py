@@ -7,7 +7,6 @@ import os
 import socket
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,32 +14,11 @@ import pytest
 from handlefs.protocol.client import Client
 
 from ..posix.compare import in_the_end, outcome
+from ..support.cli import HANDLEFS, fails, handlefs, ok
 from ..support.filesystems import is_mounted, run, unmount
 from ..support.server import Bridged, Served, mounted
 from ..support.users import ALICE, as_user
 from .conftest import Serving
-
-HANDLEFS = [sys.executable, "-m", "handlefs"]
-
-
-def handlefs(*words: object, text: str = "") -> subprocess.CompletedProcess[str]:
-    argv = [*HANDLEFS, *map(str, words)]
-    return subprocess.run(argv, input=text, capture_output=True, text=True, timeout=120, check=False)
-
-
-def ok(*words: object, text: str = "") -> str:
-    done = handlefs(*words, text=text)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
-
-def fails(*words: object, status: int = 1) -> str:
-    done = handlefs(*words)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert done.stderr.startswith("handlefs: ")
-    assert "Traceback" not in done.stderr
-    return done.stderr
-
 
 # -- serve ---------------------------------------------------------------------------------------------------------------
 

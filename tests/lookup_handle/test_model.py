@@ -46,11 +46,11 @@ class InThisProcess:
         self.server = UnixServer(self._config)
         self._thread = threading.Thread(target=self.server.serve, args=(ready.set,), daemon=True)
         self._thread.start()
-        assert ready.wait(30)
+        assert ready.wait(60)
 
     def stop(self) -> None:
         self.server.stop()
-        self._thread.join(30)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     @property

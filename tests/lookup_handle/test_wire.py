@@ -19,7 +19,8 @@ from handlefs.protocol.handles import SECOND_NODE, pack_handle
 from handlefs.protocol.init import WANTED, ProtocolError
 
 from ..posix.compare import in_the_end, outcome
-from ..support.server import Served
+from ..support.cgroups import process_limit
+from ..support.server import Served, mounted
 from .conftest import Serving
 
 PLAIN = Offer(WANTED)
@@ -422,11 +423,29 @@ def test_the_end_of_a_connection_closes_what_the_peer_had_open(server: Served, s
     assert server.status()["open_files"] == server.status()["open_dirs"] == 100
     for link in links:
         link.close()
+
+    def left() -> tuple[int, ...]:
+        status = server.status()
+        return status["peers"], status["open_files"], status["open_dirs"]
+
+    assert in_the_end(left, (0, 0, 0)) == (0, 0, 0)
     assert (
         in_the_end(lambda: len(descriptors()) <= len(before), True) is True
     )  # a connection may just have ended before
-    status = server.status()
-    assert (status["peers"], status["open_files"], status["open_dirs"]) == (0, 0, 0)
+
+
+def test_no_thread_can_be_started_for_a_peer(source: Path) -> None:
+    """It is turned away and may come again; the others are served all the time."""
+    with process_limit() as limit, ExitStack() as stack:
+        with limit.joined():
+            server = stack.enter_context(mounted(source, None, kind=Served))
+        first = Link(server.address)
+        with limit.at(1):
+            with pytest.raises(OSError, match="as many peers as it takes"):
+                Link(server.address)
+            assert lookup(first, 1, b"file").stat.st_size == len(b"content of the file")
+        Link(server.address).close()
+        first.close()
 
 
 def test_of_a_long_listing_the_last_node_ids_are_valid(serving: Serving, source: Path) -> None:

@@ -43,7 +43,7 @@ def export_natively(path: Path, fsid: int) -> None:
     run("exportfs", "-o", f"rw,no_root_squash,no_subtree_check,fsid={fsid}", f"{CLIENT}:{path}")
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
     """Wait for what the client's kernel does in its own time, without telling anybody."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -180,7 +180,7 @@ class HandlefsExport(Export):
         pid = self.pid
         pidfd = os.pidfd_open(pid)
         os.kill(pid, signal.SIGKILL)
-        ended, _, _ = select.select([pidfd], [], [], 10)
+        ended, _, _ = select.select([pidfd], [], [], 60)
         os.close(pidfd)
         assert ended, f"the server, process {pid}, has outlived SIGKILL"
 

@@ -13,6 +13,9 @@ from typing import ParamSpec
 
 P = ParamSpec("P")
 
+PATIENCE = 60.0
+"""Seconds after which what should come about is taken for missing: generous, for machines that have other things to do."""
+
 
 def outcome(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> object:
     """What the function returns, or the name of the error it fails with."""
@@ -22,7 +25,7 @@ def outcome(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) ->
         return errno.errorcode[error.errno or 0]
 
 
-def in_the_end(function: Callable[[], object], expected: object, seconds: float = 5) -> object:
+def in_the_end(function: Callable[[], object], expected: object, seconds: float = PATIENCE) -> object:
     """The function's outcome, asked for again until it is the expected one. For what follows from a close(2): the kernel
     sends RELEASE and FORGET without waiting for the server, so a removed file may live a moment longer than its last
     descriptor."""

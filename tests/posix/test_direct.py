@@ -10,13 +10,13 @@ import os
 import stat
 import struct
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from ..support.server import Mounted
 from ..support.users import ALICE, STAFF, STAFF_ALICE, as_user, root_again
+from .compare import in_the_end
 from .conftest import TestTree
 
 FALLOC_FL_KEEP_SIZE = 1
@@ -211,13 +211,15 @@ def test_passthrough_data_and_times(direct: TestTree) -> None:
 def flushes(tree: TestTree, flags: int) -> int:
     """How many FLUSH requests an open file with these flags causes: read, mapped, written to where that may be, closed."""
 
+    server = tree.server
+    assert isinstance(server, Mounted)
+
+    def busy() -> bool:
+        return any(worker["busy_for"] is not None for worker in server.status()["workers"])
+
     def settled() -> int:  # a request is counted when it has been answered
-        count = operations(tree).get("flush", 0)
-        while True:
-            time.sleep(0.05)
-            count, before = operations(tree).get("flush", 0), count
-            if count == before:
-                return count
+        assert in_the_end(busy, False) is False
+        return operations(tree).get("flush", 0)
 
     path = tree.path / "file"
     path.write_bytes(b"content")

@@ -28,6 +28,7 @@ from handlefs.transport.direct import _answer_init
 
 from ..support.filesystems import FileSystems, filesystem, run, scratch_directory
 from ..support.server import Mounted, mounted
+from .compare import in_the_end
 from .conftest import TestTree, open_ground
 
 T = TypeVar("T")
@@ -128,10 +129,7 @@ def records(table: BackingTable) -> int:
 
 def wait_for_releases(table: BackingTable, left: int = 0) -> None:
     """Nobody waits for a RELEASE: it may come long after close(2) has returned."""
-    deadline = time.monotonic() + TIMEOUT
-    while records(table) != left:
-        assert time.monotonic() < deadline, f"{records(table)} files are still on record"
-        time.sleep(0.01)
+    assert in_the_end(lambda: records(table), left) == left
 
 
 def test_one_backing_file_for_an_inode_in_all_processes(connection: Connection) -> None:
@@ -254,6 +252,7 @@ def test_closed_files_are_let_go(tmp_path: Path) -> None:
         connection.do(os.close, files[0])
         wait_for_releases(table)
         table.close()
+        connection.do((connection.path / "none").exists)  # served when the worker has let go of the file, too
         connection.kill(worker)
         run("umount", source)
 

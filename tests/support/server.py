@@ -153,8 +153,14 @@ class Mounted:
     def pid(self) -> int:
         return int(self.status()["pid"])
 
+    @property
+    def serving(self) -> list[int]:
+        """The processes that serve requests: the workers, or the server itself."""
+        status = self.status()
+        return [worker["pid"] for worker in status.get("workers", [status])]
+
     def descriptors(self) -> int:
-        """How many descriptors the server has open now."""
+        """How many descriptors the server has open now; of several processes, the supervisor."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def read_log(self) -> str:

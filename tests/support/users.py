@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar, TypeVarTuple, cast
 
 _PR_SET_SECUREBITS = 28
+_TIME_TO_DIE = 10.0
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -45,15 +46,17 @@ class Child(Generic[T]):
 
     def has_result(self, timeout: float | None) -> bool:
         """Whether `result` has something to return or raise, within so many seconds."""
-        poll = select.poll()  # select(2) takes no descriptor above 1023
-        poll.register(self._reader, select.POLLIN)
-        return bool(poll.poll(None if timeout is None else timeout * 1000))
+        return _readable(self._reader, timeout)
 
     def end(self) -> None:
-        """Kill it, unless `result` was called; one that cannot be killed now is left behind."""
+        """Kill it, unless `result` was called, and wait for its end, so that it keeps no mount busy; one that hangs is left
+        behind."""
         if not self._has_ended:
             self._has_ended = True
             os.kill(self._pid, signal.SIGKILL)
+            pidfd = os.pidfd_open(self._pid)
+            _readable(pidfd, _TIME_TO_DIE)
+            os.close(pidfd)
             os.waitpid(self._pid, os.WNOHANG)
             os.close(self._reader)
 
@@ -72,6 +75,12 @@ class Child(Generic[T]):
         if not succeeded:
             raise value
         return cast(T, value)
+
+
+def _readable(fd: int, timeout: float | None) -> bool:
+    poll = select.poll()  # select(2) takes no descriptor above 1023
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else timeout * 1000))
 
 
 def as_user(user: User, function: Callable[[*Ts], T], *args: *Ts, umask: int = 0o022) -> T:

@@ -9,11 +9,15 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
+
+from handlefs.config import Passthrough
 
 from ..lab.guest import Guest
 from ..lab.relay import IN_GUEST
 from ..nfs.knfsd import HandlefsExport
-from ..support.filesystems import filesystem
+from ..support.arguments import list_of, positive, whole
+from ..support.filesystems import KINDS, filesystem
 from ..support.server import mounted
 from .disturbances import DISTURBANCES
 from .over_nfs import exported
@@ -23,12 +27,11 @@ from .run import CLIENTS, TABLE, Figures, Plan, torture
 def main() -> int:
     arguments = _arguments()
     print(f"seed {arguments.seed}", flush=True)
-    kinds = arguments.fs.split(",")
     if arguments.nfs and not IN_GUEST:
-        return _in_guests(arguments, kinds)
+        return _in_guests(arguments)
     rows = []
-    for kind in kinds:
-        for mode in ["off"] if arguments.nfs else arguments.passthrough.split(","):
+    for kind in arguments.fs:
+        for mode in ["off"] if arguments.nfs else arguments.passthrough:
             figures = _run(arguments, kind, mode)
             if figures is None:
                 return 1
@@ -42,27 +45,38 @@ def _arguments() -> argparse.Namespace:
         prog="python -m tests.torture",
         description="Clients check every result while the server's processes are killed under them.",
     )
-    parser.add_argument("--minutes", type=float, default=5, help="of disturbances, on each file system (%(default)s)")
-    parser.add_argument("--fs", default="ext4,xfs,btrfs", help="file systems of the source (%(default)s)")
-    parser.add_argument("--passthrough", default="off,auto", help="modes, one after the other (%(default)s)")
+    parser.add_argument(
+        "--minutes", type=positive, default=5, help="of disturbances, on each file system (%(default)s)"
+    )
+    parser.add_argument(
+        "--fs", type=list_of(KINDS), default="ext4,xfs,btrfs", help="file systems of the source (%(default)s)"
+    )
+    parser.add_argument(
+        "--passthrough",
+        type=list_of(get_args(Passthrough)),
+        default="off,auto",
+        help="modes, one after the other (%(default)s)",
+    )
     parser.add_argument("--option", action="append", default=[], metavar="OPTION", help="of handlefs, as --workers=1")
     parser.add_argument("--nfs", action="store_true", help="clients over NFSv3 and NFSv4.2, in the NFS lab's guest")
-    parser.add_argument("--disturb", default=",".join(DISTURBANCES), help="by what, all by default (%(default)s)")
     parser.add_argument(
-        "--pause", type=float, nargs=2, metavar="S", help="between them, at random (0.02 0.1; NFS: 0.2 0.8)"
+        "--disturb",
+        type=list_of(DISTURBANCES),
+        default=",".join(DISTURBANCES),
+        help="by what, all by default (%(default)s)",
     )
-    parser.add_argument("--clients", type=int, default=CLIENTS, help="processes that work (%(default)s)")
+    parser.add_argument(
+        "--pause", type=positive, nargs=2, metavar="S", help="between them, at random (0.02 0.1; NFS: 0.2 0.8)"
+    )
+    parser.add_argument("--clients", type=whole, default=CLIENTS, help="processes that work (%(default)s)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 20), help="that of an earlier run")
-    arguments = parser.parse_args()
-    if unknown := set(arguments.disturb.split(",")) - set(DISTURBANCES):
-        parser.error(f"no such disturbance: {', '.join(sorted(unknown))}")
-    return arguments
+    return parser.parse_args()
 
 
-def _in_guests(arguments: argparse.Namespace, kinds: list[str]) -> int:
+def _in_guests(arguments: argparse.Namespace) -> int:
     """Run this again in a guest for each file system, and show what it says."""
     seconds = 60 * arguments.minutes
-    for kind in kinds:
+    for kind in arguments.fs:
         own = ["--fs", kind, "--seed", str(arguments.seed)]  # the last ones count
         command = [sys.executable, "-m", "tests.torture", *sys.argv[1:], *own]
         with Guest(command, [kind], timeout=2 * seconds + 300) as guest:
@@ -113,7 +127,7 @@ def _as_asked(plan: Plan, arguments: argparse.Namespace) -> Plan:
         plan,
         peace=max(seconds / 4, 5),
         disturbed=seconds,
-        disturbances=arguments.disturb.split(","),
+        disturbances=arguments.disturb,
         pause=tuple(arguments.pause) if arguments.pause else plan.pause,
         clients=arguments.clients,
     )

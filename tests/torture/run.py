@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import fcntl
 import functools
+import itertools
 import os
 import subprocess
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 from handlefs import control
 
-from ..posix.compare import in_the_end
+from ..posix.compare import PATIENCE, in_the_end
 from ..support.users import ALICE, BOB, ROOT, STAFF_ALICE, Child
 from .client import RECORD, Assignment, Client, Report, log_record
 from .disturbances import KILLS, Disturbed, Victim
@@ -25,8 +26,6 @@ from .features import FEATURES
 from .tree import expect
 
 CLIENTS = 8
-PATIENCE = 60.0
-"""Seconds after which a client, or a process that should have ended, counts as hanging."""
 WARM_UP = 1.0
 
 USERS = (ROOT, ALICE, BOB, STAFF_ALICE)
@@ -51,6 +50,15 @@ class Plan:
     """Stop a process before it is killed (tests/torture/over_nfs.py says why)."""
     closes: bool = True
     """Whether what clients have closed is closed: the NFS server keeps files open."""
+
+    @property
+    def base(self) -> Path:
+        """The directory of the run, on the source."""
+        return self.source / f"torture-{self.seed}"
+
+    @property
+    def ways(self) -> Sequence[tuple[Path, frozenset[str]]]:
+        return self.roots or ((self.mountpoint, FEATURES),)
 
 
 @dataclass
@@ -126,45 +134,16 @@ def spread(seconds: Sequence[float]) -> str:
 def torture(plan: Plan) -> Figures:
     """Run the plan. Raises WrongResult, or what else a client has met, with the seed in a note; TimeoutError if one hangs."""
     victim = Victim(plan.mountpoint, stop_first=plan.stop_first)
+    expect(in_the_end(lambda: "handlefs-spare" in victim.processes().values(), True), True, "a spare worker is there")
     before = status(plan)
     descriptors = _descriptors(victim.pid)
-    ways = plan.roots or ((plan.mountpoint, FEATURES),)
-    name = f"torture-{plan.seed}"
-    base = plan.source / name
-    assignments = [
-        Assignment(
-            number=number,
-            seed=plan.seed * 1000 + number,
-            user=USERS[number % len(USERS)],
-            base=ways[number % len(ways)][0] / name / f"client-{number}",
-            shared=ways[number % len(ways)][0] / name / "shared",
-            features=ways[number % len(ways)][1],
-        )
-        for number in range(plan.clients)
-    ]
-    _prepare(base, assignments)
+    assignments = _assignments(plan)
+    _prepare(plan.base, assignments)
     start = time.monotonic() + WARM_UP
     phases = [start, start + plan.peace, start + plan.peace + plan.disturbed]
-    holder = Child(_hold_lock, ways[-1][0] / name / "shared/locked", phases[2])
-    expect(in_the_end(lambda: (base / "shared/locked").stat().st_size, 1, seconds=PATIENCE), 1, "a lock is held")
-    probe = Child(functools.partial(_probe, ways[0][0] / name / "probe", phases[2]))
-    clients = [Child(Client(each).work, phases, user=each.user) for each in assignments]
     disturbed = Disturbed(victim, plan.disturbances, plan.seed, plan.pause)
-    try:
-        _wait(clients, phases[1])
-        with disturbed.running():
-            _wait(clients, phases[2])
-        reports = [client.result(PATIENCE) for client in clients]
-        calls = probe.result(PATIENCE)
-    except TimeoutError:
-        _cut(plan.mountpoint)
-        raise
-    finally:
-        holder.end()
-        probe.end()
-        for client in clients:
-            client.end()
-    _check_source(base, assignments, reports)
+    reports, calls = _work(plan, assignments, phases, disturbed)
+    _check_source(plan.base, assignments, reports)
     facts = _check_processes(plan, victim, descriptors)
     after = status(plan)
     peace, hit = _sort_calls(calls, phases, sorted(disturbed.times))
@@ -180,6 +159,43 @@ def torture(plan: Plan) -> Figures:
         finished=after["finished_in_flight"] - before["finished_in_flight"],
         facts=facts,
     )
+
+
+def _assignments(plan: Plan) -> list[Assignment]:
+    return [
+        Assignment(
+            number=number,
+            seed=plan.seed * 1000 + number,
+            user=USERS[number % len(USERS)],
+            base=root / plan.base.name / f"client-{number}",
+            shared=root / plan.base.name / "shared",
+            features=features,
+        )
+        for number, (root, features) in zip(range(plan.clients), itertools.cycle(plan.ways), strict=False)
+    ]
+
+
+def _work(
+    plan: Plan, assignments: Sequence[Assignment], phases: list[float], disturbed: Disturbed
+) -> tuple[list[Report], array[float]]:
+    """What the clients report when all `phases` have ended, and the times of `_probe`."""
+    (first, _), (last, _), name = plan.ways[0], plan.ways[-1], plan.base.name
+    holder = Child(_hold_lock, last / name / "shared/locked", phases[2])
+    expect(in_the_end(lambda: (plan.base / "shared/locked").stat().st_size, 1), 1, "a lock is held")
+    probe = Child(functools.partial(_probe, first / name / "probe", phases[2]))
+    clients = [Child(Client(each).work, phases, user=each.user) for each in assignments]
+    children: list[Child[Any]] = [holder, probe, *clients]
+    try:
+        _wait(clients, phases[1])
+        with disturbed.running():
+            _wait(clients, phases[2])
+        return [client.result(PATIENCE) for client in clients], probe.result(PATIENCE)
+    except TimeoutError:
+        _cut(plan.mountpoint)
+        raise
+    finally:
+        for child in children:
+            child.end()
 
 
 def status(plan: Plan) -> dict[str, Any]:
@@ -304,7 +320,7 @@ def _check_processes(plan: Plan, victim: Victim, descriptors: int) -> dict[str, 
         }
 
     nothing = {name: 0 for name in left()}
-    expect(in_the_end(left, nothing, seconds=PATIENCE), nothing, f"what is left ({_open_in(victim, plan.source)[:5]})")
+    expect(in_the_end(left, nothing), nothing, f"what is left ({_open_in(victim, plan.source)[:5]})")
     return {**nothing, "backing IDs": status(plan)["backing_ids"]}
 
 

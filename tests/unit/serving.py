@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from handlefs.credentials import Caller
 from handlefs.filesystem import SourceIdentity
@@ -20,6 +21,12 @@ from handlefs.source import Source
 ROOT = Caller(0, 0, 0, 0o022)
 IDENTITY = SourceIdentity("ext4:uuid:12345678-1234-1234-1234-123456789abc", FileHandle(1, bytes(8)))
 VOLUME = b"a volume's 16 by"
+SOME_TIME = 0.2
+"""Seconds, after which a change is not just now any more (handlefs/inlinenodes.py)."""
+NO_TIME = 0.05
+"""Seconds, after which it still is."""
+
+T = TypeVar("T")
 
 
 def mapped(number: int) -> MappedHandle:
@@ -47,6 +54,16 @@ def code(call: Callable[[], object]) -> str:
     except OSError as error:
         return errno.errorcode[error.errno or 0]
     return ""
+
+
+def promptly(act: Callable[[], T]) -> T:
+    """What comes of `act`, which changes something and looks at it: done again if the machine has been busy with others."""
+    for _ in range(100):
+        begin = time.monotonic()
+        result = act()
+        if time.monotonic() - begin < NO_TIME:
+            return result
+    raise TimeoutError(f"nothing is done within {NO_TIME} s here")
 
 
 def descriptors() -> set[int]:

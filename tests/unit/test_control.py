@@ -59,7 +59,7 @@ def talk(*lines: bytes) -> list[dict[str, Any]]:
     """Send lines over one connection; the replies."""
     path = next(control.runtime_dir().glob("*.sock"))
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(20)
+        connection.settimeout(60)
         connection.connect(str(path))
         connection.sendall(b"\n".join(lines) + b"\n")
         connection.shutdown(socket.SHUT_WR)
@@ -118,7 +118,7 @@ def test_an_idle_client_stops_neither_others_nor_the_end(runtime: Path) -> None:
         assert control.request(MOUNTPOINT, {"op": "status"})["ok"]
         ending = threading.Thread(target=listener.stop)
         ending.start()
-        ending.join(20)
+        ending.join(60)
         assert not ending.is_alive()
 
 

@@ -76,7 +76,7 @@ def test_nested_callers(tmp_path: Path) -> None:
 
 def test_threads_do_not_see_each_other(tmp_path: Path) -> None:
     """Sixteen callers at once, a new umask each; and a thread that acts for nobody stays itself."""
-    start = threading.Barrier(17)
+    start = threading.Barrier(17, timeout=60)
     strange: list[tuple[str, ...]] = []
 
     def create(uid: int) -> None:

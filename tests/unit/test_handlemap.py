@@ -230,7 +230,7 @@ def test_the_map_grows_while_another_process_reads(tmp_path: Path) -> None:
 def test_growing_is_done_once_for_all_threads(tmp_path: Path) -> None:
     """Each thread needs more room; the map must not double for each of them."""
     environment = GrowingEnvironment(tmp_path / "env", sync=False, databases=(b"db",))
-    start = threading.Barrier(8)
+    start = threading.Barrier(8, timeout=60)
 
     def fill(number: int) -> None:
         start.wait()

@@ -20,10 +20,7 @@ from handlefs.handle import FileHandle, handle_of, name_to_handle_at
 from handlefs.inlinenodes import ABSENT, InlineNodes
 from handlefs.nodeid import INLINE_FORMATS, inline_format
 from tests.support.filesystems import FileSystems, filesystem
-from tests.unit.serving import code, new_directory, serving
-
-SOME_TIME = 0.2
-"""Seconds, after which a change is not just now any more."""
+from tests.unit.serving import SOME_TIME, code, new_directory, promptly, serving
 
 
 @pytest.fixture(params=["compiled", "Python"])
@@ -77,10 +74,12 @@ def test_what_is_old_enough_is_found(ground: Ground, name: str) -> None:
 
 @pytest.mark.usefixtures("implementation")
 def test_what_has_just_changed_is_not_found(ground: Ground) -> None:
-    (ground.root / "file").chmod(0o600)
-    (ground.root / "new").touch()
-    assert ground.find("file") is None
-    assert ground.find("new") is None
+    def found_after_changes() -> list[object]:
+        (ground.root / "file").chmod(0o600)
+        (ground.root / "new").touch()
+        return [ground.find("file"), ground.find("new")]
+
+    assert promptly(found_after_changes) == [None, None]
     time.sleep(SOME_TIME)
     assert ground.find("file") is not None
     assert ground.find("new") is not None
@@ -119,7 +118,6 @@ Replace = Callable[[Path], None]
 
 def by_another(path: Path) -> None:
     (path.parent / "other").touch()
-    time.sleep(SOME_TIME)
     (path.parent / "other").rename(path)
 
 
@@ -149,7 +147,7 @@ def test_replaced_in_between(ext4: Path, monkeypatch: pytest.MonkeyPatch, replac
     monkeypatch.setattr(inlinenodes, "native", None)
     assert ground.find("file") is not None
     monkeypatch.setattr(inlinenodes, "look_at", look_at)
-    assert ground.find("file") is None
+    assert promptly(lambda: ground.find("file")) is None
     os.close(ground.fd)
 
 

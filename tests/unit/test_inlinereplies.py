@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -18,12 +19,10 @@ from handlefs.protocol.attributes import entry_out
 from handlefs.protocol.listing import direntplus
 from handlefs.transport import inlinereplies
 from tests.support.filesystems import FileSystems, run
-from tests.unit.serving import code, new_directory, serving
+from tests.unit.serving import SOME_TIME, code, new_directory, promptly, serving
 
 pytestmark = pytest.mark.skipif(native is None, reason="the accelerator is switched off or was not built")
 
-SOME_TIME = 0.2
-"""Seconds, after which a change is not just now any more."""
 TIMEOUTS = ((1, 500), (2, 0))
 
 
@@ -79,8 +78,12 @@ def test_the_same_entry_as_step_by_step(operations: Operations, name: bytes) -> 
 
 
 def test_entries_that_are_left_to_the_other_way(operations: Operations) -> None:
-    (Path(operations.source.path) / "new").touch()
-    for name in (b"directory", b"new", b".", b"..", b"x" * 256):
+    def entry_of_new() -> bytes | None:
+        (Path(operations.source.path) / "new").touch()
+        return entry(operations, ROOT_NODEID, b"new")
+
+    assert promptly(entry_of_new) is None
+    for name in (b"directory", b".", b"..", b"x" * 256):
         assert entry(operations, ROOT_NODEID, name) is None
 
 
@@ -112,24 +115,41 @@ def test_subdirectories(operations: Operations) -> None:
 def test_what_is_not_certain_is_left_to_the_other_way(operations: Operations) -> None:
     """A reply ends before it; one that would begin with it is none."""
     source = Path(operations.source.path)
-    (source / "directory" / "new").touch()
     nodeid = operations.lookup(ROOT_NODEID, b"directory").nodeid
-    check_reply_ends_before(operations, nodeid, b"new")
+
+    def listed_with_new() -> Listed:
+        (source / "directory" / "new").touch()
+        return listed(operations, nodeid)
+
+    check_reply_ends_before(promptly(listed_with_new), b"new")
     time.sleep(SOME_TIME)
     assert at_once(operations, nodeid) == step_by_step(operations, nodeid)
     run("mount", "-t", "tmpfs", "none", source / "directory" / "inner")
     try:
-        check_reply_ends_before(operations, nodeid, b"inner")
+        check_reply_ends_before(listed(operations, nodeid), b"inner")
     finally:
         run("umount", "--lazy", source / "directory" / "inner")  # it was opened to be listed
 
 
-def check_reply_ends_before(operations: Operations, nodeid: int, name: bytes) -> None:
-    certain, everything = at_once(operations, nodeid) or b"", step_by_step(operations, nodeid)
-    assert everything.startswith(certain)
-    assert name in everything.removeprefix(certain)
-    assert name not in certain
-    assert at_once(operations, nodeid, last_offset(certain)) is None
+class Listed(NamedTuple):
+    certain: bytes
+    """What one compiled step gives, up to where it does not know on, …"""
+    then: bytes | None
+    """… what it gives after that, …"""
+    everything: bytes
+    """… and what is there."""
+
+
+def listed(operations: Operations, nodeid: int) -> Listed:
+    certain = at_once(operations, nodeid) or b""
+    return Listed(certain, at_once(operations, nodeid, last_offset(certain)), step_by_step(operations, nodeid))
+
+
+def check_reply_ends_before(listed: Listed, name: bytes) -> None:
+    assert listed.everything.startswith(listed.certain)
+    assert name in listed.everything.removeprefix(listed.certain)
+    assert name not in listed.certain
+    assert listed.then is None
 
 
 def test_errors(operations: Operations) -> None:

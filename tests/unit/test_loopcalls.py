@@ -11,7 +11,7 @@ import pytest
 
 from handlefs.loopcalls import LoopCalls
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     name = f"@handlefs-{os.getpid()}" if request.param == "abstract" else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
         connection.bind(name.replace("@", "\0", 1))
-        connection.settimeout(20)
+        connection.settimeout(60)
         monkeypatch.setenv("NOTIFY_SOCKET", name)
         yield connection
 
@@ -61,7 +61,7 @@ def test_waiting_until_all_is_taken_in(manager: socket.socket) -> None:
     assert message == b"BARRIER=1"
     assert waiting.is_alive()
     os.close(barrier)
-    waiting.join(20)
+    waiting.join(60)
     assert not waiting.is_alive()
 
 

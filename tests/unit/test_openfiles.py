@@ -91,7 +91,7 @@ def test_restored_numbers() -> None:
 def test_two_threads_restore_one_number() -> None:
     """Both have opened the file; one descriptor is kept, the other closed, and release closes the rest."""
     files = OpenFiles()
-    start = threading.Barrier(4)
+    start = threading.Barrier(4, timeout=60)
     results: list[OpenFile] = []
     fds: list[int] = []
 

@@ -146,7 +146,7 @@ def test_two_threads_meet_an_unknown_number(ext4: Path, tmp_path: Path) -> None:
     with serving(root, tmp_path / "state") as second:
         second.getattr(node)
         before = len(os.listdir("/proc/self/fd"))
-        start = threading.Barrier(4)
+        start = threading.Barrier(4, timeout=60)
 
         def read() -> None:
             for fh in numbers:
@@ -253,7 +253,7 @@ def test_creating_the_same_name_at_once(ext4: Path, tmp_path: Path) -> None:
     root = new_directory(ext4)
     with serving(root, tmp_path / "state") as operations:
         outcomes: list[list[str]] = [[] for _ in range(40)]
-        start = threading.Barrier(4)
+        start = threading.Barrier(4, timeout=60)
 
         def create(flags: int) -> None:
             for number in range(40):
