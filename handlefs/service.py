@@ -27,6 +27,8 @@ def keep(state: State) -> None:
     """Have the manager keep what a successor needs of a new mount."""
     for name, fd in state.connection.descriptors().items():
         notify.store(name, fd, until_it_hangs_up=name == "device")
+    if state.metrics is not None:
+        notify.store("metrics", state.metrics)
     fd = state.to_memory()
     notify.store(_STATE, fd)
     os.close(fd)

@@ -78,9 +78,10 @@ class Supervisor:
         *,
         foreground: bool,
         inherited: handover.State | None = None,
+        metrics: int | None = None,
     ) -> None:
         """`cache_size` is for all workers together; in the `foreground` they log to stderr. It mounts, or takes over what it
-        has `inherited`."""
+        has `inherited`. `metrics` is a socket that a successor is to get, too."""
         self._config = config
         self._source = source
         self._state_dir = state_dir
@@ -88,6 +89,7 @@ class Supervisor:
         self._count = config.workers
         self._cache_size = cache_size
         self._inherited = inherited
+        self._metrics = metrics
         self._selector = selectors.DefaultSelector()
         self._calls = LoopCalls()
         self._reloading = threading.Lock()
@@ -486,6 +488,7 @@ class Supervisor:
             restarts=self._restarts,
             upgrades=self._upgrades,
             start_time=self._start_time,
+            metrics=self._metrics,
         )
 
     def _execute(self, control: int, client: int, prepared: contextlib.AbstractContextManager[None]) -> None:

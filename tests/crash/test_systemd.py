@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from handlefs.mount import unmount
 
 from ..posix.compare import in_the_end, outcome
 from ..support.filesystems import UnavailableError, is_mounted, run
+from ..support.meanwhile import meanwhile
 from ..support.server import ALARMING
 from ..support.systemd import Systemd, booted
 from ..support.users import Child
@@ -218,6 +220,29 @@ def test_what_is_open_goes_on(systemd: Systemd, ext4: Path, passthrough: str, en
 
         Child(client).result(TIMEOUT)
         assert in_the_end(service.stored, stored, seconds=TIMEOUT) == stored
+
+
+@pytest.mark.parametrize("end", ["restart", "crash"])
+def test_the_metrics_are_always_there(systemd: Systemd, ext4: Path, end: str) -> None:
+    """Nobody who connects is refused; in a restart nobody is cut off, either."""
+    with running(systemd, ext4, "--metrics=127.0.0.1:0") as service:
+        url = service.status()["metrics"]
+        host, _, port = url.split("/")[2].rpartition(":")
+
+        def scrape() -> None:
+            with socket.create_connection((host, int(port)), TIMEOUT) as client:
+                reply = outcome(get, client)
+            assert "handlefs_uptime_seconds" in str(reply) or (end == "crash" and reply in ("", "ECONNRESET", "EPIPE"))
+
+        with meanwhile(scrape, lambda: 0.0):
+            for _ in range(3):
+                service.do("restart") if end == "restart" else service.crash()
+        assert service.status()["metrics"] == url
+
+
+def get(client: socket.socket) -> str:
+    client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+    return client.makefile("rb").read().decode()
 
 
 def test_requests_are_finished_after_a_crash(systemd: Systemd, ext4: Path) -> None:
