@@ -172,7 +172,7 @@ class Server:
 
     def _leave(self) -> None:
         """The service manager starts a successor, which takes over or mounts anew."""
-        if isinstance(self.serving, Supervisor):
+        if isinstance(self.serving, Supervisor) and self.serving.can_be_left:
             if self._metrics is not None:
                 self._metrics.pause()
             self.serving.leave()

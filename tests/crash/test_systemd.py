@@ -245,6 +245,55 @@ def get(client: socket.socket) -> str:
     return client.makefile("rb").read().decode()
 
 
+def store_of(size: int) -> str:
+    """Lines of [Service] for a descriptor store of this size, of which systemd tells as from 254 on."""
+    return f"FileDescriptorStoreMax={size}\nEnvironment=FDSTORE={size}"
+
+
+def test_a_store_that_is_too_small_for_the_mount(systemd: Systemd, ext4: Path) -> None:
+    """A restart unmounts and mounts anew, and leaves no half of the old mount in the store."""
+    with running(systemd, ext4, service=store_of(3)) as service:
+        (service.path / "file").touch()
+        before = service.main_pid
+        service.do("restart")
+        assert service.main_pid != before
+        assert os.listdir(service.path) == ["file"]
+        assert service.stored() == 0
+        log = service.log_file.read_text()
+        assert log.count("keeps too few descriptors (FileDescriptorStoreMax=3, ") == 2
+        assert "cannot be gone on with" not in log
+        service.crash()
+        assert os.listdir(service.path) == ["file"]
+
+
+def test_a_store_that_is_too_small_for_removed_files(systemd: Systemd, ext4: Path) -> None:
+    """It keeps as many as it can, and the others live until a restart."""
+    with running(systemd, ext4, "--passthrough=off") as service:
+        needed = service.stored()
+        service.configure("--passthrough=off", service=store_of(needed + 2))
+        service.do("stop")
+        service.do("start")
+
+        def client() -> None:
+            files = [(service.path / f"{number}").open("w+b", buffering=0) for number in range(4)]
+            for number, file in enumerate(files):
+                file.write(b"content")
+                (service.path / f"{number}").unlink()
+            log = "keeps only 2 removed files that are open (FileDescriptorStoreMax=)"
+            assert in_the_end(lambda: service.log_file.read_text().count(log), 1, TIMEOUT) == 1
+            assert service.stored() == needed + 2
+            service.do("reload")  # the new supervisor knows which are in the store
+            assert [os.pread(file.fileno(), 10, 0) for file in files] == [b"content"] * 4
+            service.do("restart")
+            written = [
+                outcome(os.pwrite, file.fileno(), b"more", 0) for file in files
+            ]  # not from a cache, as what is read
+            assert sorted(map(str, written)) == ["4", "4", "ESTALE", "ESTALE"]
+
+        Child(client).result(TIMEOUT)
+        assert in_the_end(service.stored, needed, TIMEOUT) == needed
+
+
 def test_requests_are_finished_after_a_crash(systemd: Systemd, ext4: Path) -> None:
     """A worker dies at each point of MKDIR, and the supervisor together with it."""
     with running(systemd, ext4, "--workers=1") as service:
