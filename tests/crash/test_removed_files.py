@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ..posix.compare import in_the_end, outcome
-from ..support.filesystems import FileSystems
+from ..support.filesystems import FileSystems, filesystem, fill
 from ..support.server import mounted
 from ..support.users import Child
 from .conftest import TIMEOUT, Ground, serving
@@ -124,3 +124,33 @@ def test_opened_and_removed_at_once(ext4: Path, stopped: str) -> None:
             seen.append(written)
         assert [each for each in seen if each not in ((7, 0), "ENOENT")] == []
         assert (7, 0) in seen
+
+
+def test_a_full_state_disk_keeps_no_file_from_being_removed(btrfs: Path) -> None:
+    """It has no room for the node ID by which the file would be handed over."""
+    source = btrfs / "full-state"
+    source.mkdir()
+    with (
+        filesystem("ext4", "16M") as disk,
+        mounted(
+            source,
+            None,
+            "--transport=direct",
+            "--entry-timeout=60",
+            state_dir=disk / "state",
+            expected_log="handle map",
+        ) as server,
+    ):
+        victim = server.path / "victim"
+        victim.touch()
+        fill(disk)
+        for number in range(100_000):  # LMDB uses its free pages before the file has to grow
+            (source / f"{number}").touch()
+            if outcome((server.path / f"{number}").stat) == "ENOSPC":
+                break
+        else:
+            raise AssertionError("the disk is not full")
+        (source / "new").touch()
+        (source / "new").replace(source / "victim")  # the kernel believes for a minute that it knows what is there
+        assert outcome(os.unlink, victim) is None
+        assert not (source / "victim").exists()
