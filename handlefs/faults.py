@@ -1,9 +1,9 @@
-"""Fault injection, for tests only: a worker that kills itself at a given point of a given operation.
+"""Fault injection, for tests only: a worker that kills or stops itself at a given point of a given operation.
 
 HANDLEFS_FAULT names a file that says when: ``OPERATION POINT``, as ``mkdir 3``: at the third point, counted from 0, of the next
 MKDIR that a worker serves. Points are before and after each system call and each change of the slot. The file is
 removed first, so it happens once; with ``OPERATION always`` it stays, and all such requests kill their workers. A file
-that is still there after the request had fewer points.
+that is still there after the request had fewer points. With ``OPERATION POINT stop`` the worker is stopped (SIGSTOP).
 """
 
 import contextlib
@@ -38,12 +38,13 @@ class _Faulty:
         self._file = file
 
     def __call__(self, message: memoryview) -> None:
-        operation, point = self._wanted()
+        operation, point, *action = self._wanted()
         if operation != abi.OPCODE_NAMES.get(abi.fuse_in_header.unpack_from(message)[1]):
             return self._serve(message)
         if point == "always":
-            _die()
+            _end(signal.SIGKILL)
         self._left = int(point)
+        self._signal = signal.SIGSTOP if action == ["stop"] else signal.SIGKILL
         sys.setprofile(self._event)
         try:
             self._point()
@@ -51,12 +52,11 @@ class _Faulty:
         finally:
             sys.setprofile(None)
 
-    def _wanted(self) -> tuple[str, str]:
+    def _wanted(self) -> list[str]:
         try:
-            operation, point = self._file.read_text().split()
+            return self._file.read_text().split()
         except FileNotFoundError:
-            return "", ""
-        return operation, point
+            return ["", ""]
 
     def _event(self, frame: FrameType, event: str, function: Any) -> None:
         if event.startswith("c_"):
@@ -71,9 +71,9 @@ class _Faulty:
             sys.setprofile(None)
             with contextlib.suppress(FileNotFoundError):  # called off meanwhile
                 self._file.unlink()
-                _die()
+                _end(self._signal)
         self._left -= 1
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def _end(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)

@@ -48,6 +48,8 @@ class State:
     """When the mount was made, in seconds of the monotonic clock."""
     control: int | None = None
     """The socket on which the control server listens."""
+    metrics: int | None = None
+    """The socket on which the metrics server listens."""
     client: int | None = None
     """The connection that has asked for an upgrade and waits for the answer."""
 
@@ -57,16 +59,17 @@ class State:
 
     def descriptors(self) -> tuple[int, ...]:
         """All descriptors that it names."""
-        numbers = [self.control, self.client, *self.connection.descriptors().values()]
+        numbers = [self.control, self.metrics, self.client, *self.connection.descriptors().values()]
         numbers += [worker.commands for worker in self.workers] + [kept.fd for kept in self.removed]
         return tuple(number for number in numbers if number is not None)
 
     def inherited_as(self, numbers: Mapping[str, int], removed: Iterable[KeptFile]) -> "State":
-        """The same with the connection's descriptors under other numbers, and with these `removed` files. Raises KeyError if
-        a descriptor is missing."""
+        """The same with the descriptors of the connection and of the metrics server under other numbers, and with these
+        `removed` files. Raises KeyError if one of the connection is missing."""
         changed: dict[str, Any] = {name: numbers[name] for name in self.assignment.descriptors()}
         assignment = replace(self.assignment, **changed)
-        return replace(self, connection=Connection(assignment, numbers["inbox"]), removed=tuple(removed))
+        connection = Connection(assignment, numbers["inbox"])
+        return replace(self, connection=connection, metrics=numbers.get("metrics"), removed=tuple(removed))
 
     def to_memory(self) -> int:
         """A memory file that holds it; from_memory() reads it back. The caller closes the descriptor."""

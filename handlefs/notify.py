@@ -6,6 +6,7 @@ Without one (NOTIFY_SOCKET is not set) nothing is sent and nothing was handed ov
 import array
 import contextlib
 import logging
+import math
 import os
 import select
 import socket
@@ -30,6 +31,15 @@ _FIRST = 3  # SD_LISTEN_FDS_START
 def has_manager() -> bool:
     """Whether there is a service manager to be told things."""
     return bool(os.environ.get("NOTIFY_SOCKET"))
+
+
+def store_size() -> float:
+    """How many descriptors of this service the manager keeps: none without a manager, infinity if it does not say (systemd
+    does from 254 on: FDSTORE, systemd.exec(5))."""
+    if not has_manager():
+        return 0
+    said = os.environ.get("FDSTORE", "")
+    return int(said) if said.isdecimal() else math.inf
 
 
 def disown() -> None:

@@ -276,16 +276,16 @@ class Operations:
         self._check_writable()
         check_name(name)
         directory = self.inode(parent)
-        self._removing(directory, name)
-        os.unlink(name, dir_fd=directory.fd)
+        with self._removing(directory, name):
+            os.unlink(name, dir_fd=directory.fd)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """RMDIR."""
         self._check_writable()
         check_name(name)
         directory = self.inode(parent)
-        self._removing(directory, name)
-        os.rmdir(name, dir_fd=directory.fd)
+        with self._removing(directory, name):
+            os.rmdir(name, dir_fd=directory.fd)
 
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
         """RENAME2; of the flags RENAME_NOREPLACE and RENAME_EXCHANGE (EINVAL for others)."""
@@ -295,24 +295,57 @@ class Operations:
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
             raise OSError(errno.EINVAL, "rename flags not supported")
         old, new = self.inode(parent), self.inode(new_parent)
-        if not flags:
-            self._removing(new, new_name)
-        renameat2(old.fd, name, new.fd, new_name, flags)
+        with nullcontext() if flags else self._removing(new, new_name):
+            renameat2(old.fd, name, new.fd, new_name, flags)
 
-    def _removing(self, directory: Inode, name: bytes) -> None:
-        """Tell the peers of what is about to lose this name, if that can matter to anybody."""
+    @contextlib.contextmanager
+    def _removing(self, directory: Inode, name: bytes) -> Iterator[None]:
+        """The block takes this name away: tell the peers of what loses it, if that can matter to anybody.
+
+        Another process may be at an OPEN of it, and have told nobody yet. It looks at the names when it has (`opened_here`),
+        and here is looked again when the name has gone: so one of the two sees the other."""
         if self._peers is None:
+            yield
             return
+        nodeid = None
         try:
-            handle, mount_id, stat = look_at(directory.fd, name)
-            # Others are held without being opened here: a working directory, a fifo, a bound socket.
-            size = stat.st_blocks * 512
-            if not st.S_ISREG(stat.st_mode) or self._peers.wants(self._nodeid(handle, mount_id), size):
-                self._hand_over(self._peers, directory, name)
+            nodeid = self._before_removal(self._peers, directory, name)
         except OSError as error:
             # There is no object, or none with a node ID, and no room for one.
-            if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ESTALE, errno.ENOSPC):
+            if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ESTALE, errno.ENOSPC, errno.EDQUOT):
                 raise
+        yield
+        if nodeid is not None and self._peers.wants(nodeid, 0):
+            self._keep_removed(self._peers, nodeid)
+
+    def _before_removal(self, peers: Peers, directory: Inode, name: bytes) -> int | None:
+        """Hand the object over; or return its node ID, if no peer wants it now."""
+        handle, mount_id, stat = look_at(directory.fd, name)
+        # Others are held without being opened here: a working directory, a fifo, a bound socket.
+        if st.S_ISREG(stat.st_mode):
+            nodeid = self._nodeid(handle, mount_id)
+            if not peers.wants(nodeid, stat.st_blocks * 512):
+                return nodeid
+        self._hand_over(peers, directory, name)
+        return None
+
+    def opened_here(self, nodeid: int, fh: int) -> None:
+        """The peers know by now that `fh` is open, without the kernel holding it: if its name was taken away meanwhile, they
+        are told."""
+        file = self.open_files.get(nodeid, fh)
+        if self._peers is not None and file is not None and not os.fstat(file.fd).st_nlink:
+            self._keep_removed(self._peers, nodeid)
+
+    def _keep_removed(self, peers: Peers, nodeid: int) -> None:
+        """Hand over the file, if it has lost its last name. Its request has had its effect and must not fail: without, the file
+        dies with the process that has it open."""
+        try:
+            inode = self.inode(nodeid)
+            if not os.fstat(inode.fd).st_nlink:
+                peers.removing(nodeid, inode.fd)
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # closed by now
+                log.warning("a removed file that is open is not handed over: %s", error)
 
     def _hand_over(self, peers: Peers, directory: Inode, name: bytes) -> None:
         flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -10,6 +10,8 @@ import http
 import http.server
 import logging
 import math
+import os
+import select
 import socket
 import socketserver
 import threading
@@ -41,6 +43,8 @@ DEADLINE = 5.0
 """Seconds that a client has for its request and for taking the reply."""
 MAX_CLIENTS = 4
 """Clients that are served at a time; others find the connection closed."""
+PAUSE_TIMEOUT = 1.0
+"""Seconds that those which are being served get when a successor is to go on."""
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -48,32 +52,53 @@ _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class MetricsServer:
     """Answers ``GET /metrics`` from what `status` tells, which must be safe to call from any thread."""
 
-    def __init__(self, address: str, status: Callable[[], Status]) -> None:
-        """Listen at `address`, HOST:PORT; port 0 is any that is free. Raises StartupError."""
+    def __init__(self, address: str, status: Callable[[], Status], listening: int | None = None) -> None:
+        """Listen at `address`, HOST:PORT; port 0 is any that is free. Or go on `listening` with that socket of a predecessor.
+        Raises StartupError."""
         host, port = split_address(address)
         try:
             family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            self._server = _HttpServer(family, place, StatusCollector(status))
+            self._server = _HttpServer(family, place, StatusCollector(status), listening)
         except OSError as error:  # socket.gaierror too
             raise StartupError(f"cannot serve metrics at {address}: {error.strerror}") from error
         name, port = self._server.socket.getsockname()[:2]
         self.url = f"http://{f'[{name}]' if ':' in name else name}:{port}/metrics"
         """Where the metrics are."""
+        self._pausing = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread: threading.Thread | None = None
+
+    def fileno(self) -> int:
+        """The socket that it listens on."""
+        return self._server.fileno()
 
     def start(self) -> None:
         """Answer from now on, in threads of this process."""
-        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
-        self._thread.start()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+            self._thread.start()
+
+    def pause(self) -> None:
+        """Let in nobody from now on, and finish with those that are there, if that takes no longer than `PAUSE_TIMEOUT`. Who
+        comes meanwhile waits in the socket, for `start` or for a successor."""
+        thread, self._thread = self._thread, None  # a signal handler may pause it, too
+        if thread is not None:
+            os.eventfd_write(self._pausing, 1)
+            thread.join()
+            os.eventfd_read(self._pausing)
+            self._server.finish(PAUSE_TIMEOUT)
 
     def close(self) -> None:
         """Listen no more."""
-        if self._thread is not None:
-            self._server.socket.shutdown(
-                socket.SHUT_RDWR
-            )  # wakes the thread, which else looks for an end twice a second
-            self._server.shutdown()
+        self.pause()
         self._server.server_close()
+        os.close(self._pausing)
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._server, select.POLLIN)
+        poll.register(self._pausing, select.POLLIN)
+        while self._pausing not in dict(poll.poll()):
+            self._server.handle_request()
 
 
 class StatusCollector(Collector):
@@ -165,14 +190,26 @@ class _HttpServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     allow_reuse_address = True
     daemon_threads = True
     block_on_close = False
+    timeout = 0  # `handle_request` is called when there is one
 
-    def __init__(self, family: int, place: Any, collector: Collector) -> None:
+    def __init__(self, family: int, place: Any, collector: Collector, listening: int | None) -> None:
         self.address_family = family
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(collector)
         ProcessCollector(registry=self.registry)
         self._room = threading.BoundedSemaphore(MAX_CLIENTS)
-        super().__init__(place, _Connection)
+        super().__init__(place, _Connection, bind_and_activate=listening is None)
+        if listening is not None:
+            self.socket.close()
+            self.socket = socket.socket(fileno=listening)
+            self.socket.set_inheritable(False)
+
+    def finish(self, seconds: float) -> None:
+        """Wait for the clients that are being served, so long at most."""
+        deadline = time.monotonic() + seconds
+        places = [self._room.acquire(timeout=max(deadline - time.monotonic(), 0)) for _ in range(MAX_CLIENTS)]
+        if any(places):
+            self._room.release(places.count(True))
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:

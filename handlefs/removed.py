@@ -77,10 +77,15 @@ class KeptFile(NamedTuple):
     unique: int
     """The request that has removed it."""
     fd: int
+    is_stored: bool = False
+    """Whether it is in the store."""
 
 
 class Store(Protocol):
     """Where removed files are kept that are to outlive the supervisor."""
+
+    capacity: float
+    """How many it has room for."""
 
     def keep(self, file: KeptFile) -> None:
         """Keep it, too."""
@@ -95,7 +100,6 @@ class _Kept:
     is_new: bool = False
     """Whether the kernel has not known it yet: it makes its inode some time after the reply, when the client's thread runs."""
     pause: float = _ROUND
-    is_stored: bool = False
 
 
 def mailbox() -> tuple[socket.socket, socket.socket]:
@@ -114,14 +118,14 @@ class RemovedFiles:
         device: int,
         drops: DropLog,
         inbox: socket.socket,
-        store: Store,
+        store: Store | None,
         unfinished: Callable[[], Collection[int]],
         freed: Callable[[], None],
         capacity: int,
     ) -> None:
-        """It gets them by `inbox`, and has those that stay for a while in `store`, too. `unfinished` tells the numbers of the
-        requests that workers are at; `freed` is called when the workers should look into the drop log at once. Of descriptors
-        there may be at most `capacity`."""
+        """It gets them by `inbox`, and has those that stay for a while in `store`, too, if there is one. `unfinished` tells
+        the numbers of the requests that workers are at; `freed` is called when the workers should look into the drop log at
+        once. Of descriptors there may be at most `capacity`."""
         self._device = device
         self._drops = drops
         self._unfinished = unfinished
@@ -136,6 +140,8 @@ class RemovedFiles:
         self._to_free = 0  # bytes, since `freed` was called
         self._next_call = 0.0
         self._is_full = False
+        self._stored = 0
+        self._store_is_full = False
         self._ending = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread: threading.Thread | None = None
 
@@ -143,13 +149,15 @@ class RemovedFiles:
         return len(self._kept)
 
     def keep(self, file: KeptFile) -> None:
-        """Take over what a predecessor has kept, in the store, too. To be called before `start`."""
-        self._kept[file.nodeid] = _Kept(file, is_stored=True)
+        """Take over what a predecessor has kept. To be called before `start`."""
+        self._kept[file.nodeid] = _Kept(file)
+        self._stored += file.is_stored
         self._look_in(_ROUND, file.nodeid)
 
     @contextlib.contextmanager
     def still(self) -> Iterator[tuple[KeptFile, ...]]:
-        """All files, for a successor; they are in the store, too. Until the end of the block none is taken in or let go of."""
+        """All files, for a successor; in the store, too, as far as it has room. Until the end of the block none is taken in or
+        let go of."""
         self._stop()
         try:
             for kept in self._kept.values():
@@ -271,14 +279,27 @@ class RemovedFiles:
         kept = self._kept.pop(nodeid, None)
         if kept is not None:
             self._no_longer_new(kept)
-            if kept.is_stored:
+            if self._store is not None and kept.file.is_stored:
                 self._store.drop(kept.file)
+                self._stored -= 1
+                self._store_is_full = False
             os.close(kept.file.fd)
 
     def _keep_in_store(self, kept: _Kept) -> None:
-        if not kept.is_stored:
+        if self._store is None or kept.file.is_stored:
+            return
+        if self._stored < self._store.capacity:
             self._store.keep(kept.file)
-            kept.is_stored = True
+            self._stored += 1
+            kept.file = kept.file._replace(is_stored=True)
+            return
+        if not self._store_is_full:  # once, until there is room again
+            log.warning(
+                "the service manager keeps only %d removed files that are open (FileDescriptorStoreMax=): "
+                "a restart loses the others",
+                self._store.capacity,
+            )
+        self._store_is_full = True
 
     def _is_needed(self, kept: _Kept) -> bool:
         """Whether somebody has the object open, or will have. One that the kernel does not know yet is given time, until it is

@@ -107,16 +107,21 @@ class Server:
         else:  # by a descriptor of our own: it is needed until the map is closed
             self.state_dir = Path(f"/proc/self/fd/{os.dup(inherited.assignment.state_dir)}")
         self._open_map()
+        self._metrics = self._metrics_server()
         self.serving: Serving
         if config.transport == "pyfuse3":
             self.transport, self.serving = "pyfuse3", SingleProcess(config, self.source)
         else:
             self.transport = "direct"
-            source = self.source.volumes.opened
             self.serving = Supervisor(
-                config, source, self.state_dir, cache_size, foreground=foreground, inherited=inherited
+                config,
+                self.source.volumes.opened,
+                self.state_dir,
+                cache_size,
+                foreground=foreground,
+                inherited=inherited,
+                metrics=None if self._metrics is None else self._metrics.fileno(),
             )
-        self._metrics = self._metrics_server()
         actions = {"reload": self.reload, "upgrade": self.upgrade}
         self._control = ControlServer(self.status, self.evict, config, actions)
 
@@ -167,7 +172,9 @@ class Server:
 
     def _leave(self) -> None:
         """The service manager starts a successor, which takes over or mounts anew."""
-        if isinstance(self.serving, Supervisor):
+        if isinstance(self.serving, Supervisor) and self.serving.can_be_left:
+            if self._metrics is not None:
+                self._metrics.pause()
             self.serving.leave()
         else:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -226,7 +233,8 @@ class Server:
         from handlefs.prometheus import MetricsServer  # noqa: PLC0415 - most servers do without its library
 
         try:
-            return MetricsServer(self.config.metrics, self.status)
+            listening = None if self._inherited is None else self._inherited.metrics
+            return MetricsServer(self.config.metrics, self.status, listening)
         except StartupError as error:
             if self._inherited is None:
                 raise
@@ -244,19 +252,24 @@ class Server:
         """Go on with the code that is on disk, in the same process, which then answers. Raises ControlError."""
         supervisor = self._supervisor
         try:
-            supervisor.upgrade(self._control.fileno(), connection.fileno(), self._without_map())
+            supervisor.upgrade(self._control.fileno(), connection.fileno(), self._left_to_a_successor())
         except ReloadError as error:
             raise ControlError(str(error)) from error
         raise AssertionError("an upgrade does not return")
 
     @contextlib.contextmanager
-    def _without_map(self) -> Iterator[None]:
-        """Let go of the map meanwhile: of a process that just goes on as another program, LMDB would take readers for alive."""
+    def _left_to_a_successor(self) -> Iterator[None]:
+        """Cut off no client of the metrics, and let go of the map meanwhile: of a process that just goes on as another program,
+        LMDB would take readers for alive."""
+        if self._metrics is not None:
+            self._metrics.pause()
         self._close_map()
         try:
             yield
         finally:
             self._open_map()
+            if self._metrics is not None:
+                self._metrics.start()
 
     def _finish_upgrade(self, client: int) -> None:
         """Replace the workers with the old code, and answer the `client` that waits."""

@@ -23,17 +23,48 @@ _STATE = "state"
 _REMOVED = re.compile("removed-([0-9a-f]+)-([0-9a-f]+)")
 
 
-def keep(state: State) -> None:
-    """Have the manager keep what a successor needs of a new mount."""
-    for name, fd in state.connection.descriptors().items():
+def keep(state: State) -> bool:
+    """Have the manager keep what a successor needs of a new mount; returns whether it does."""
+    room = _room(state)
+    if room < 0:
+        if notify.has_manager():
+            log.warning(
+                "a restart mounts anew: the service manager keeps too few descriptors (FileDescriptorStoreMax=%d, and %d more "
+                "are needed)",
+                notify.store_size(),
+                -room,
+            )
+        return False
+    for name, fd in _needed(state).items():
         notify.store(name, fd, until_it_hangs_up=name == "device")
     fd = state.to_memory()
     notify.store(_STATE, fd)
     os.close(fd)
+    return True
+
+
+def keeps(state: State) -> bool:
+    """Whether the manager keeps what a successor needs of this mount."""
+    return _room(state) >= 0
+
+
+def _needed(state: State) -> dict[str, int]:
+    """The descriptors to be kept, but for the state itself, by name."""
+    metrics = {} if state.metrics is None else {"metrics": state.metrics}
+    return state.connection.descriptors() | metrics
+
+
+def _room(state: State) -> float:
+    """For how many more descriptors the manager has room when it keeps these; below 0: how many it lacks."""
+    return notify.store_size() - len(_needed(state)) - 1
 
 
 class RemovedStore:
     """The descriptor store, for removed files."""
+
+    def __init__(self, state: State) -> None:
+        """Beside what the manager `keeps` of the mount."""
+        self.capacity = _room(state)
 
     def keep(self, file: KeptFile) -> None:
         """Have the manager keep it, too."""
@@ -74,7 +105,7 @@ def inherited(config: Config) -> State | None:
 
 def _state(config: Config, stored: Mapping[str, int]) -> State:
     removed = [
-        KeptFile(int(match[1], 16), int(match[2], 16), fd)
+        KeptFile(int(match[1], 16), int(match[2], 16), fd, is_stored=True)
         for name, fd in stored.items()
         if (match := _REMOVED.fullmatch(name))
     ]

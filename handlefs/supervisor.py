@@ -78,9 +78,10 @@ class Supervisor:
         *,
         foreground: bool,
         inherited: handover.State | None = None,
+        metrics: int | None = None,
     ) -> None:
         """`cache_size` is for all workers together; in the `foreground` they log to stderr. It mounts, or takes over what it
-        has `inherited`."""
+        has `inherited`. `metrics` is a socket that a successor is to get, too."""
         self._config = config
         self._source = source
         self._state_dir = state_dir
@@ -88,6 +89,7 @@ class Supervisor:
         self._count = config.workers
         self._cache_size = cache_size
         self._inherited = inherited
+        self._metrics = metrics
         self._selector = selectors.DefaultSelector()
         self._calls = LoopCalls()
         self._reloading = threading.Lock()
@@ -108,6 +110,8 @@ class Supervisor:
         self._next_start = self._next_tick = 0.0
         self._is_ready = False
         self._is_leaving = False
+        self.can_be_left = inherited is not None and service.keeps(inherited)
+        """Whether a service manager keeps what a successor needs to go on with the mount."""
         self._unmounted = False
         self._connection = select.poll()
         self._rate = Rate()
@@ -138,7 +142,7 @@ class Supervisor:
 
     def _give_up(self) -> None:
         """Something has failed that was not foreseen: a service manager can have another process go on; else unmount."""
-        if notify.has_manager() and (self._is_ready or self._inherited is not None):
+        if self.can_be_left and (self._is_ready or self._inherited is not None):
             log.exception("the supervisor has failed, and leaves the mount to a successor")
             logging.shutdown()
             os._exit(1)  # nothing is to be undone; the workers die with this process
@@ -167,11 +171,13 @@ class Supervisor:
         self._counters = [Counters(slot.counters) for slot in self._slots]
         self._drops = DropLog(assignment.drops)
         inbox = stack.enter_context(socket.socket(fileno=os.dup(self._shared.inbox)))
+        if state is None:
+            self.can_be_left = service.keep(self._state(()))
         self._removed = RemovedFiles(
             self._device,
             self._drops,
             inbox,
-            service.RemovedStore(),
+            service.RemovedStore(self._state(())) if self.can_be_left else None,
             self._unfinished,
             self._drop_now,
             self._descriptors_for_removed_files(),
@@ -180,9 +186,7 @@ class Supervisor:
         self._selector.register(self._calls.fd, selectors.EVENT_READ, lambda: None)
         stack.callback(self._calls.close)
         stack.callback(self._selector.close)
-        if state is None:
-            service.keep(self._state(()))
-        else:
+        if state is not None:
             self._take_over(state)
         self._removed.start()
 
@@ -486,6 +490,7 @@ class Supervisor:
             restarts=self._restarts,
             upgrades=self._upgrades,
             start_time=self._start_time,
+            metrics=self._metrics,
         )
 
     def _execute(self, control: int, client: int, prepared: contextlib.AbstractContextManager[None]) -> None:

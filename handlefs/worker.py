@@ -255,7 +255,7 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
     line = _receive(commands)
     if line:
         _serve_slot(assignment, source, table, json.loads(line)["slot"], commands)
-    source.map.close()
+    _close_map(source)
     return 0
 
 
@@ -265,7 +265,7 @@ def rehearse(assignment: Assignment) -> None:
     table = _open_table(assignment)
     if table is not None:
         table.close()
-    _open_source(assignment).map.close()
+    _close_map(_open_source(assignment))
 
 
 def _open_source(assignment: Assignment) -> Source:
@@ -273,6 +273,11 @@ def _open_source(assignment: Assignment) -> Source:
     source = open_source(config.source, 0, config, assignment.opened_source)
     source.attach_map(open_map(assignment.state_path, source))
     return source
+
+
+def _close_map(source: Source) -> None:
+    with contextlib.suppress(OSError):  # a full disk: the supervisor says so, who closes it, too
+        source.map.close()
 
 
 def _open_table(assignment: Assignment) -> BackingTable | None:

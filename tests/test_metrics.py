@@ -21,6 +21,7 @@ from handlefs.prometheus import MAX_CLIENTS
 
 from .posix.compare import in_the_end, outcome
 from .support.filesystems import run
+from .support.meanwhile import meanwhile
 from .support.modes import TRANSPORTS
 from .support.server import Mounted, mounted
 from .support.users import Child
@@ -125,6 +126,28 @@ def test_upgrades_are_counted(direct: Mounted) -> None:
     assert value(scrape(direct), "upgrades_total") == 0
     run(sys.executable, "-m", "handlefs", "upgrade", direct.path, timeout=TIMEOUT)
     assert in_the_end(lambda: value(scrape(direct), "upgrades_total"), 1, TIMEOUT) == 1
+
+
+def test_no_scrape_fails_in_an_upgrade(direct: Mounted) -> None:
+    """The socket goes on, at a port that no successor could have found again, and who waits in it is answered."""
+    url = direct.status()["metrics"]
+
+    def get() -> None:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as reply:
+            assert b"handlefs_uptime_seconds" in reply.read()
+
+    with meanwhile(get, lambda: 0.0):
+        for _ in range(4):
+            run(sys.executable, "-m", "handlefs", "upgrade", direct.path, timeout=TIMEOUT)
+    assert direct.status()["metrics"] == url
+
+
+def test_an_idle_client_does_not_keep_an_upgrade_waiting(direct: Mounted) -> None:
+    host, _, port = direct.status()["metrics"].split("/")[2].rpartition(":")
+    with socket.create_connection((host, int(port)), TIMEOUT) as idle:
+        run(sys.executable, "-m", "handlefs", "upgrade", direct.path, timeout=TIMEOUT)
+        assert outcome(idle.recv, 1) in (b"", "ECONNRESET")
+    assert value(scrape(direct), "upgrades_total") == 1
 
 
 def test_only_the_metrics_are_there(direct: Mounted) -> None:

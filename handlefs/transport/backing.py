@@ -49,6 +49,11 @@ class BackingFiles:
         self._level = logging.WARNING if required else logging.INFO
         self._refused: set[int | None] = set()
 
+    @property
+    def are_possible(self) -> bool:
+        """Whether any file may get one."""
+        return self._table is not None
+
     def opened(self, nodeid: int, fh: int, fd: int) -> int:
         """`nodeid` has been opened as `fh`, with the descriptor `fd`: the backing ID for the reply, or `NO_BACKING`."""
         if self._table is None:

@@ -314,16 +314,25 @@ class Dispatcher:
     def _open(self, request: Request) -> Reply:
         flags, open_flags = abi.fuse_open_in.unpack_from(request.body)
         kill = bool(open_flags & abi.FUSE_OPEN_KILL_SUIDGID) if self._kernel_says_kill else request.uid != 0
-        return self._opened(request.nodeid, self._operations.open(request.nodeid, flags, kill_suidgid=kill), flags)
+        fh = self._operations.open(request.nodeid, flags, kill_suidgid=kill)
+        backing_id = self._backing_id(request.nodeid, fh)
+        if not backing_id and self._backing.are_possible:
+            self._operations.opened_here(request.nodeid, fh)
+        return self._open_out(request.nodeid, fh, flags, backing_id)
 
     def _opened(self, nodeid: int, fh: int, flags: int) -> bytes:
-        """struct fuse_open_out for a regular file, opened with the open(2) `flags`."""
+        """struct fuse_open_out for a new regular file, opened with the open(2) `flags`."""
+        return self._open_out(nodeid, fh, flags, self._backing_id(nodeid, fh))
+
+    def _backing_id(self, nodeid: int, fh: int) -> int:
         file = self._operations.open_files.get(nodeid, fh)
         try:
-            backing_id = NO_BACKING if file is None else self._backing.opened(nodeid, fh, file.fd)
+            return NO_BACKING if file is None else self._backing.opened(nodeid, fh, file.fd)
         except OSError:
             self._operations.release(nodeid, fh)  # the kernel will not: for it the file was never opened
             raise
+
+    def _open_out(self, nodeid: int, fh: int, flags: int, backing_id: int) -> bytes:
         open_flags = abi.FOPEN_PASSTHROUGH if backing_id else 0
         # FLUSH writes back what a mapping has made dirty in the kernel's cache: nothing, with passthrough or read-only.
         if (backing_id or flags & os.O_ACCMODE == os.O_RDONLY) and self._operations.close_says_nothing(nodeid):

@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from handlefs.mount import unmount
 
 from ..posix.compare import in_the_end, outcome
 from ..support.filesystems import UnavailableError, is_mounted, run
+from ..support.meanwhile import meanwhile
 from ..support.server import ALARMING
 from ..support.systemd import Systemd, booted
 from ..support.users import Child
@@ -221,10 +223,83 @@ def test_what_is_open_goes_on(systemd: Systemd, ext4: Path, passthrough: str, en
         assert in_the_end(service.stored, stored, seconds=TIMEOUT) == stored
 
 
+<<<<<<< HEAD
 def has_come_to(fault: Path, request: Child[object]) -> bool:
     """Whether a worker has died at `fault`; if not, the request has been answered before it came to that point."""
     in_the_end(lambda: request.has_result(0) or not fault.exists(), True)
     return not fault.exists()
+=======
+@pytest.mark.parametrize("end", ["restart", "crash"])
+def test_the_metrics_are_always_there(systemd: Systemd, ext4: Path, end: str) -> None:
+    """Nobody who connects is refused; in a restart nobody is cut off, either."""
+    with running(systemd, ext4, "--metrics=127.0.0.1:0") as service:
+        url = service.status()["metrics"]
+        host, _, port = url.split("/")[2].rpartition(":")
+
+        def scrape() -> None:
+            with socket.create_connection((host, int(port)), TIMEOUT) as client:
+                reply = outcome(get, client)
+            assert "handlefs_uptime_seconds" in str(reply) or (end == "crash" and reply in ("", "ECONNRESET", "EPIPE"))
+
+        with meanwhile(scrape, lambda: 0.0):
+            for _ in range(3):
+                service.do("restart") if end == "restart" else service.crash()
+        assert service.status()["metrics"] == url
+
+
+def get(client: socket.socket) -> str:
+    client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+    return client.makefile("rb").read().decode()
+
+
+def store_of(size: int) -> str:
+    """Lines of [Service] for a descriptor store of this size, of which systemd tells as from 254 on."""
+    return f"FileDescriptorStoreMax={size}\nEnvironment=FDSTORE={size}"
+
+
+def test_a_store_that_is_too_small_for_the_mount(systemd: Systemd, ext4: Path) -> None:
+    """A restart unmounts and mounts anew, and leaves no half of the old mount in the store."""
+    with running(systemd, ext4, service=store_of(3)) as service:
+        (service.path / "file").touch()
+        before = service.main_pid
+        service.do("restart")
+        assert service.main_pid != before
+        assert os.listdir(service.path) == ["file"]
+        assert service.stored() == 0
+        log = service.log_file.read_text()
+        assert log.count("keeps too few descriptors (FileDescriptorStoreMax=3, ") == 2
+        assert "cannot be gone on with" not in log
+        service.crash()
+        assert os.listdir(service.path) == ["file"]
+
+
+def test_a_store_that_is_too_small_for_removed_files(systemd: Systemd, ext4: Path) -> None:
+    """It keeps as many as it can, and the others live until a restart."""
+    with running(systemd, ext4, "--passthrough=off") as service:
+        needed = service.stored()
+        service.configure("--passthrough=off", service=store_of(needed + 2))
+        service.do("stop")
+        service.do("start")
+
+        def client() -> None:
+            files = [(service.path / f"{number}").open("w+b", buffering=0) for number in range(4)]
+            for number, file in enumerate(files):
+                file.write(b"content")
+                (service.path / f"{number}").unlink()
+            log = "keeps only 2 removed files that are open (FileDescriptorStoreMax=)"
+            assert in_the_end(lambda: service.log_file.read_text().count(log), 1, TIMEOUT) == 1
+            assert service.stored() == needed + 2
+            service.do("reload")  # the new supervisor knows which are in the store
+            assert [os.pread(file.fileno(), 10, 0) for file in files] == [b"content"] * 4
+            service.do("restart")
+            written = [
+                outcome(os.pwrite, file.fileno(), b"more", 0) for file in files
+            ]  # not from a cache, as what is read
+            assert sorted(map(str, written)) == ["4", "4", "ESTALE", "ESTALE"]
+
+        Child(client).result(TIMEOUT)
+        assert in_the_end(service.stored, needed, TIMEOUT) == needed
+>>>>>>> four
 
 
 def test_requests_are_finished_after_a_crash(systemd: Systemd, ext4: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import handlefs
+from handlefs.layout import LAYOUT
 
 from ..posix.compare import in_the_end, outcome
 from ..support.filesystems import FileSystems, is_mounted, scratch_directory
@@ -231,7 +232,7 @@ def test_signals_after_an_upgrade(ext4: Path) -> None:
     ("module", "old", "new", "message"),
     [
         ("worker", r"\Z", "def", "SyntaxError: invalid syntax"),
-        ("layout", r"^LAYOUT = 1$", "LAYOUT = 99", "another layout (99) than the processes that run (1)"),
+        ("layout", r"^LAYOUT = \d+$", "LAYOUT = 99", f"another layout (99) than the processes that run ({LAYOUT})"),
         ("opening", r"return HandleMap.*$", "raise OSError(5, 'no luck')", "cannot read the handle map"),
         ("supervisor", r"^class Supervisor", "import nothing_like_it\n\n\nclass Supervisor", "No module named"),
     ],

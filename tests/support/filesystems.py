@@ -120,6 +120,18 @@ def filesystem(
         yield root
 
 
+def fill(root: Path) -> None:
+    """Leave nothing of the file system, and have its pages written so that they are clean."""
+    size = 1 << 20
+    with (root / "fill").open("ab", buffering=0) as file:
+        while size >= 512:
+            try:
+                file.write(bytes(size))
+            except OSError:
+                size //= 2
+    os.sync()
+
+
 class FileSystems:
     """One scratch file system of each kind, made when first asked for and kept until `close`."""
 

@@ -25,7 +25,7 @@ from handlefs.handlemap import HandleMap, MappedHandle, read_key, write_key
 from handlefs.lmdbenv import INITIAL_MAP_SIZE, GrowingEnvironment
 from handlefs.mapcheck import in_the_way
 from handlefs.nodeid import KEY_SIZE, MAPPED_BIT
-from tests.support.filesystems import filesystem
+from tests.support.filesystems import filesystem, fill
 from tests.support.users import ROOT, as_user
 from tests.unit.serving import IDENTITY, code, mapped
 
@@ -512,15 +512,3 @@ def test_a_full_disk(kind: str, size: str) -> None:
 
     with filesystem(kind, size) as root:
         as_user(ROOT, lambda: scenario(root))
-
-
-def fill(root: Path) -> None:
-    """Leave nothing of the file system, and have its pages written so that they are clean."""
-    size = 1 << 20
-    with (root / "fill").open("ab", buffering=0) as file:
-        while size >= 512:
-            try:
-                file.write(bytes(size))
-            except OSError:
-                size //= 2
-    os.sync()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
@@ -63,6 +64,18 @@ def test_waiting_until_all_is_taken_in(manager: socket.socket) -> None:
     os.close(barrier)
     waiting.join(60)
     assert not waiting.is_alive()
+
+
+def test_the_size_of_the_store(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As systemd tells it from 254 on."""
+    assert manager
+    for said, size in (("7", 7), ("0", 0), ("", math.inf), ("many", math.inf)):
+        monkeypatch.setenv("FDSTORE", said)
+        assert notify.store_size() == size
+    monkeypatch.delenv("FDSTORE")
+    assert notify.store_size() == math.inf
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    assert notify.store_size() == 0
 
 
 def test_nobody_listens(manager: socket.socket, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,11 +18,10 @@ from handlefs.mapcheck import compact, verify
 from handlefs.nodeid import ROOT_NODEID
 from handlefs.operations import Changes, Operations
 from handlefs.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, Moment
-from tests.support.filesystems import KINDS, FileSystems, filesystem
+from tests.support.filesystems import KINDS, FileSystems, filesystem, fill
 from tests.support.users import ROOT as ROOT_USER
 from tests.support.users import as_user
 from tests.unit.serving import ROOT, code, new_directory, serving
-from tests.unit.test_handlemap import fill
 
 ALICE = Caller(4001, 4002, 0, 0o022)
 
