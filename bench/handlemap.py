@@ -19,7 +19,7 @@ from handlefs.handlemap import HandleMap, MappedHandle
 T = TypeVar("T")
 
 BATCH = 1_000_000
-LOOKUPS = 20_000
+LOOKUPS = 5000  # in a sample
 NEW_ENTRIES = 1000  # one at a time, as they come from look-ups
 VOLUME = b"a volume's 16 by"
 BTRFS_HANDLE = 0x4D
@@ -40,8 +40,8 @@ def measure(plan: Plan) -> Part:
                 plan.steps.step(f"{done + amount:,} entries")
                 _fill(handles, done, amount)
                 done += amount
-            figures += _measured(handles, plan.work / "state", count)
-            done += NEW_ENTRIES
+            figures += _measured(handles, plan.work / "state", count, plan.sizes.repeats)
+            done += NEW_ENTRIES * plan.sizes.repeats
     finally:
         handles.close()
     lookups = f"{LOOKUPS:,} at random, all in the page cache"
@@ -63,19 +63,20 @@ def _fill(handles: HandleMap, first: int, amount: int) -> None:
     handles.flush()
 
 
-def _measured(handles: HandleMap, state: Path, count: int) -> list[Figure]:
+def _measured(handles: HandleMap, state: Path, count: int, repeats: int) -> list[Figure]:
     size = sum(file.stat().st_blocks * 512 for file in state.rglob("data.mdb"))
-    known = [handle(random.Random(count).randrange(count)) for _ in range(LOOKUPS)]
-    nodeids = handles.assign(known)
-    new = [handle(number) for number in range(count, count + NEW_ENTRIES)]
-    found = {
-        "size": ("bytes an entry", size / count),
-        "node ID → handle": ("µs", _each(handles.get, nodeids)),
-        "handle → node ID": ("µs", _each(lambda item: handles.assign([item]), known)),
-        "new entry": ("µs", _each(lambda item: handles.assign([item]), new)),
-    }
+    generator = random.Random(count)
+    found: dict[str, list[float]] = {"node ID → handle": [], "handle → node ID": [], "new entry": []}
+    for first in range(count, count + repeats * NEW_ENTRIES, NEW_ENTRIES):
+        known = [handle(generator.randrange(count)) for _ in range(LOOKUPS)]
+        nodeids = handles.assign(known)
+        found["node ID → handle"].append(_each(handles.get, nodeids))
+        found["handle → node ID"].append(_each(lambda item: handles.assign([item]), known))
+        new = [handle(number) for number in range(first, first + NEW_ENTRIES)]
+        found["new entry"].append(_each(lambda item: handles.assign([item]), new))
     handles.flush()
-    return [Figure("map", str(count), f"{count:,}", name, unit, (value,)) for name, (unit, value) in found.items()]
+    times = [Figure("map", str(count), f"{count:,}", name, "µs", tuple(samples)) for name, samples in found.items()]
+    return [Figure("map", str(count), f"{count:,}", "size", "bytes an entry", (size / count,)), *times]
 
 
 def _each(call: Callable[[T], object], items: Sequence[T]) -> float:
