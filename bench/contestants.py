@@ -28,7 +28,7 @@ class Scope(Enum):
     """Where a contestant is measured: where it tells something that the others do not."""
 
     ALL = "in everything"
-    ONE_CLIENT = "not in rows with several clients"
+    ONE_CLIENT = "in the parts speed and growth, not with several clients"
     SPEED = "in the part speed"
     DATA = "in the part speed, with one client that reads or writes data"
 
@@ -117,6 +117,7 @@ STANDARD = (
     Contestant(
         "mergerfs",
         f"mergerfs -f -o cache.entry=1,cache.attr=1,cache.files=auto-full,minfreespace=0,{_SHARED} {{source}} {{mount}}",
+        scope=Scope.ONE_CLIENT,
         package="mergerfs",
     ),
 )

@@ -26,7 +26,7 @@ class Sizes:
     large: int = 100_000  # files in a directory that is listed with attributes
     listing: int = 1_000_000  # entries in one directory
     listing_rounds: int = 5
-    listing_minutes: float = 4.0
+    listing_minutes: float = 3.0
     # the others
     entries: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)  # in the handle map
     nodes: int = 1000  # inodes that a client holds

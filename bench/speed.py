@@ -156,7 +156,7 @@ def measure(plan: Plan) -> Part:
 def measure_listing(plan: Plan) -> Part:
     """The part `listing`."""
     sizes, source = plan.sizes, plan.work / "source"
-    contestants = plan.contestants(Scope.ALL, Scope.ONE_CLIENT)
+    contestants = plan.contestants(Scope.ALL)
     plan.steps.expect(1)
     plan.steps.step(f"making {sizes.large + sizes.listing:,} files")
     make_files(source / "large", sizes.large)
