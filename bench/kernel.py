@@ -102,23 +102,20 @@ def _cpu_clock(pid: int) -> float:
         return 0.0
 
 
-def wait_until_quiet(pids: Sequence[int], patience: float = PATIENCE_SECONDS) -> set[int]:
-    """Return when the servers have nothing left to do, such as the FORGETs that dropped caches cause; if some always have
-    something, after *patience* seconds. Those are returned."""
+def wait_until_quiet(pids: Sequence[int], patience: float = PATIENCE_SECONDS) -> int | None:
+    """Return when the servers have nothing left to do, such as the FORGETs that dropped caches cause; if there always is
+    something, after *patience* seconds: then the busiest of them is returned."""
     # FORGETs have no reply, so the kernel does not count them among the requests that wait.
-    deadline = time.monotonic() + patience
-    quiet, before, since = 0, {pid: cpu_seconds(pid) for pid in pids}, time.monotonic()
-    while True:
+    at_first, deadline = {pid: cpu_seconds(pid) for pid in pids}, time.monotonic() + patience
+    quiet, before, since = 0, sum(at_first.values()), time.monotonic()
+    while quiet < QUIET_POLLS:
+        if since > deadline:
+            return max(pids, key=lambda pid: cpu_seconds(pid) - at_first[pid])
         time.sleep(POLL_SECONDS)
-        now, used = time.monotonic(), {pid: cpu_seconds(pid) for pid in pids}
-        allowed = QUIET_SHARE * (now - since)
-        busy = sum(used.values()) - sum(before.values()) > allowed
-        quiet = 0 if busy else quiet + 1
-        if quiet == QUIET_POLLS:
-            return set()
-        if now > deadline:
-            return {pid for pid in pids if used[pid] - before[pid] > allowed / len(pids)}
+        now, used = time.monotonic(), sum(map(cpu_seconds, pids))
+        quiet = quiet + 1 if used - before <= QUIET_SHARE * (now - since) else 0
         before, since = used, now
+    return None
 
 
 def is_mounted(mountpoint: Path) -> bool:

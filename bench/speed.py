@@ -183,8 +183,8 @@ def measure_once(row: Row, place: Place, places: Sequence[Place], sizes: Sizes) 
 def _wait_until_quiet(places: Sequence[Place]) -> None:
     """Return when all servers are idle. One that never is gets ended: it would disturb all samples to come."""
     servers = {place.pid: place for place in places if place.pid is not None and place.is_running}
-    for pid in kernel.wait_until_quiet(list(servers)):
-        servers[pid].end(f"it was still busy {kernel.PATIENCE_SECONDS} s after the last request, and was ended")
+    while (busy := kernel.wait_until_quiet(list(servers))) is not None:
+        servers.pop(busy).end(f"it was still busy {kernel.PATIENCE_SECONDS} s after the last request, and was ended")
 
 
 def _run_client(row: Row, place: Place, sizes: Sizes) -> Sample:
