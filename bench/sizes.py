@@ -22,7 +22,7 @@ class Sizes:
     minutes: float = 17.0  # begin no round that would not end within
     # growth and listing
     inodes: tuple[int, ...] = (10_000, 30_000, 100_000, 300_000, 1_000_000)
-    patience: float = 120.0  # seconds for the walk of one contestant
+    patience: float = 75.0  # seconds for the walk of one contestant
     large: int = 100_000  # files in a directory that is listed with attributes
     listing: int = 1_000_000  # entries in one directory
     listing_rounds: int = 5
