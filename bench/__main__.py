@@ -1,27 +1,41 @@
 """How fast handlefs is beside a plain directory and other servers, and what it needs: all of it, or single parts.
 
-python -m bench [--scale full|quick|tiny] [--only PART] [--directory DIR] [--results FILE] [...]
+python -m bench [--scale full|quick|tiny] [--only PART] [--directory DIR] [--results FILE] [--report] [...]
 """
 
 import argparse
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
-from bench import contestants, figures, growth, handlemap, nfs, nodes, profile, requirements, restart, sections, speed
+from bench import (
+    command,
+    contestants,
+    figures,
+    growth,
+    handlemap,
+    handles,
+    nfs,
+    nodes,
+    profile,
+    report,
+    requirements,
+    restart,
+    sections,
+    speed,
+)
+from bench.command import EXPECTED, positive, told
 from bench.contestants import STANDARD, Contestant, parse_peer
 from bench.errors import BenchError, UnavailableError
 from bench.figures import Part
 from bench.plan import Bar, Plan
 from bench.sizes import SCALES, Sizes
-from bench.tables import failures
+from bench.tables import remarks
 from bench.workloads import WORKLOADS
 
 PARTS: Mapping[str, Callable[[Plan], Part]] = {
@@ -33,19 +47,12 @@ PARTS: Mapping[str, Callable[[Plan], Part]] = {
     "restart": restart.measure,
     "nfs": nfs.measure,
     "profile": profile.measure,
+    "handles": handles.measure,
 }
 
 
 WIDTH = 180
 """Columns of the tables in a file or a pipe."""
-
-
-def positive(text: str) -> int:
-    """A number for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def peer(text: str) -> Contestant:
@@ -60,7 +67,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; exits with a usage message if it is wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--scale", choices=SCALES, default="full", help="full: under 45 minutes; quick: under 3; tiny: to try it out")
+    add("--scale", choices=SCALES, default="full", help="full: under 35 minutes; quick: under 3; tiny: to try it out")
     add("--only", action="append", default=[], choices=PARTS, metavar="PART",
         help=f"only this part; may be repeated. One of: {', '.join(PARTS)}")  # fmt: skip
     add("--directory", type=Path, default=Path(), help="measure the file system of this directory (default: .)")
@@ -72,6 +79,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--workload", action="append", default=[], choices=[workload.name for workload in WORKLOADS], metavar="NAME",
         help=f"in speed and nfs: only this one; may be repeated. One of: {', '.join(w.name for w in WORKLOADS)}")  # fmt: skip
     add("--rounds", type=positive, metavar="N", help="samples of each figure in the parts with rounds")
+    add("--report", action="store_true", help="write the report of the result file at the end: see bench.report")
     add("--minutes", type=float, metavar="M", help="begin no round of a part that would not end within")
     return parser.parse_args(argv)
 
@@ -112,8 +120,10 @@ def measure(arguments: argparse.Namespace, console: Console) -> bool:
     """Measure part by part, and keep each at once: what has been measured is not lost if a later one fails. False if one
     failed; one that is not possible on this machine does not count."""
     wanted, sizes = chosen(arguments), sizes_of(arguments)
-    requirements.check_machine()
     parts = arguments.only or list(PARTS)
+    requirements.check_machine(parts)
+    if arguments.report:
+        report.check()
     requirements.check_space(arguments.directory, parts, sizes, len(wanted))
     figures.check_writable(arguments.results)
     requirements.raise_descriptor_limit(sizes)
@@ -122,14 +132,14 @@ def measure(arguments: argparse.Namespace, console: Console) -> bool:
         ready, left_out = contestants.prepare(wanted, work / "bin")
         for name in parts:
             bar = Bar(console, name)
-            try:
-                with bar.shown(), workplace(work) as place:
-                    part = PARTS[name](Plan(place, work / "bin", ready, sizes, bar, workloads_of(arguments), left_out))
-                    bar.step("removing the files")
-            except (BenchError, OSError) as error:
-                failed |= not isinstance(error, UnavailableError)
-                console.print(f"{name}: not measured: {error}", highlight=False, markup=False)
-                continue
+            with bar.shown(), workplace(work) as place:
+                plan = Plan(place, work / "bin", ready, sizes, bar, workloads_of(arguments), left_out)
+                try:
+                    part = PARTS[name](plan)
+                except EXPECTED as error:
+                    failed |= not isinstance(error, UnavailableError)
+                    part = plan.failed(told(error))
+                bar.step("removing the files")
             figures.save(arguments.results, {name: part})
             show(name, part)
     return not failed
@@ -142,30 +152,22 @@ def show(name: str, part: Part) -> None:
         console.print(line, highlight=False, markup=False)
     for grid in sections.grids_of(sections.SECTIONS[name], part):
         console.print(grid.rich())
-    for line in failures(part.figures):
+    for line in remarks(part.figures):
         console.print(line, highlight=False, markup=False)
 
 
-def interrupt(_number: int, _frame: FrameType | None) -> None:
-    """End like Ctrl-C, so that everything is removed; a second time is ignored, it would leave something behind."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    print("ending; unmounting and removing everything", file=sys.stderr)
-    raise KeyboardInterrupt
+def work(arguments: argparse.Namespace) -> int:
+    """Measure, and write the report if it is wanted, also after a failure: of what the other parts have found."""
+    good = measure(arguments, Console(stderr=True))
+    if arguments.report:
+        report.write_report(arguments.results)
+    return 0 if good else 1
 
 
 def main() -> int:
     """The exit status: 0, or 1 after a message, or 130 after Ctrl-C."""
     arguments = parse_arguments(sys.argv[1:])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
-    try:
-        return 0 if measure(arguments, Console(stderr=True)) else 1
-    except (BenchError, OSError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return command.run("bench", lambda: work(arguments))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 SIZES is a JSON object with the fields of `Sizes`; the sample is printed as JSON. A new process for every sample has no
 descriptors, no garbage and no progress display of an earlier one in the way. Several clients are its children, which
-begin at the same time.
+prepare, begin their calls and clean up at the same time.
 """
 
 import gc
@@ -10,49 +10,76 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import time
 from dataclasses import asdict
+from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from threading import BrokenBarrierError
 
 from bench.sizes import Sizes
 from bench.workloads import BY_NAME, Sample, Share, Workload
 
-START_SECONDS = 60
+MEET_SECONDS = 60
+LEAD_SECONDS = 0.02
+"""From the arrival of the last one to the moment at which all go on: time to be woken in."""
 
 
 def together(workload: Workload, directory: Path, sizes: Sizes, clients: int) -> Sample:
     """Do the workload with several clients."""
     context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(clients)
-    with context.Pool(clients, _wait_at, (barrier,)) as pool:
-        shares = [(workload.name, directory, sizes, Share(number, clients)) for number in range(clients)]
-        return Sample.together(pool.starmap(_work, shares, chunksize=1))
+    start = context.Value("d")
+
+    def agree() -> None:
+        start.value = time.monotonic() + LEAD_SECONDS
+
+    barrier = context.Barrier(clients, agree, MEET_SECONDS)
+    with context.Pool(clients, _take, (barrier, start)) as pool:
+        shares = [(workload.name, directory, sizes, Share(number, clients, meet)) for number in range(clients)]
+        samples = pool.starmap(_work, shares, chunksize=1)
+    done = [sample for sample in samples if sample is not None]
+    if len(done) < clients:  # none of them has an error of its own, so one was late
+        raise RuntimeError(f"{clients} clients did not get ready in {MEET_SECONDS} s")
+    return Sample.together(done)
 
 
-_barrier: Barrier | None = None
+_barrier: Barrier
+_start: "Synchronized[float]"
 
 
-def _wait_at(barrier: Barrier) -> None:
-    global _barrier  # noqa: PLW0603 - how a pool hands something to its processes
-    _barrier = barrier
+def _take(barrier: Barrier, start: "Synchronized[float]") -> None:
+    global _barrier, _start
+    _barrier, _start = barrier, start
 
 
-def _work(name: str, directory: Path, sizes: Sizes, share: Share) -> Sample:
-    assert _barrier is not None
-    _barrier.wait(START_SECONDS)  # so that each process takes one share
-    return BY_NAME[name].run(directory, sizes, share)
+def meet() -> None:
+    """Return when all clients are here, in all of them at the same moment. Raises BrokenBarrierError if one has failed."""
+    _barrier.wait()
+    time.sleep(max(0.0, _start.value - time.monotonic()))
+
+
+def _work(name: str, directory: Path, sizes: Sizes, share: Share) -> Sample | None:
+    """The sample of one client; None if another one has failed, which tells why."""
+    try:
+        meet()  # so that each process takes one share
+        return BY_NAME[name].run(directory, sizes, share)
+    except BrokenBarrierError:
+        return None
+    except BaseException:
+        _barrier.abort()
+        raise
 
 
 def main() -> None:
     name, directory, sizes, clients = sys.argv[1], Path(sys.argv[2]), Sizes(**json.loads(sys.argv[3])), int(sys.argv[4])
     gc.disable()
     try:
-        if clients == 1:
-            sample = BY_NAME[name].run(directory, sizes, Share())
+        if clients == 1 or BY_NAME[name].own_clients:
+            sample = BY_NAME[name].run(directory, sizes, Share(0, clients))
         else:
             sample = together(BY_NAME[name], directory, sizes, clients)
     except OSError as error:  # without the path, which is gone when the report is read
-        sys.exit(error.strerror)
+        sys.exit(error.strerror or str(error))
     except subprocess.CalledProcessError as error:
         sys.exit(f"{error.cmd[0]} failed: {error.stderr.decode(errors='replace').strip()[-200:]}")
     print(json.dumps(asdict(sample)))

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from bench import examples, kernel
@@ -17,10 +18,19 @@ from bench.children import environment
 from bench.errors import BenchError, UnavailableError, WorkloadError
 from bench.figures import NATIVE
 
-HANDLEFS = "direct"
-"""The contestant that the reports are about."""
+HANDLEFS = ("direct", "direct-4")
+"""The contestants that the reports are about: one worker, and the default."""
 START_SECONDS = 30
 END_SECONDS = 60  # a server may have 100,000 inodes to forget
+
+
+class Scope(Enum):
+    """Where a contestant is measured: where it tells something that the others do not."""
+
+    ALL = "in everything"
+    ONE_CLIENT = "in the parts speed and growth, not with several clients"
+    SPEED = "in the part speed"
+    DATA = "in the part speed, with one client that reads or writes data"
 
 
 @dataclass(frozen=True)
@@ -28,13 +38,12 @@ class Contestant:
     """A name for tables and options, and the foreground command that serves {source} at {mount}; none for native.
 
     {state} and {bin} may stand in it too: a place for the server's own files, and the directory of built examples. A
-    `variant` is another one with other options, measured only where the options matter; a `quick` one is in the quick
-    mode too. `package` is the Debian package of the command.
+    `quick` one is in the quick mode too. `package` is the Debian package of the command.
     """
 
     name: str
     command: str | None
-    variant: bool = False
+    scope: Scope = Scope.ALL
     quick: bool = False
     package: str = ""
 
@@ -74,14 +83,14 @@ _ONE_SECOND = ("--entry-timeout=1", "--attr-timeout=1")
 _SHARED = "default_permissions,allow_other"
 STANDARD = (
     Contestant(NATIVE, None, quick=True),
-    Contestant(HANDLEFS, handlefs(*_ONE_SECOND, "--transport=direct", "--passthrough=on", "--workers=1"), quick=True),
+    Contestant("direct", handlefs(*_ONE_SECOND, "--transport=direct", "--passthrough=on", "--workers=1"), quick=True),
+    Contestant("direct-4", handlefs(*_ONE_SECOND, "--transport=direct", "--passthrough=on", "--workers=4")),
     Contestant(
-        "direct-4", handlefs(*_ONE_SECOND, "--transport=direct", "--passthrough=on", "--workers=4"), variant=True
+        "direct-nopass",
+        handlefs(*_ONE_SECOND, "--transport=direct", "--passthrough=off", "--workers=1"),
+        scope=Scope.DATA,
     ),
-    Contestant(
-        "direct-nopass", handlefs(*_ONE_SECOND, "--transport=direct", "--passthrough=off", "--workers=1"), variant=True
-    ),
-    Contestant("pyfuse3", handlefs(*_ONE_SECOND, "--transport=pyfuse3")),
+    Contestant("pyfuse3", handlefs(*_ONE_SECOND, "--transport=pyfuse3"), scope=Scope.ONE_CLIENT),
     Contestant(
         "passthrough_ll",
         f"{{bin}}/passthrough_ll -f -o source={{source}},timeout=1,cache=auto,{_SHARED} {{mount}}",
@@ -90,15 +99,25 @@ STANDARD = (
     Contestant(
         "passthrough_ll-1",
         f"{{bin}}/passthrough_ll -f -s -o source={{source}},timeout=1,cache=auto,{_SHARED} {{mount}}",
-        variant=True,
+        scope=Scope.SPEED,
         quick=True,
     ),
-    Contestant("passthrough_fh", f"{{bin}}/passthrough_fh -f -o modules=subdir,subdir={{source}},{_SHARED} {{mount}}"),
+    Contestant(
+        "passthrough_fh",
+        f"{{bin}}/passthrough_fh -f -o modules=subdir,subdir={{source}},{_SHARED} {{mount}}",
+        scope=Scope.ONE_CLIENT,
+    ),
     Contestant("passthrough_hp", "{bin}/passthrough_hp --foreground -o allow_other {source} {mount}"),
-    Contestant("bindfs", "bindfs -f -o entry_timeout=1,attr_timeout=1 {source} {mount}", package="bindfs"),
+    Contestant(
+        "bindfs",
+        "bindfs -f -o entry_timeout=1,attr_timeout=1 {source} {mount}",
+        scope=Scope.ONE_CLIENT,
+        package="bindfs",
+    ),
     Contestant(
         "mergerfs",
         f"mergerfs -f -o cache.entry=1,cache.attr=1,cache.files=auto-full,minfreespace=0,{_SHARED} {{source}} {{mount}}",
+        scope=Scope.ONE_CLIENT,
         package="mergerfs",
     ),
 )
@@ -131,7 +150,7 @@ def prepare(contestants: Sequence[Contestant], binaries: Path) -> tuple[list[Con
     return ready, left_out
 
 
-@dataclass(frozen=True)
+@dataclass
 class Place:
     """A contestant that is ready: where clients go, where the files are, its server's process and its log."""
 
@@ -140,6 +159,8 @@ class Place:
     source: Path
     server: "subprocess.Popen[bytes] | None" = None
     log: Path = Path(os.devnull)
+    ended: str = ""
+    """Why the measurement has ended the server."""
 
     @property
     def name(self) -> str:
@@ -151,15 +172,25 @@ class Place:
         """The server's process ID, if there is one."""
         return None if self.server is None else self.server.pid
 
-    def kill(self) -> None:
-        """End the server at once; whoever waits for its answers gets errors."""
+    @property
+    def is_running(self) -> bool:
+        """Whether the server has not ended."""
+        return self.server is None or self.server.poll() is None
+
+    def end(self, why: str) -> None:
+        """End the server at once; whoever waits for its answers gets errors, and `check` tells *why*."""
         if self.server is not None:
+            self.ended = why
             for process in reversed(kernel.processes(self.server.pid)):
                 kernel.kill(process)
+            self.server.wait(END_SECONDS)
 
     def check(self) -> None:
         """Raise a WorkloadError if the server has ended."""
-        if self.server is not None and self.server.poll() is not None:
+        if self.ended:
+            raise WorkloadError(self.ended)
+        if not self.is_running:
+            assert self.server is not None
             raise WorkloadError(f"the server has ended with status {self.server.returncode}{_end_of(self.log)}")
 
 
@@ -226,7 +257,9 @@ def _end(server: "subprocess.Popen[bytes]", mountpoint: Path) -> None:
 
 
 def _umount(mountpoint: Path, *options: str) -> None:
-    subprocess.run(["umount", *options, str(mountpoint)], check=False, capture_output=True, timeout=END_SECONDS)
+    """Unmount as far as that is possible; the caller looks whether it was."""
+    with suppress(subprocess.TimeoutExpired):  # it waits for a server that does not answer
+        subprocess.run(["umount", *options, str(mountpoint)], check=False, capture_output=True, timeout=END_SECONDS)
 
 
 def _end_of(log: Path) -> str:

@@ -24,7 +24,7 @@ class Figure:
     """One cell of a table. The samples are in `unit`, and of all of them less is better.
 
     In a table with rounds, samples at the same place of two figures in a row were taken soon after another. `failure`
-    says why there are no (more) samples.
+    says why there are no (more) samples, `note` what is to be known about those that are there.
     """
 
     table: str
@@ -34,6 +34,7 @@ class Figure:
     unit: str
     samples: tuple[float, ...]
     failure: str = ""
+    note: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -43,12 +44,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Conditions:
-    """On what a part was measured: facts by name; the servers' commands and mount options; who was left out, and why."""
+    """On what a part was measured: facts by name; the servers' commands and mount options; who was left out, and why.
+
+    `failure` says why nothing of the part could be measured.
+    """
 
     facts: dict[str, str] = field(default_factory=dict)
     commands: dict[str, str] = field(default_factory=dict)
     mount_options: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    failure: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench import kernel
 from bench.children import environment
-from bench.contestants import Place
+from bench.contestants import Place, Scope
 from bench.errors import BenchError, WorkloadError
 from bench.figures import NATIVE, Figure, Part
 from bench.plan import Plan
@@ -28,7 +28,7 @@ UNITS = {"growth-memory": "MiB", "growth-descriptors": "descriptors", "growth-ti
 def measure(plan: Plan) -> Part:
     """The part `growth`."""
     counts, tree = plan.sizes.inodes, plan.work / "source"
-    contestants = [one for one in plan.contestants(variants=False) if one.name != NATIVE]
+    contestants = [one for one in plan.contestants(Scope.ALL, Scope.ONE_CLIENT) if one.name != NATIVE]
     plan.steps.expect(1 + len(contestants))
     plan.steps.step(f"making {max(counts):,} files")
     _make_tree(tree, max(counts))
@@ -94,7 +94,7 @@ class _Walker:
 
     def _give_up(self) -> None:
         self._late.set()
-        self._place.kill()
+        self._place.end(f"not within {self._patience:g} s")
 
     def go_on(self) -> Mapping[str, float]:
         """The inodes that it has seen at the next count, and the seconds. Raises WorkloadError if it does not get there."""

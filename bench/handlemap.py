@@ -7,6 +7,7 @@ it is measured, with everything in its durable part.
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,8 @@ from handlefs.handlemap import HandleMap, MappedHandle
 T = TypeVar("T")
 
 BATCH = 1_000_000
-LOOKUPS = 20_000
+COMMIT = 50_000  # entries in a transaction, each of which may dirty a page
+LOOKUPS = 5000  # in a sample
 NEW_ENTRIES = 1000  # one at a time, as they come from look-ups
 VOLUME = b"a volume's 16 by"
 BTRFS_HANDLE = 0x4D
@@ -31,8 +33,7 @@ def measure(plan: Plan) -> Part:
     counts = plan.sizes.entries
     plan.steps.expect(sum(-(-count // BATCH) for count in counts))
     identity = SourceIdentity("btrfs:uuid:00000000-0000-0000-0000-000000000000", FileHandle(BTRFS_HANDLE, bytes(20)))
-    handles = HandleMap(plan.work / "state", identity)
-    try:
+    with closing(HandleMap(plan.work / "state", identity)) as handles:
         done = 0
         for count in counts:
             while done < count:
@@ -40,10 +41,8 @@ def measure(plan: Plan) -> Part:
                 plan.steps.step(f"{done + amount:,} entries")
                 _fill(handles, done, amount)
                 done += amount
-            figures += _measured(handles, plan.work / "state", count)
-            done += NEW_ENTRIES
-    finally:
-        handles.close()
+            figures += _measured(handles, plan.work / "state", count, plan.sizes.repeats)
+            done += NEW_ENTRIES * plan.sizes.repeats
     lookups = f"{LOOKUPS:,} at random, all in the page cache"
     filled = f"{BATCH:,} entries at a time, in the order of the node IDs"
     return Part(plan.conditions(handles="20 bytes, as btrfs has", filled=filled, lookups=lookups), figures)
@@ -55,27 +54,28 @@ def handle(number: int) -> MappedHandle:
 
 
 def _fill(handles: HandleMap, first: int, amount: int) -> None:
-    """Assign node IDs to *amount* handles, in the order of the IDs: they are hashes, and each would touch a page of its own."""
-    new = [handle(number) for number in range(first, first + amount)]
-    new.sort(key=lambda item: handles.nodeids.mapped(item.volume, item.handle, 0))
-    for start in range(0, amount, 10_000):
-        handles.assign(new[start : start + 10_000])
-    handles.flush()
+    """Put *amount* handles into the durable part, in the order of the node IDs: they are hashes, and each would touch a page of
+    its own. Past `assign`, which looks each one up and moves it, and takes ten times as long for the same entries."""
+    new = map(handle, range(first, first + amount))
+    entries = sorted((handles.nodeids.mapped(one.volume, one.handle, 0).to_bytes(8, "big"), one.pack()) for one in new)
+    for start in range(0, amount, COMMIT):
+        handles._durable.put_all(b"nodes", entries[start : start + COMMIT])
 
 
-def _measured(handles: HandleMap, state: Path, count: int) -> list[Figure]:
+def _measured(handles: HandleMap, state: Path, count: int, repeats: int) -> list[Figure]:
     size = sum(file.stat().st_blocks * 512 for file in state.rglob("data.mdb"))
-    known = [handle(random.Random(count).randrange(count)) for _ in range(LOOKUPS)]
-    nodeids = handles.assign(known)
-    new = [handle(number) for number in range(count, count + NEW_ENTRIES)]
-    found = {
-        "size": ("bytes an entry", size / count),
-        "node ID → handle": ("µs", _each(handles.get, nodeids)),
-        "handle → node ID": ("µs", _each(lambda item: handles.assign([item]), known)),
-        "new entry": ("µs", _each(lambda item: handles.assign([item]), new)),
-    }
+    generator = random.Random(count)
+    found: dict[str, list[float]] = {"node ID → handle": [], "handle → node ID": [], "new entry": []}
+    for first in range(count, count + repeats * NEW_ENTRIES, NEW_ENTRIES):
+        known = [handle(generator.randrange(count)) for _ in range(LOOKUPS)]
+        nodeids = handles.assign(known)
+        found["node ID → handle"].append(_each(handles.get, nodeids))
+        found["handle → node ID"].append(_each(lambda item: handles.assign([item]), known))
+        new = [handle(number) for number in range(first, first + NEW_ENTRIES)]
+        found["new entry"].append(_each(lambda item: handles.assign([item]), new))
     handles.flush()
-    return [Figure("map", str(count), f"{count:,}", name, unit, (value,)) for name, (unit, value) in found.items()]
+    times = [Figure("map", str(count), f"{count:,}", name, "µs", tuple(samples)) for name, samples in found.items()]
+    return [Figure("map", str(count), f"{count:,}", "size", "bytes an entry", (size / count,)), *times]
 
 
 def _each(call: Callable[[T], object], items: Sequence[T]) -> float:

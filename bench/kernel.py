@@ -5,10 +5,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from bench.errors import BenchError
 
 NAMES = 2  # for drop_caches: directory entries and inodes
 NAMES_AND_DATA = 3
@@ -16,7 +14,7 @@ NAMES_AND_DATA = 3
 POLL_SECONDS = 0.03
 QUIET_POLLS = 4
 QUIET_SHARE = 0.02  # of a CPU, all servers together: a server that waits for requests may still have a timer
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 60
 
 
 def drop_caches(what: int) -> None:
@@ -52,8 +50,11 @@ def kill_group(process: "subprocess.Popen[str]") -> None:
 
 
 def memory(pid: int) -> float:
-    """MiB of a server's own memory: anonymous, that of its descendants too; what several share counts once."""
-    return sum(map(_proportional_anonymous, processes(pid))) / 1024
+    """MiB of a server's own memory and that of its descendants: anonymous, shared, and files in memory (memfds) that they
+    have open, whether mapped or not; what several share counts once."""
+    group = processes(pid)
+    pages = sum(map(_own_pages, group)) << 10
+    return (pages + sum(_memory_files(group).values())) / (1 << 20)
 
 
 def descriptors(pid: int) -> int:
@@ -61,11 +62,29 @@ def descriptors(pid: int) -> int:
     return sum(len(os.listdir(f"/proc/{process}/fd")) for process in processes(pid))
 
 
-def _proportional_anonymous(pid: int) -> int:
+def _own_pages(pid: int) -> int:
+    """KiB of pages that are in no file, proportionally; without those of memfds, which count as files."""
+    kibibytes, of_memory_file = 0, False
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss_Anon:"):
-            return int(line.split()[1])
-    raise BenchError("the kernel does not tell Pss_Anon in smaps_rollup; Linux 5.4 or newer is needed")
+        if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
+            kibibytes += int(line.split()[1])
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if line[0] in "0123456789abcdef":  # a mapping begins
+            of_memory_file = "/memfd:" in line
+        elif of_memory_file and line.startswith("Pss:"):
+            kibibytes -= int(line.split()[1])
+    return kibibytes
+
+
+def _memory_files(pids: Iterable[int]) -> dict[tuple[int, int], int]:
+    """The bytes of each memfd that one of these processes has open, by device and inode."""
+    found = {}
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            if os.readlink(descriptor).startswith("/memfd:"):
+                status = descriptor.stat()
+                found[status.st_dev, status.st_ino] = status.st_blocks * 512
+    return found
 
 
 def cpu_seconds(pid: int) -> float:
@@ -83,18 +102,20 @@ def _cpu_clock(pid: int) -> float:
         return 0.0
 
 
-def wait_until_quiet(pids: Iterable[int]) -> None:
-    """Return when the servers have nothing left to do, such as the FORGETs that dropped caches cause; if they always have
-    something, after `PATIENCE_SECONDS`."""
+def wait_until_quiet(pids: Sequence[int], patience: float = PATIENCE_SECONDS) -> int | None:
+    """Return when the servers have nothing left to do, such as the FORGETs that dropped caches cause; if there always is
+    something, after *patience* seconds: then the busiest of them is returned."""
     # FORGETs have no reply, so the kernel does not count them among the requests that wait.
-    watched = list(pids)
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    quiet, before, since = 0, sum(map(cpu_seconds, watched)), time.monotonic()
-    while quiet < QUIET_POLLS and time.monotonic() < deadline:
+    at_first, deadline = {pid: cpu_seconds(pid) for pid in pids}, time.monotonic() + patience
+    quiet, before, since = 0, sum(at_first.values()), time.monotonic()
+    while quiet < QUIET_POLLS:
+        if since > deadline:
+            return max(pids, key=lambda pid: cpu_seconds(pid) - at_first[pid])
         time.sleep(POLL_SECONDS)
-        now, used = time.monotonic(), sum(map(cpu_seconds, watched))
+        now, used = time.monotonic(), sum(map(cpu_seconds, pids))
         quiet = quiet + 1 if used - before <= QUIET_SHARE * (now - since) else 0
         before, since = used, now
+    return None
 
 
 def is_mounted(mountpoint: Path) -> bool:

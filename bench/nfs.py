@@ -30,10 +30,12 @@ MINUTES = 4.0
 
 def measure(plan: Plan) -> Part:
     """The part `nfs`; UnavailableError if there is no lab on this machine."""
+    workloads = [name for name in WORKLOADS if name in plan.workloads]
+    if not workloads:
+        raise BenchError(f"none of these workloads is in this part: {', '.join(plan.workloads)}")
     plan.steps.expect(1)
     plan.steps.step("booting the guest")
     sizes = guest_sizes(plan.sizes)
-    workloads = [name for name in WORKLOADS if name in plan.workloads]
     command = [sys.executable, "-m", "bench.nfsguest", FILESYSTEM, json.dumps(asdict(sizes)), *workloads]
     try:
         with Guest(command, [FILESYSTEM], BOOT_SECONDS + 60 * sizes.minutes + 120) as guest:
@@ -54,7 +56,6 @@ def guest_sizes(sizes: Sizes) -> Sizes:
     return replace(
         sizes,
         small=min(sizes.small, 500),
-        large=1,
         calls=min(sizes.calls, 300),
         changes=min(sizes.changes, 200),
         data_mib=min(sizes.data_mib, 16),

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import handlefs
 from bench import contestants, examples, kernel
-from bench.contestants import Contestant, Place
+from bench.contestants import Contestant, Place, Scope
 from bench.errors import BenchError
-from bench.figures import Conditions
+from bench.figures import Conditions, Part
 from bench.sizes import Sizes
 
 
@@ -83,10 +83,10 @@ class Plan:
     _mount_options: dict[str, str] = field(default_factory=dict)
     _commands: dict[str, str] = field(default_factory=dict)
 
-    def contestants(self, *, variants: bool = True) -> list[Contestant]:
-        """Those that take part, with or without the variants of one."""
+    def contestants(self, *scopes: Scope) -> list[Contestant]:
+        """Those that take part, or those of these scopes."""
         self.left_out.update(self.unavailable)
-        return [one for one in self.everybody if variants or not one.variant]
+        return [one for one in self.everybody if one.scope in (scopes or Scope)]
 
     @contextmanager
     def served(self, contestant: Contestant, source: Path) -> Iterator[Place]:
@@ -114,14 +114,24 @@ class Plan:
 
     def conditions(self, **facts: str) -> Conditions:
         """On what was measured, with more *facts* of the part's own."""
-        found = {"kernel": platform.release(), "machine": kernel.machine()}
-        found["file system"] = kernel.filesystem_type(self.work)
-        found["versions"] = ", ".join(f"{name} {number}" for name, number in self._versions().items())
-        found["scale"] = self.sizes.scale
-        found["date"] = time.strftime("%Y-%m-%d", time.gmtime())
-        found["took"] = f"{time.monotonic() - self._started:.0f} s"
-        found["load average at the end"] = f"{os.getloadavg()[0]:.2f}"
-        return Conditions({**found, **facts}, self._commands, self._mount_options, self.left_out)
+        versions = ", ".join(f"{name} {number}" for name, number in self._versions().items())
+        found = {**self._surroundings(), "versions": versions, **facts}
+        return Conditions(found, self._commands, self._mount_options, self.left_out)
+
+    def failed(self, why: str) -> Part:
+        """A part that could not be measured."""
+        return Part(Conditions(self._surroundings(), left_out=self.left_out, failure=why), [])
+
+    def _surroundings(self) -> dict[str, str]:
+        return {
+            "kernel": platform.release(),
+            "machine": kernel.machine(),
+            "file system": kernel.filesystem_type(self.work),
+            "scale": self.sizes.scale,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "took": f"{time.monotonic() - self._started:.0f} s",
+            "load average at the end": f"{os.getloadavg()[0]:.2f}",
+        }
 
     def _versions(self) -> dict[str, str]:
         versions = {"handlefs": handlefs.__version__, "Python": platform.python_version()}

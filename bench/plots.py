@@ -17,15 +17,15 @@ from matplotlib.figure import Figure as Picture
 DPI = 110
 
 
-def draw_all(parts: Mapping[str, Part], directory: Path) -> dict[str, str]:
-    """Draw what *parts* have figures for; the names of the files in *directory*, by part."""
+def draw_all(parts: Mapping[str, Part], page: Path) -> dict[str, str]:
+    """Draw what *parts* have figures for, into files beside *page* and named like it; their names, by part."""
     files = {}
     for name, draw in PICTURES.items():
-        picture = draw(parts[name]) if name in parts else None
+        picture = draw(parts[name]) if name in parts and parts[name].figures else None
         if picture is not None:
             picture.suptitle(_label(parts[name]), fontsize="small", color="0.35")
-            files[name] = f"performance-{name}.png"
-            picture.savefig(directory / files[name], dpi=DPI, metadata={"Software": None})
+            files[name] = f"{page.stem}-{name}.png"
+            picture.savefig(page.parent / files[name], dpi=DPI, metadata={"Software": None})
             plt.close(picture)
     return files
 
@@ -55,7 +55,7 @@ def _speed(part: Part) -> Picture | None:
             [speed.median - speed.lower for speed in speeds.values()],
             [speed.upper - speed.median for speed in speeds.values()],
         ]
-        medians, size = [speed.median for speed in speeds.values()], 7 if name == HANDLEFS else 4
+        medians, size = [speed.median for speed in speeds.values()], 7 if name in HANDLEFS else 4
         axes.errorbar(medians, list(speeds), xerr=spreads, fmt="o", markersize=size, color=f"C{number}", label=name)
     for line in range(0, len(labels), 2):
         axes.axhspan(line - 0.5, line + 0.5, color="0.95", zorder=0)
@@ -118,7 +118,7 @@ def _lines(axes: Axes, figures: Sequence[Figure], xlabel: str, ylabel: str) -> N
         known = [figure for figure in figures if figure.column == name and figure.samples]
         points = [(int(figure.row), Spread.of(figure.samples).median) for figure in known]
         failed = any(figure.failure for figure in figures if figure.column == name)
-        width = 2.4 if name == HANDLEFS else 1.2
+        width = 2.4 if name in HANDLEFS else 1.2
         x, y = [x for x, _ in points], [y for _, y in points]
         axes.plot(x, y, "o-", markersize=4, color=f"C{number}", label=name, linewidth=width)
         if failed and points:

@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bench import requests
+from bench import command, requests
 from bench.children import environment
+from bench.command import positive
 from bench.contestants import Contestant, handlefs
 from bench.errors import BenchError
 from bench.figures import Figure, Part
@@ -55,9 +56,9 @@ def measure(plan: Plan) -> Part:
 
 
 def _in_process(directory: Path, batches: int, accelerator: str) -> Mapping[str, Sequence[float]]:
-    command = [sys.executable, "-m", "bench.profile", f"--directory={directory}", f"--batches={batches}", "--json"]
+    arguments = [sys.executable, "-m", "bench.profile", f"--directory={directory}", f"--batches={batches}", "--json"]
     done = subprocess.run(
-        command,
+        arguments,
         check=False,
         capture_output=True,
         text=True,
@@ -124,25 +125,31 @@ def _calls(directory: Path) -> Iterator[Mapping[str, Callable[[int], int]]]:
         os.close(held)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.profile", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--directory", type=Path, default=Path(), help="whose file system is used (default: .)")
-    parser.add_argument("--batches", type=int, default=BATCHES, help="samples of each figure (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print every sample")
-    arguments = parser.parse_args()
-    try:
-        with requests.dispatcher(arguments.directory) as asked:
-            calls = requests.Requests(asked).calls()
-            found = {row: requests.timed(call, arguments.batches) for row, call in calls.items()}
-    except OSError as error:
-        sys.exit(f"bench.profile: {error}")
+def work(arguments: argparse.Namespace) -> int:
+    """The command."""
+    with requests.dispatcher(arguments.directory) as asked:
+        calls = requests.Requests(asked).calls()
+        found = {row: requests.timed(call, arguments.batches) for row, call in calls.items()}
     if arguments.json:
         print(json.dumps(found))
-        return
+        return 0
     print(f"µs a request, median of {arguments.batches} batches, {'with' if native else 'without'} the accelerator")
     for row, samples in found.items():
         print(f"{statistics.median(samples):8.2f}  {row}")
+    return 0
+
+
+def main() -> int:
+    """The exit status: 0, or 1 after a message, or 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m bench.profile", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--directory", type=Path, default=Path(), help="whose file system is used (default: .)")
+    parser.add_argument(
+        "--batches", type=positive, default=BATCHES, help="samples of each figure (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print every sample")
+    arguments = parser.parse_args()
+    return command.run("bench.profile", lambda: work(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

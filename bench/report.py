@@ -1,21 +1,32 @@
-"""The report of a result file: tables in docs/performance.md, between its markers, and pictures beside it.
+"""The report of a result file: tables, between the markers of a page, and pictures beside it.
 
-python -m bench.report [FILE] [--docs DIR]
+python -m bench.report [FILE]
+
+If everything in the file was measured in full, the report goes into the project's docs/; else into a page beside the file.
 """
 
 import argparse
+import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from bench import plots
+from bench import command
 from bench.errors import BenchError
 from bench.figures import DEFAULT_FILE, Part, load, write
-from bench.sections import markdown
+from bench.sections import SECTIONS, markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGE = "performance.md"
 BEGIN, END = "<!-- figures: made by python -m bench.report -->", "<!-- end of the figures -->"
+FULL = "full"
+
+
+def check() -> None:
+    """Raise a BenchError now if `write_report` could not work later; a run takes its time."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BenchError(
+            "matplotlib is not installed, which the pictures need: pip install 'handlefs[bench]', or make bench"
+        )
 
 
 def insert(page: str, text: str) -> str:
@@ -27,30 +38,55 @@ def insert(page: str, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
 
 
-def write_docs(parts: Mapping[str, Part], docs: Path) -> None:
-    """Write the pictures to *docs*, and the tables into the page there. BenchError if that is not possible."""
-    path = docs / PAGE
+def write_report(results: Path, docs: Path = DOCS) -> Iterable[Path]:
+    """Write the report of a result file, into *docs* if all of it is of full scale; gives the pages.
+
+    Raises BenchError if that is not possible; then nothing is written.
+    """
+    check()
+    parts = load(results)
+    if all(part.conditions.facts.get("scale") == FULL for part in parts.values()):
+        names = {section.page for section in SECTIONS.values()}
+        by_page = {docs / name: {part: parts[part] for part in parts if SECTIONS[part].page == name} for name in names}
+        texts = {page: _read(page) for page, found in by_page.items() if found}
+    else:
+        page = results.with_suffix(".md")
+        by_page, texts = {page: parts}, {page: f"# {results.stem}\n\n{BEGIN}\n{END}\n"}
+    for text in texts.values():
+        insert(text, "")  # before anything is written
+    for page, text in texts.items():
+        _write_page(page, text, by_page[page])
+    return texts.keys()
+
+
+def _write_page(page: Path, text: str, parts: Mapping[str, Part]) -> None:
+    from bench import plots  # noqa: PLC0415 - needs matplotlib, which only the report does
+
+    pictures = plots.draw_all(parts, page)
+    write(page, insert(text, markdown(parts, pictures)))
+
+
+def _read(page: Path) -> str:
     try:
-        page = path.read_text(encoding="utf-8")
+        return page.read_text(encoding="utf-8")
     except OSError as error:
-        raise BenchError(f"cannot read {path}: {error.strerror}") from error
-    insert(page, "")  # before anything is written
-    pictures = plots.draw_all(parts, docs)
-    write(path, insert(page, markdown(parts, pictures)))
+        raise BenchError(f"cannot read {page}: {error.strerror}") from error
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """The command."""
+    for page in write_report(arguments.file, arguments.docs):
+        print(f"written: {page}")
+    return 0
 
 
 def main() -> int:
     """The exit status: 0, or 1 after a message."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, nargs="?", default=DEFAULT_FILE, help="result file (default: %(default)s)")
-    parser.add_argument("--docs", type=Path, default=DOCS, help=f"where {PAGE} is and the pictures go")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where the pages for full scale are")
     arguments = parser.parse_args()
-    try:
-        write_docs(load(arguments.file), arguments.docs)
-    except BenchError as error:
-        print(f"bench.report: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command.run("bench.report", lambda: work(arguments))
 
 
 if __name__ == "__main__":

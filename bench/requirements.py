@@ -3,27 +3,29 @@
 import os
 import resource
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from bench.errors import BenchError
 from bench.sizes import Sizes
 
-PACKAGES = {"fio": "fio", "git": "git", "make": "make", "cc": "gcc", "umount": "mount", "fusermount3": "fuse3"}
+PACKAGES = {"umount": "mount", "fusermount3": "fuse3"}
 """For every program that is called, the Debian package that has it. Without those of the peers, who are left out."""
+OF_WORKLOADS = {"fio": "fio", "git": "git", "make": "make", "cc": "gcc"}
 
 OTHER_DESCRIPTORS = 10_000
 
 
-def check_machine() -> None:
-    """Raise a BenchError that names everything that is missing, not only the first of it."""
+def check_machine(parts: Collection[str]) -> None:
+    """Raise a BenchError that names everything that is missing for the *parts*, not only the first of it."""
     if os.geteuid() != 0:
         raise BenchError("root is needed, to mount and to drop the kernel's caches: try sudo")
     if not Path("/dev/fuse").exists():
         raise BenchError("there is no /dev/fuse: try modprobe fuse")
-    missing = [program for program in PACKAGES if shutil.which(program) is None]
+    needed = PACKAGES | (OF_WORKLOADS if {"speed", "nfs"} & set(parts) else {})
+    missing = [program for program in needed if shutil.which(program) is None]
     if missing:
-        packages = " ".join(PACKAGES[program] for program in missing)
+        packages = " ".join(needed[program] for program in missing)
         raise BenchError(f"not found: {', '.join(missing)}; try apt install {packages}, or make bench")
 
 
@@ -46,7 +48,9 @@ def _needed(part: str, sizes: Sizes, contestants: int) -> tuple[int, int]:
         return sizes.bytes * contestants, sizes.files * contestants
     if part == "map":
         return max(sizes.entries) * 500, 100
-    files = {"listing": sizes.listing, "growth": max(sizes.inodes)}.get(part, sizes.nodes)
+    files = {"listing": sizes.large + sizes.listing, "growth": max(sizes.inodes), "handles": sizes.known}.get(
+        part, sizes.nodes
+    )
     return files * 1024 + (64 << 20), files + 1000
 
 

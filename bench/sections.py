@@ -11,16 +11,22 @@ from bench.tables import Grid
 
 @dataclass(frozen=True)
 class Section:
-    """How a part is shown; `ratios`: its tables have a row's samples side by side in rounds, beside those of `native`."""
+    """How a part is shown, and on which page in docs/; `ratios`: its tables have a row's samples side by side in rounds,
+    beside those of `native`."""
 
     title: str
     about: str
     ratios: bool = False
+    page: str = "performance.md"
 
 
 SECTIONS: Mapping[str, Section] = {
     "speed": Section("Speed", "Medians of the rounds ± half the distance between the quartiles.", ratios=True),
-    "listing": Section("A very large directory", "Its names, without attributes.", ratios=True),
+    "listing": Section(
+        "Large directories",
+        "One for all: its files with their attributes, and a larger one's names alone.",
+        ratios=True,
+    ),
     "growth": Section("Growth", "The server, after a client has visited so many inodes, as `ls -lR` does."),
     "nodes": Section(
         "Evicted inodes", "A request for an inode that the server has forgotten, beside one in its cache."
@@ -38,6 +44,12 @@ SECTIONS: Mapping[str, Section] = {
         ratios=True,
     ),
     "profile": Section("A request", "In the server's own process, system calls included, and for a client of a mount."),
+    "handles": Section(
+        "Persistent handles",
+        "Requests of one client on a socket (`handlefs serve`), with and without the LOOKUP_HANDLE dialect, and what is "
+        "needed to know many inodes. Most of each request is two Python processes that wake each other: compare rows.",
+        page="lookup-handle.md",
+    ),
 }
 TITLES = {
     "speed": "One client: time for an operation",
@@ -52,6 +64,8 @@ TITLES = {
     "nfs-3": "NFSv3: time for an operation",
     "nfs-4.2": "NFSv4.2: time for an operation",
     "profile": "Time for a request",
+    "handles": "Time for a request",
+    "handles-growth": "Known inodes",
 }
 
 
@@ -66,13 +80,15 @@ def markdown(parts: Mapping[str, Part], pictures: Mapping[str, str]) -> str:
         picture = f"![{section.title}]({pictures[name]})\n\n" if name in pictures else ""
         lines = "".join(f"- {line}\n" for line in conditions(part.conditions, commands))
         grids = "\n".join(grid.markdown() for grid in grids_of(section, part))
-        notes = "".join(f"\n- {line}" for line in tables.failures(part.figures))
+        notes = "".join(f"\n- {line}" for line in tables.remarks(part.figures))
         pieces.append(f"### {section.title}\n\n{section.about}\n\n{picture}{lines}\n{grids}{notes and notes + chr(10)}")
     return "\n".join(pieces)
 
 
 def conditions(found: Conditions, shown: dict[str, str]) -> Iterator[str]:
     """A line for each fact. Commands that are in *shown* are left out, the others are added to it."""
+    if found.failure:
+        yield f"not measured: {found.failure.splitlines()[0]}"
     label = {"kernel", "machine", "file system"}
     yield ", ".join(f"{name} {value}" for name, value in found.facts.items() if name in label)
     yield "; ".join(f"{name}: {value}" for name, value in found.facts.items() if name not in label)
@@ -102,4 +118,5 @@ def title_of(table: str) -> str:
 
 def _ratios(figures: Sequence[Figure]) -> Iterator[Grid | None]:
     yield tables.speeds(figures, NATIVE)
-    yield tables.against(figures, HANDLEFS, but=(NATIVE,))
+    for subject in HANDLEFS:
+        yield tables.against(figures, subject, but=(NATIVE,))

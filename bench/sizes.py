@@ -11,35 +11,38 @@ class Sizes:
     scale: str = "full"
     # speed
     small: int = 4000  # files
-    large: int = 100_000  # files
     calls: int = 2000  # opens, or opens with a read or a write
     changes: int = 1000  # files created, renamed, unlinked; directories made and removed
-    data_mib: int = 256  # MiB in fio's file
-    random: int = 8192  # random reads or writes, 4 KiB each
-    sources: int = 80  # C files in the project that is cloned and built
+    data_mib: int = 128  # MiB in fio's file
+    random: int = 4096  # random reads or writes, 4 KiB each
+    fio_ms: int = 200  # milliseconds that several clients read or write for
+    sources: int = 40  # C files in the project that is cloned and built
     clients: tuple[int, ...] = (1, 4, 16)
-    rounds: int = 9
-    minutes: float = 16.0  # begin no round that would not end within
+    rounds: int = 5  # fewer cannot be compared
+    minutes: float = 17.0  # begin no round that would not end within
     # growth and listing
     inodes: tuple[int, ...] = (10_000, 30_000, 100_000, 300_000, 1_000_000)
-    patience: float = 120.0  # seconds for the walk of one contestant
+    patience: float = 75.0  # seconds for the walk of one contestant
+    large: int = 100_000  # files in a directory that is listed with attributes
     listing: int = 1_000_000  # entries in one directory
-    listing_rounds: int = 2
+    listing_rounds: int = 5
+    listing_minutes: float = 3.0
     # the others
     entries: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)  # in the handle map
     nodes: int = 1000  # inodes that a client holds
+    known: int = 100_000  # inodes that a client of the protocol knows, in thousands
     repeats: int = 7  # of what is measured without rounds
     pauses: int = 20  # kills of a worker, reloads, remounts
 
     @property
     def files(self) -> int:
         """All files that a contestant needs at the same time."""
-        return self.small + self.large + self.changes + 4 * self.sources + 100
+        return self.small + self.changes + 4 * self.sources + 100
 
     @property
     def bytes(self) -> int:
-        """The room that a contestant needs, in bytes; 4 KiB for a small file, and some for an inode of the others."""
-        return (self.data_mib << 20) + (self.small + 8 * self.sources) * 8192 + self.large * 1024
+        """The room that a contestant needs, in bytes; 4 KiB for a small file, and some for its inode."""
+        return (self.data_mib << 20) + (self.small + 8 * self.sources) * 8192
 
 
 SCALES: Mapping[str, Sizes] = {
@@ -51,16 +54,17 @@ SCALES: Mapping[str, Sizes] = {
         changes=400,
         data_mib=32,
         random=1000,
-        sources=40,
+        sources=10,
         clients=(1,),
         rounds=5,
         minutes=1.1,
         inodes=(3000, 10_000, 30_000),
         patience=10.0,
         listing=30_000,
-        listing_rounds=1,
+        listing_rounds=5,
         entries=(10_000, 100_000),
         nodes=300,
+        known=10_000,
         repeats=5,
         pauses=5,
     ),
@@ -73,6 +77,7 @@ SCALES: Mapping[str, Sizes] = {
         changes=200,
         data_mib=1,
         random=16,
+        fio_ms=50,
         sources=3,
         clients=(1, 2),
         rounds=1,
@@ -83,6 +88,7 @@ SCALES: Mapping[str, Sizes] = {
         listing_rounds=1,
         entries=(1000, 3000),
         nodes=20,
+        known=1000,
         repeats=1,
         pauses=1,
     ),

@@ -1,29 +1,32 @@
 """Part `speed`: every round measures every workload once for every contestant, in another order each time.
 
-All contestants are mounted at the same time, each with its own files. Part `listing` does the same with one very large
-directory that they share.
+All contestants are mounted at the same time, each with its own files. Part `listing` does the same with large directories
+that they share.
 """
 
 import json
 import os
 import random
 import shlex
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bench import kernel
 from bench.children import environment
-from bench.contestants import Place
+from bench.contestants import Contestant, Place, Scope
 from bench.errors import WorkloadError
 from bench.figures import Figure, Part
 from bench.plan import Plan, Steps
 from bench.sizes import Sizes
-from bench.workloads import NAMES, WORKLOADS, Sample, State, Workload, make_files, prepare, restore
+from bench.workloads import LISTINGS, WORKLOADS, Sample, State, Workload, make_files, prepare, restore
 
+STARTS_SPREAD = 0.1
+"""Of a sample's time; more is told."""
 SAMPLE_SECONDS = 120  # after which a server is taken for stuck
 
 DROPPED = {State.COLD_NAMES: kernel.NAMES, State.COLD: kernel.NAMES_AND_DATA}
@@ -41,6 +44,12 @@ class Row:
         """There is a table for each number of clients."""
         return self.workload.table if self.clients == 1 else f"{self.workload.table}-{self.clients}"
 
+    def has(self, contestant: Contestant) -> bool:
+        """Whether *contestant* is measured in it."""
+        if contestant.scope is Scope.DATA:
+            return self.workload.data and self.clients == 1
+        return self.clients == 1 or contestant.scope is not Scope.ONE_CLIENT
+
 
 @dataclass
 class Rounds:
@@ -51,12 +60,14 @@ class Rounds:
     sizes: Sizes
     samples: dict[tuple[Row, str], list[float]] = field(default_factory=dict)
     failures: dict[tuple[Row, str], str] = field(default_factory=dict)
+    spreads: dict[tuple[Row, str], list[float]] = field(default_factory=dict)
+    """Between the starts of several clients, as a part of a sample's time."""
     done: int = 0
 
     def run(self, rounds: int, limit: float, steps: Steps) -> None:
         """Do up to *rounds* rounds; one that is not expected to end before *limit* seconds are over is not begun, but for
         the first."""
-        steps.expect(rounds * len(self.rows) * len(self.places))
+        steps.expect(rounds * len(list(self._order())))
         started, longest = time.monotonic(), 0.0
         while self.done < rounds:
             begun = time.monotonic()
@@ -74,7 +85,8 @@ class Rounds:
         for row in self.rows:
             generator.shuffle(shuffled)
             for place in shuffled:
-                yield row, place
+                if row.has(place.contestant):
+                    yield row, place
 
     def _add(self, row: Row, place: Place) -> None:
         """Add a sample; a row that failed is not tried again in later rounds."""
@@ -85,6 +97,7 @@ class Rounds:
             place.check()
             sample = measure_once(row, place, self.places, self.sizes)
             self.samples.setdefault(key, []).append(row.workload.value(sample))
+            self.spreads.setdefault(key, []).append(sample.spread / sample.seconds)
         except WorkloadError as error:
             self.failures[key] = str(error)
             if (place.source / "changes").exists():
@@ -101,10 +114,17 @@ class Rounds:
                 row.workload.unit,
                 tuple(self.samples.get((row, place.name), ())),
                 self.failures.get((row, place.name), ""),
+                self._note((row, place.name)),
             )
             for row in self.rows
             for place in self.places
+            if row.has(place.contestant)
         ]
+
+    def _note(self, key: tuple[Row, str]) -> str:
+        """About a figure whose clients did not start together, so that some of the time not all of them were at work."""
+        spread = statistics.median(self.spreads.get(key, [0.0]))
+        return f"the clients' starts are spread over {spread:.0%} of the time" if spread > STARTS_SPREAD else ""
 
 
 def measure(plan: Plan) -> Part:
@@ -127,7 +147,7 @@ def measure(plan: Plan) -> Part:
         rounds = Rounds(rows, places, sizes)
         rounds.run(sizes.rounds, sizes.minutes * 60, plan.steps)
         amounts = (
-            f"{sizes.small:,} and {sizes.large:,} files, {sizes.calls:,} opens, {sizes.changes:,} changes, "
+            f"{sizes.small:,} files, {sizes.calls:,} opens, {sizes.changes:,} changes, "
             f"file of {sizes.data_mib} MiB, {sizes.random:,} random accesses"
         )
         return Part(plan.conditions(rounds=f"{rounds.done}, each with {amounts}", fio=_fio_version()), rounds.figures())
@@ -135,15 +155,16 @@ def measure(plan: Plan) -> Part:
 
 def measure_listing(plan: Plan) -> Part:
     """The part `listing`."""
-    sizes = replace(plan.sizes, large=plan.sizes.listing)
-    contestants = plan.contestants(variants=False)
+    sizes, source = plan.sizes, plan.work / "source"
+    contestants = plan.contestants(Scope.ALL)
     plan.steps.expect(1)
-    plan.steps.step(f"making {sizes.large:,} files")
-    make_files(plan.work / "source" / "large", sizes.large)
-    with plan.all_served([(contestant, plan.work / "source") for contestant in contestants]) as places:
-        rounds = Rounds([Row(NAMES, 1)], places, sizes)
-        rounds.run(sizes.listing_rounds, sizes.minutes * 60, plan.steps)
-        return Part(plan.conditions(rounds=f"{rounds.done}", entries=f"{sizes.large:,}"), rounds.figures())
+    plan.steps.step(f"making {sizes.large + sizes.listing:,} files")
+    make_files(source / "large", sizes.large)
+    make_files(source / "huge", sizes.listing)
+    with plan.all_served([(contestant, source) for contestant in contestants]) as places:
+        rounds = Rounds([Row(workload, 1) for workload in LISTINGS], places, sizes)
+        rounds.run(sizes.listing_rounds, sizes.listing_minutes * 60, plan.steps)
+        return Part(plan.conditions(rounds=f"{rounds.done}"), rounds.figures())
 
 
 def measure_once(row: Row, place: Place, places: Sequence[Place], sizes: Sizes) -> Sample:
@@ -153,10 +174,17 @@ def measure_once(row: Row, place: Place, places: Sequence[Place], sizes: Sizes) 
         kernel.drop_caches(DROPPED[state])
     elif state is State.WARM_DATA:
         _read_through(place.source / "data")
-    kernel.wait_until_quiet(other.pid for other in places if other.pid is not None)
+    _wait_until_quiet(places)
     sample = _run_client(row, place, sizes)
     os.sync()  # what was written is not for the next contestant to wait for
     return sample
+
+
+def _wait_until_quiet(places: Sequence[Place]) -> None:
+    """Return when all servers are idle. One that never is gets ended: it would disturb all samples to come."""
+    servers = {place.pid: place for place in places if place.pid is not None and place.is_running}
+    while (busy := kernel.wait_until_quiet(list(servers))) is not None:
+        servers.pop(busy).end(f"it was still busy {kernel.PATIENCE_SECONDS} s after the last request, and was ended")
 
 
 def _run_client(row: Row, place: Place, sizes: Sizes) -> Sample:
@@ -168,9 +196,9 @@ def _run_client(row: Row, place: Place, sizes: Sizes) -> Sample:
         try:
             output, errors = client.communicate(timeout=SAMPLE_SECONDS)
         except subprocess.TimeoutExpired:
-            place.kill()  # a client that waits for an answer can only be ended by the end of the server
+            # A client that waits for an answer can only be ended by the end of the server.
+            place.end(f"{row.workload.name} was not done in {SAMPLE_SECONDS} s, and the server was ended")
             kernel.kill_group(client)
-            raise WorkloadError(f"not done in {SAMPLE_SECONDS} s; the server was ended") from None
         except BaseException:
             kernel.kill_group(client)
             raise

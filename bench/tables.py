@@ -58,36 +58,38 @@ def medians(title: str, figures: Sequence[Figure]) -> Grid:
 
 def speeds(figures: Sequence[Figure], reference: str) -> Grid | None:
     """Everybody's speed relative to *reference*; None if that or the others did not take part."""
-    cells, names = by_cell(figures), columns(figures)
-    others = [name for name in names if name != reference]
-    if len(others) == len(names) or not others:
-        return None
-    lines = [
-        [label, *(_speed(cells.get((row, name)), cells.get((row, reference))) for name in others)]
-        for row, label in rows(figures).items()
-    ]
-    return Grid(f"Speed relative to {reference}, above 1 is faster", ["", *others], lines)
+    others = [name for name in columns(figures) if name != reference]
+    pairs = [(name, reference) for name in others]
+    return _ratios(f"Speed relative to {reference}, above 1 is faster", figures, others, pairs)
 
 
 def against(figures: Sequence[Figure], subject: str, but: Sequence[str] = ()) -> Grid | None:
     """The speed of *subject* relative to each of the others except those in *but*; None if there is nobody."""
-    cells, names = by_cell(figures), columns(figures)
-    others = [name for name in names if name not in (subject, *but)]
-    if subject not in names or not others:
-        return None
+    others = [name for name in columns(figures) if name not in (subject, *but)]
+    pairs = [(subject, name) for name in others]
+    return _ratios(f"Speed of {subject} relative to each of the others, above 1 is faster", figures, others, pairs)
+
+
+def _ratios(
+    title: str, figures: Sequence[Figure], header: Sequence[str], pairs: Sequence[tuple[str, str]]
+) -> Grid | None:
+    """For each row and pair the speed of the first relative to the second; None if there is none at all."""
+    cells = by_cell(figures)
     lines = [
-        [label, *(_speed(cells.get((row, subject)), cells.get((row, name))) for name in others)]
+        [label, *(_speed(cells.get((row, one)), cells.get((row, other))) for one, other in pairs)]
         for row, label in rows(figures).items()
     ]
-    return Grid(f"Speed of {subject} relative to each of the others, above 1 is faster", ["", *others], lines)
+    if all(cell == NOTHING for line in lines for cell in line[1:]):
+        return None
+    return Grid(title, ["", *header], lines)
 
 
-def failures(figures: Sequence[Figure]) -> list[str]:
-    """A line for each reason why there are cells without, or with fewer, samples."""
+def remarks(figures: Sequence[Figure]) -> list[str]:
+    """A line for each column and what is to be known about it, why it failed or how it was measured, with the rows."""
     found: dict[tuple[str, str], list[str]] = {}
     for figure in figures:
-        if figure.failure:
-            found.setdefault((figure.column, figure.failure), []).append(figure.title)
+        for remark in filter(None, (figure.failure, figure.note)):
+            found.setdefault((figure.column, remark), []).append(figure.title)
     return [
         f"{column} ({'; '.join(dict.fromkeys(titles))}): {why.splitlines()[0]}"
         for (column, why), titles in found.items()
@@ -104,13 +106,17 @@ def number(value: float) -> str:
 def _median(figure: Figure | None, *, with_unit: bool) -> str:
     if figure is None or not figure.samples:
         return NOTHING
-    spread = Spread.of(figure.samples)
     unit = f" {figure.unit}" if with_unit else ""
-    return number(spread.median) + unit + (f" ±{spread.deviation:.0%}" if len(figure.samples) > 1 else "")
+    return _with_spread(Spread.of(figure.samples), len(figure.samples), unit)
 
 
 def _speed(figure: Figure | None, reference: Figure | None) -> str:
     if figure is None or reference is None:
         return NOTHING
     speed = paired_speed(figure.samples, reference.samples)
-    return NOTHING if speed is None else number(speed.median)
+    return NOTHING if speed is None else _with_spread(speed, min(len(figure.samples), len(reference.samples)))
+
+
+def _with_spread(spread: Spread, samples: int, unit: str = "") -> str:
+    """The median, and where there are samples enough to tell how far the quartiles are from it."""
+    return number(spread.median) + unit + (f" ±{spread.deviation:.0%}" if samples > 1 else "")

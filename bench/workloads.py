@@ -1,7 +1,7 @@
 """What is measured: each workload is a function that does its calls in a directory and tells how long they took.
 
-It runs in a process of its own (bench/client.py), or in several at the same time, of which each does its share. It leaves
-the directory as it was.
+It runs in a process of its own (bench/client.py), or in several at the same time, of which each does its share (fio makes
+its clients itself). It leaves the directory as it was.
 """
 
 import json
@@ -20,17 +20,22 @@ from bench.sizes import Sizes
 
 BLOCK = bytes(4096)
 WARM_FILES = 100  # few, so that they are all looked up again within the second for which the kernel trusts them
+PARALLEL_LOOPS = 10  # at least, for each of several clients
 BATCH_FILES = 200  # likewise: what was made before the clock is started is still trusted when it runs
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One measurement: seconds on the clock, and when on CLOCK_MONOTONIC it was first started and last stopped."""
+    """One measurement: seconds on the clock, and when on CLOCK_MONOTONIC it was first started and last stopped.
+
+    `spread`: the seconds between the first and the last start of several clients.
+    """
 
     seconds: float
     operations: int
     began: float = 0.0
     ended: float = 0.0
+    spread: float = 0.0
 
     @classmethod
     def together(cls, samples: Sequence["Sample"]) -> "Sample":
@@ -38,16 +43,22 @@ class Sample:
 
         Not the sum of their rates: on fewer CPUs than clients each may be fast while the others wait.
         """
-        began, ended = min(sample.began for sample in samples), max(sample.ended for sample in samples)
-        return cls(ended - began, sum(sample.operations for sample in samples), began, ended)
+        starts, ended = [sample.began for sample in samples], max(sample.ended for sample in samples)
+        began = min(starts)
+        return cls(ended - began, sum(sample.operations for sample in samples), began, ended, max(starts) - began)
+
+
+def _alone() -> None:
+    """One client waits for nobody."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which of several clients this one is, counted from 0."""
+    """Which of several clients this one is, counted from 0; `meet` returns in all of them at the same moment."""
 
     number: int = 0
     clients: int = 1
+    meet: Callable[[], None] = _alone
 
     def of(self, amount: int) -> int:
         """This client's part of *amount* operations, at least one."""
@@ -70,7 +81,9 @@ Run = Callable[[Path, Sizes, Share], Sample]
 class Workload:
     """Something to measure; `name` is for options and results, `title` for tables, of which `table` names one.
 
-    `quick`: in the quick mode too. `parallel`: also with several clients. `unit`: of a sample, "µs" for each operation, or "s".
+    `quick`: in the quick mode too. `parallel`: also with several clients, which are threads of its own if `own_clients`,
+    else processes. `data`: it reads or writes what is in files, so that passthrough matters. `unit`: of a sample, "µs" for each
+    operation, or "s".
     """
 
     name: str
@@ -79,6 +92,8 @@ class Workload:
     run: Run
     quick: bool = False
     parallel: bool = False
+    own_clients: bool = False
+    data: bool = False
     table: str = "speed"
     unit: str = "µs"
 
@@ -88,20 +103,24 @@ class Workload:
 
 
 class Stopwatch:
-    """Adds up the seconds that are spent in its `running` blocks."""
+    """Adds up the seconds that are spent in its `running` blocks. Several clients enter and leave one together: nobody
+    prepares or cleans up in another's time."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: Share) -> None:
+        self._meet = share.meet
         self._seconds = 0.0
         self._began: float | None = None
         self._ended = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        self._meet()
         started = time.perf_counter()  # CLOCK_MONOTONIC, the same for all processes
         yield
         self._ended = time.perf_counter()
         self._seconds += self._ended - started
         self._began = started if self._began is None else self._began
+        self._meet()
 
     def sample(self, operations: int) -> Sample:
         """What it has measured."""
@@ -113,8 +132,7 @@ class Stopwatch:
 
 def prepare(source: Path, sizes: Sizes) -> None:
     """Make in *source* what the workloads need."""
-    for name, files, content in (("small", sizes.small, BLOCK), ("large", sizes.large, b"")):
-        make_files(source / name, files, content)
+    make_files(source / "small", sizes.small, BLOCK)
     (source / "changes").mkdir()
     mebibyte = os.urandom(1 << 20)  # not zeros, which some file systems do not store
     with (source / "data").open("wb") as data:
@@ -148,7 +166,7 @@ def _make_file(path: str, content: bytes = b"") -> None:
 
 def _stat(directory: Path, sizes: Sizes, share: Share) -> Sample:
     paths = [f"{directory}/small/f{number:06}" for number in range(share.number, sizes.small, share.clients)]
-    watch = Stopwatch()
+    watch = Stopwatch(share)
     with watch.running():
         for path in paths:
             os.stat(path)
@@ -158,8 +176,8 @@ def _stat(directory: Path, sizes: Sizes, share: Share) -> Sample:
 def _listing(subdirectory: str, files: Callable[[Sizes], int], *, attributes: bool) -> Run:
     """A workload that reads a directory, with the attributes of each entry or without."""
 
-    def run(directory: Path, sizes: Sizes, _: Share) -> Sample:
-        watch, seen = Stopwatch(), 0
+    def run(directory: Path, sizes: Sizes, share: Share) -> Sample:
+        watch, seen = Stopwatch(share), 0
         with watch.running(), os.scandir(directory / subdirectory) as entries:
             for entry in entries:  # ls -l asks for the attributes while it reads, too
                 if attributes:
@@ -179,7 +197,7 @@ def _in_batches(step: Callable[[Stopwatch, list[str]], None]) -> Run:
     """
 
     def run(directory: Path, sizes: Sizes, share: Share) -> Sample:
-        watch, names = Stopwatch(), share.of(sizes.changes)
+        watch, names = Stopwatch(share), share.of(sizes.changes)
         if share.clients > 1:
             names = min(names, BATCH_FILES)
         for start in range(0, names, BATCH_FILES):
@@ -249,7 +267,9 @@ def _warm_calls(call: Callable[[str], object]) -> Run:
         paths = [f"{directory}/small/f{number:06}" for number in range(first, first + WARM_FILES)]
         for path in paths:
             call(path)
-        watch, loops = Stopwatch(), max(1, share.of(sizes.calls) // WARM_FILES)
+        watch, loops = Stopwatch(share), sizes.calls // WARM_FILES
+        if share.clients > 1:  # long beside the moments at which they start
+            loops = max(PARALLEL_LOOPS, loops // share.clients)
         with watch.running():
             for _ in range(loops):
                 for path in paths:
@@ -279,13 +299,17 @@ def _write(path: str) -> None:
 
 
 def _fio(pattern: str) -> Run:
-    """A workload in which fio reads or writes, with *pattern* for its option `rw`."""
+    """A workload in which fio reads or writes, with *pattern* for its option `rw`, in as many threads as there are clients."""
 
     def run(directory: Path, sizes: Sizes, share: Share) -> Sample:
-        amount = f"--bs=4k --io_size={share.of(sizes.random) * 4}k" if pattern.startswith("rand") else "--bs=128k"
+        amount = "--bs=4k" if pattern.startswith("rand") else "--bs=128k"
+        if share.clients > 1:  # all of them for the same time, so that none goes on alone
+            amount += f" --time_based --runtime={sizes.fio_ms}ms --thread --numjobs={share.clients}"
+        elif pattern.startswith("rand"):
+            amount += f" --io_size={sizes.random * 4}k"
         # No fallocate: not every server has it. No invalidation: it does not reach the source, drop_caches does.
         command = (
-            f"fio --name=bench --rw={pattern} --size={sizes.data_mib}m {amount} --randseed={share.number + 1}"
+            f"fio --name=bench --rw={pattern} --size={sizes.data_mib}m {amount} --randseed=1 --group_reporting"
             " --ioengine=psync --fallocate=none --invalidate=0 --output-format=json"
         )
         done = subprocess.run(
@@ -294,8 +318,8 @@ def _fio(pattern: str) -> Run:
         if done.returncode != 0:
             raise RuntimeError(f"fio failed: {done.stderr or done.stdout}")
         figures = json.loads(done.stdout)["jobs"][0]["write" if pattern.endswith("write") else "read"]
-        # Not its `runtime`, which is in whole milliseconds: one call follows the other, so the latencies add up.
-        return Sample(figures["lat_ns"]["mean"] / 1e9 * figures["total_ios"], figures["total_ios"])
+        # Not its `runtime`, which is in whole milliseconds: in a client one call follows the other, so the latencies add up.
+        return Sample(figures["lat_ns"]["mean"] / 1e9 * figures["total_ios"] / share.clients, figures["total_ios"])
 
     return run
 
@@ -303,16 +327,16 @@ def _fio(pattern: str) -> Run:
 # -- applications ----------------------------------------------------------------------------------------------------------
 
 
-def _clone(directory: Path, _sizes: Sizes, _share: Share) -> Sample:
-    watch, clone = Stopwatch(), directory / "changes" / "clone"
+def _clone(directory: Path, _sizes: Sizes, share: Share) -> Sample:
+    watch, clone = Stopwatch(share), directory / "changes" / "clone"
     with watch.running():
         project.clone(directory / "project", clone)
     shutil.rmtree(clone)
     return watch.sample(1)
 
 
-def _build(directory: Path, _sizes: Sizes, _share: Share) -> Sample:
-    watch, clone = Stopwatch(), directory / "changes" / "clone"
+def _build(directory: Path, _sizes: Sizes, share: Share) -> Sample:
+    watch, clone = Stopwatch(share), directory / "changes" / "clone"
     project.clone(directory / "project", clone)
     with watch.running():
         project.build(clone)
@@ -330,34 +354,64 @@ WORKLOADS = (
         _listing("small", lambda sizes: sizes.small, attributes=True),
         quick=True,
     ),
+    Workload("open", "open, close", State.AS_IS, _warm_calls(_open), quick=True, parallel=True),
+    Workload("create", "create, close", State.AS_IS, _in_batches(_create), quick=True, parallel=True),
+    Workload("rename", "rename", State.AS_IS, _in_batches(_rename)),
+    Workload("unlink", "unlink", State.AS_IS, _in_batches(_unlink), quick=True, parallel=True),
+    Workload("mkdir", "mkdir", State.AS_IS, _in_batches(_mkdir), parallel=True),
+    Workload("tree", "mkdir and rmdir, 10 nested", State.AS_IS, _in_batches(_tree)),
+    Workload(
+        "read-4k", "open, read 4 KiB, close", State.AS_IS, _warm_calls(_read), quick=True, parallel=True, data=True
+    ),
+    Workload("write-4k", "open, write 4 KiB, close", State.AS_IS, _warm_calls(_write), parallel=True, data=True),
+    Workload("seq-read-cold", "sequential read, 128 KiB, cold", State.COLD, _fio("read"), data=True),
+    Workload("rand-read-cold", "random read, 4 KiB, cold", State.COLD, _fio("randread"), data=True),
+    Workload(
+        "seq-read",
+        "sequential read, 128 KiB",
+        State.WARM_DATA,
+        _fio("read"),
+        parallel=True,
+        own_clients=True,
+        data=True,
+    ),
+    Workload(
+        "rand-read",
+        "random read, 4 KiB",
+        State.WARM_DATA,
+        _fio("randread"),
+        quick=True,
+        parallel=True,
+        own_clients=True,
+        data=True,
+    ),
+    Workload("seq-write", "sequential write, 128 KiB", State.WARM_DATA, _fio("write"), quick=True, data=True),
+    Workload(
+        "rand-write",
+        "random write, 4 KiB",
+        State.WARM_DATA,
+        _fio("randwrite"),
+        parallel=True,
+        own_clients=True,
+        data=True,
+    ),
+    Workload("clone", "git clone, {sources:,} C files", State.AS_IS, _clone, table="applications", unit="s"),
+    Workload("build", "make, {sources:,} C files", State.AS_IS, _build, table="applications", unit="s"),
+)
+LISTINGS = (
     Workload(
         "ls-large-cold",
         "ls -l, {large:,} files, cold",
         State.COLD_NAMES,
         _listing("large", lambda sizes: sizes.large, attributes=True),
+        table="listing",
     ),
-    Workload("open", "open, close", State.AS_IS, _warm_calls(_open), quick=True),
-    Workload("create", "create, close", State.AS_IS, _in_batches(_create), quick=True, parallel=True),
-    Workload("rename", "rename", State.AS_IS, _in_batches(_rename)),
-    Workload("unlink", "unlink", State.AS_IS, _in_batches(_unlink), quick=True),
-    Workload("mkdir", "mkdir", State.AS_IS, _in_batches(_mkdir)),
-    Workload("tree", "mkdir and rmdir, 10 nested", State.AS_IS, _in_batches(_tree)),
-    Workload("read-4k", "open, read 4 KiB, close", State.AS_IS, _warm_calls(_read), quick=True, parallel=True),
-    Workload("write-4k", "open, write 4 KiB, close", State.AS_IS, _warm_calls(_write)),
-    Workload("seq-read-cold", "sequential read, 128 KiB, cold", State.COLD, _fio("read")),
-    Workload("rand-read-cold", "random read, 4 KiB, cold", State.COLD, _fio("randread")),
-    Workload("seq-read", "sequential read, 128 KiB", State.WARM_DATA, _fio("read")),
-    Workload("rand-read", "random read, 4 KiB", State.WARM_DATA, _fio("randread"), quick=True),
-    Workload("seq-write", "sequential write, 128 KiB", State.WARM_DATA, _fio("write"), quick=True),
-    Workload("rand-write", "random write, 4 KiB", State.WARM_DATA, _fio("randwrite")),
-    Workload("clone", "git clone, {sources:,} C files", State.AS_IS, _clone, table="applications", unit="s"),
-    Workload("build", "make, {sources:,} C files", State.AS_IS, _build, table="applications", unit="s"),
+    Workload(
+        "names",
+        "names of {listing:,} files, cold",
+        State.COLD_NAMES,
+        _listing("huge", lambda sizes: sizes.listing, attributes=False),
+        table="listing",
+    ),
 )
-NAMES = Workload(
-    "names",
-    "names, cold",
-    State.COLD_NAMES,
-    _listing("large", lambda sizes: sizes.large, attributes=False),
-    table="listing",
-)
-BY_NAME = {workload.name: workload for workload in (*WORKLOADS, NAMES)}
+BY_NAME = {workload.name: workload for workload in (*WORKLOADS, *LISTINGS)}

@@ -20,4 +20,6 @@ def figure(
 
 
 def part(*figures: Figure, **facts: str) -> Part:
-    return Part(Conditions({"kernel": "6.18", "machine": "2 CPUs", "file system": "ext4", **facts}), figures)
+    return Part(
+        Conditions({"kernel": "6.18", "machine": "2 CPUs", "file system": "ext4", "scale": "full", **facts}), figures
+    )

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from bench.children import environment
-from bench.figures import Figure, load
-from bench.report import BEGIN, END, PAGE
+from bench.figures import Figure, load, save
 
 from ..support.filesystems import filesystem, scratch_directory, unmount
+from . import make
 
 TIMEOUT = 240.0
 PARTS = (
@@ -28,6 +28,7 @@ PARTS = (
     "map",
     "restart",
     "profile",
+    "handles",
 )
 WORKLOADS = ("create", "rand-read", "clone")
 OTHERS = ("pyfuse3", "direct-4", "direct-nopass", "passthrough_fh", "passthrough_hp", "bindfs", "mergerfs")
@@ -54,11 +55,15 @@ def scratch() -> Iterator[Path]:
         yield directory
 
 
-def run(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run(module: str, *arguments: str | Path, path: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command; one that takes too long is told to end, on which it unmounts."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment() | {"PATH": path or os.environ["PATH"]},
     ) as process:
         try:
             output, errors = process.communicate(timeout=TIMEOUT)
@@ -69,10 +74,10 @@ def run(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def bench(place: Path, results: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def bench(place: Path, results: Path, *arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
     without = [argument for name in OTHERS for argument in ("--without", name)]
     own = ["--scale", "tiny", "--directory", str(place), "--results", str(results)]
-    return run("bench", *own, *without, *arguments)
+    return run("bench", *own, *without, *arguments, path=path)
 
 
 def repeated(option: str, names: tuple[str, ...]) -> list[str]:
@@ -82,7 +87,7 @@ def repeated(option: str, names: tuple[str, ...]) -> list[str]:
 def test_everything(place: Path, scratch: Path) -> None:
     """Measured, reported and compared with itself."""
     results = scratch / "results.json"
-    done = bench(place, results, *repeated("--only", PARTS), *repeated("--workload", WORKLOADS))
+    done = bench(place, results, *repeated("--only", PARTS), *repeated("--workload", WORKLOADS), "--report")
     assert done.returncode == 0, done.stderr
     parts = load(results)
     assert tuple(parts) == PARTS
@@ -96,10 +101,7 @@ def test_everything(place: Path, scratch: Path) -> None:
             assert all(sample >= 0 for sample in figure.samples)
     check_speed(parts["speed"].tables())
     check_growth(parts["growth"].tables())
-    (scratch / PAGE).write_text(f"{BEGIN}\n{END}\n")
-    reported = run("bench.report", results, "--docs", scratch)
-    assert reported.returncode == 0, reported.stderr
-    assert "| git clone, 3 C files |" in (scratch / PAGE).read_text()
+    assert "| git clone, 3 C files |" in (scratch / "results.md").read_text()
     compared = run("bench.compare", results, results)
     assert compared.returncode == 0, compared.stdout + compared.stderr
     assert "worse" not in compared.stdout
@@ -108,7 +110,7 @@ def test_everything(place: Path, scratch: Path) -> None:
 def check_speed(tables: dict[str, list[Figure]]) -> None:
     """All contestants did all workloads, with one client and with two."""
     assert list(tables) == ["speed", "applications", "speed-2"]
-    for table, rows in (("speed", 2), ("applications", 1), ("speed-2", 1)):
+    for table, rows in (("speed", 2), ("applications", 1), ("speed-2", 2)):
         done = [(figure.row, figure.column) for figure in tables[table] if figure.samples]
         assert len(set(done)) == len(done) == rows * len({"native", "direct", "passthrough_ll", "passthrough_ll-1"})
 
@@ -122,15 +124,48 @@ def check_growth(tables: dict[str, list[Figure]]) -> None:
     assert 1 < memory["direct"] < 200
 
 
+def test_a_part_that_fails_is_kept_with_its_reason(place: Path, scratch: Path) -> None:
+    """In place of what an earlier run has found; the parts after it are measured, and the report tells."""
+    results = scratch / "results.json"
+    save(results, {"speed": make.part(make.figure("direct", [1]))})
+    (scratch / "git").write_text("#!/bin/sh\necho no repository today >&2\nexit 3\n")
+    (scratch / "git").chmod(0o755)
+    only = ["--only", "speed", "--only", "map", "--report"]
+    done = bench(place, results, *only, path=f"{scratch}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    found = load(results)
+    assert not found["speed"].figures
+    assert "no repository today" in found["speed"].conditions.failure
+    assert found["map"].figures
+    assert "not measured: git init" in (scratch / "results.md").read_text()
+
+
+def test_one_that_is_never_quiet_is_left_out_of_the_rest(place: Path, scratch: Path) -> None:
+    """It is given up once, with the reason, and the others are measured."""
+    handlefs = f"{sys.executable} -m handlefs mount {{source}} {{mount}} --foreground --state-dir {{state}}"
+    (scratch / "busy").write_text(
+        f"#!/bin/sh\n(while :; do :; done) &\nexec {handlefs.format(source=r'$1', mount='$2', state='$3')}\n"
+    )
+    (scratch / "busy").chmod(0o755)
+    only = ["--only", "speed", "--without", "passthrough_ll", "--without", "passthrough_ll-1", "--rounds", "2"]
+    peer = ["--peer", f"busy={scratch}/busy {{source}} {{mount}} {{state}}", "--workload", "stat-warm"]
+    done = bench(place, scratch / "results.json", *only, *peer)
+    assert done.returncode == 0, done.stderr
+    figures = {figure.column: figure for figure in load(scratch / "results.json")["speed"].figures}
+    assert "still busy" in figures["busy"].failure
+    assert len(figures["direct"].samples) == len(figures["native"].samples) == 2
+
+
 def test_nfs(place: Path, scratch: Path) -> None:
     """In the lab: both versions, on both exports."""
     results = scratch / "results.json"
     done = bench(place, results, "--only", "nfs", "--workload", "create", "--workload", "ls-cold")
     assert done.returncode == 0, done.stderr
     assert results.exists(), done.stderr
-    part = load(results)["nfs"]
-    assert "User-Mode Linux" in part.conditions.facts["kernel"]
-    cells = {(figure.table, figure.row, figure.column) for figure in part.figures if figure.samples}
+    found = load(results)["nfs"]
+    assert "User-Mode Linux" in found.conditions.facts["kernel"]
+    cells = {figure.key for figure in found.figures if figure.samples}
     assert cells == set(product(("nfs-3", "nfs-4.2"), ("create", "ls-cold"), ("native", "handlefs")))
 
 
@@ -203,6 +238,28 @@ def test_a_disk_that_is_too_small(scratch: Path, part: str) -> None:
         assert not list(small.iterdir())
     assert done.returncode == 1
     assert f"that {part} needs: try --scale quick" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("bench.profile", ["--batches", "0"], "must be at least 1"),
+        ("bench.profile", ["--directory", "/nowhere"], "No such file or directory: '/nowhere"),
+        ("bench.report", ["/nowhere.json"], "cannot read /nowhere.json"),
+        ("bench.compare", ["/nowhere.json", "/nowhere.json"], "cannot read /nowhere.json"),
+    ],
+)
+def test_bad_input_of_the_other_commands(module: str, arguments: list[str], message: str) -> None:
+    done = run(module, *arguments)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_workload_that_the_part_does_not_have(place: Path, scratch: Path) -> None:
+    done = bench(place, scratch / "results.json", "--only", "nfs", "--workload", "clone")
+    assert done.returncode == 1
+    assert "none of these workloads is in this part: clone" in done.stdout
 
 
 def test_profile_by_itself(place: Path) -> None:

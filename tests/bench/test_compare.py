@@ -9,7 +9,7 @@ import pytest
 
 from bench import compare
 from bench.compare import BETTER, BROKEN, MENDED, SAME, UNKNOWN, WORSE
-from bench.figures import Figure, Part, save
+from bench.figures import Conditions, Figure, Part, save
 
 from .make import figure, part
 
@@ -71,6 +71,54 @@ def test_counts_may_be_zero() -> None:
     none, some = (figure("failed calls", [count] * 9, table="restart", unit="calls") for count in (0, 30))
     assert verdicts([none], [some]) == {"failed calls": WORSE}
     assert verdicts([none], [none]) == {"failed calls": SAME}
+
+
+def test_what_fails_in_later_rounds() -> None:
+    some = figure("direct", STEADY[:3], failure="the server has ended")
+    assert verdicts([figure("direct", STEADY)], [some]) == {"direct": BROKEN}
+    assert verdicts([some], [figure("direct", STEADY)]) == {"direct": MENDED}
+
+
+@pytest.mark.parametrize(("time", "verdict"), [(15, SAME), (100, WORSE), (1, BETTER)])
+def test_a_time_that_is_measured_once(time: float, verdict: str) -> None:
+    old, new = (figure("direct", [value], table="growth-time") for value in (10, time))
+    assert verdicts([old], [new]) == {"direct": verdict}
+
+
+def test_a_few_calls_that_fail_are_worse() -> None:
+    none, few = (figure("failed", [0] * 17 + [count] * 3, table="restart", unit="calls") for count in (0, 2))
+    assert verdicts([none], [few]) == {"failed": WORSE}
+    assert verdicts([few], [none]) == {"failed": BETTER}
+
+
+@pytest.mark.parametrize("rows", [("open",), ("open", "create")])
+def test_who_or_what_is_gone_is_broken(rows: tuple[str, ...]) -> None:
+    """A contestant that does not start, a row that is not there."""
+    old = [figure(name, STEADY, row=row) for row in rows for name in ("native", "direct")]
+    new = [figure("native", STEADY, row=row) for row in rows]
+    assert verdicts(old, new) == {"native": SAME, "direct": BROKEN}
+
+
+def test_a_part_that_fails_is_broken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    old = part(figure("direct", STEADY))
+    new = Part(Conditions(dict(old.conditions.facts), failure="git failed: no space"), [])
+    assert run(monkeypatch, tmp_path, old, new) == 1
+    told = capsys.readouterr().out
+    assert "git failed: no space" in told
+    assert "1 fails now" in told
+
+
+def test_what_is_not_known_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(monkeypatch, tmp_path, part(figure("direct", [1, 1, 1])), part(figure("direct", [9, 9, 9]))) == 0
+    assert "too few samples speed" in " ".join(
+        capsys.readouterr().out.replace("One client: time for an operation", "speed").split()
+    )
 
 
 def run(

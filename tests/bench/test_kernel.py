@@ -49,6 +49,53 @@ def test_memory_and_descriptors_of_all_processes(server: int) -> None:
     assert 20 < kernel.descriptors(server) < 60
 
 
+SHARED = """
+import mmap, os
+written = os.memfd_create("written")
+os.write(written, bytes(1 << 20) * 32)
+file = os.memfd_create("mapped")
+os.ftruncate(file, 16 << 20)
+pages = mmap.mmap(file, 16 << 20)
+pages.write(os.urandom(16 << 20))
+anonymous = mmap.mmap(-1, 8 << 20)
+anonymous.write(os.urandom(8 << 20))
+os.fork()
+print("ready", flush=True)
+os.read(0, 1)
+"""
+
+
+def test_shared_memory_counts_once() -> None:
+    """Of a parent and a child: memfds, mapped or only written, and shared anonymous memory; 56 MiB."""
+    command = [sys.executable, "-c", SHARED]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+        found = kernel.memory(process.pid)
+        process.communicate("")
+    with subprocess.Popen(
+        [sys.executable, "-c", "print('ready', flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as plain:
+        assert plain.stdout is not None
+        assert plain.stdout.readline() == "ready\n"
+        own = kernel.memory(plain.pid)
+        plain.communicate("\n")
+    assert 55 < found - own < 80
+
+
+def test_who_is_never_quiet_is_told(server: int) -> None:
+    """It has to be given up, once; who waits for requests is not in the way."""
+    with subprocess.Popen(["sleep", "60"]) as quiet:
+        try:
+            assert kernel.wait_until_quiet([server, quiet.pid], patience=0.5) == server
+            assert kernel.wait_until_quiet([quiet.pid], patience=30) is None
+        finally:
+            quiet.kill()
+
+
 def test_a_child_that_computes_is_not_quiet(server: int) -> None:
     before = kernel.cpu_seconds(server)
     time.sleep(0.2)

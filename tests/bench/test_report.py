@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench import report, sections, tables
 from bench.errors import BenchError
-from bench.figures import save
+from bench.figures import Conditions, Part, save
 from bench.plots import PICTURES
 
 from .make import figure, part
 
+NAME = "performance.md"
 PAGE = f"# Performance\n\nBefore.\n\n{report.BEGIN}\nold figures\n{report.END}\n\nAfter.\n"
 
 
@@ -27,7 +29,7 @@ def test_medians_with_spread_and_holes() -> None:
     assert grid.title == "Time, in µs"
     assert grid.header == ["", "native", "direct"]
     assert grid.rows == [["open, close", "2 ±25%", "2,000 ±25%"], ["create, close", "0.050", "-"]]
-    assert tables.failures(figures) == ["direct (create, close): File too large"]
+    assert tables.remarks(figures) == ["direct (create, close): File too large"]
 
 
 def test_units_stand_where_they_differ() -> None:
@@ -43,18 +45,18 @@ def test_speeds() -> None:
     assert relative is not None
     assert (relative.header, relative.rows) == (
         ["", "direct", "bindfs", "mergerfs"],
-        [["open, close", "0.50", "0.25", "-"]],
+        [["open, close", "0.50 ±0%", "0.25 ±0%", "-"]],
     )
     peers = tables.against(figures, "direct", but=("native",))
     assert peers is not None
-    assert (peers.header, peers.rows) == (["", "bindfs", "mergerfs"], [["open, close", "2", "-"]])
+    assert (peers.header, peers.rows) == (["", "bindfs", "mergerfs"], [["open, close", "2 ±0%", "-"]])
     assert tables.speeds(figures, "passthrough_ll") is None
     assert tables.against(figures[:2], "direct", but=("native",)) is None
 
 
 def test_a_reason_is_told_once() -> None:
     failed = [figure("bindfs", [], row=row, failure="not within 9 s\nand more") for row in ("a", "b")]
-    assert tables.failures(failed) == ["bindfs (a, close; b, close): not within 9 s"]
+    assert tables.remarks(failed) == ["bindfs (a, close; b, close): not within 9 s"]
 
 
 def test_only_what_is_between_the_markers_changes() -> None:
@@ -87,14 +89,15 @@ def test_every_part_has_a_section() -> None:
     assert PICTURES.keys() <= sections.SECTIONS.keys()
 
 
-def test_the_projects_page_has_the_markers() -> None:
-    report.insert((report.DOCS / report.PAGE).read_text(), "figures")
+def test_the_projects_pages_have_the_markers() -> None:
+    for name in {section.page for section in sections.SECTIONS.values()}:
+        report.insert((report.DOCS / name).read_text(), "figures")
 
 
 def test_the_command_writes_tables_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     docs, file = tmp_path / "docs", tmp_path / "results.json"
     docs.mkdir()
-    (docs / report.PAGE).write_text(PAGE)
+    (docs / NAME).write_text(PAGE)
     growth = [
         figure(name, samples, table=table, row=str(count), failure=failure)
         for table in ("growth-memory", "growth-descriptors")
@@ -116,7 +119,7 @@ def test_the_command_writes_tables_and_pictures(tmp_path: Path, monkeypatch: pyt
     save(file, parts)
     monkeypatch.setattr("sys.argv", ["report", str(file), "--docs", str(docs)])
     assert report.main() == 0
-    page = (docs / report.PAGE).read_text()
+    page = (docs / NAME).read_text()
     assert "| open, close | 2 ±25% | 4 ±25% |" in page
     assert "kernel 6.18, machine 2 CPUs, file system ext4" in page
     assert "passthrough_ll (9000, close): Too many open files, after 2,000 inodes" in page
@@ -127,12 +130,42 @@ def test_the_command_writes_tables_and_pictures(tmp_path: Path, monkeypatch: pyt
         assert (docs / f"performance-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_another_scale_stays_out_of_docs(tmp_path: Path) -> None:
+    """Its report is beside the result file, and can be written again."""
+    docs, file = tmp_path / "docs", tmp_path / "small.json"
+    docs.mkdir()
+    (docs / NAME).write_text(PAGE)
+    full, quick = part(figure("size", [1], table="map", row="9")), part(figure("native", [1]), scale="quick")
+    save(file, {"map": full, "speed": quick})
+    for _ in range(2):
+        assert list(report.write_report(file, docs)) == [tmp_path / "small.md"]
+    assert (docs / NAME).read_text() == PAGE
+    assert "| open, close | 1 |" in (tmp_path / "small.md").read_text()
+    assert (tmp_path / "small-map.png").exists()
+
+
+def test_a_part_that_failed_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    failed = Part(Conditions({"kernel": "6.18", "scale": "tiny"}, failure="git failed: no space\nand more"), [])
+    save(file, {"speed": part(figure("native", [1]))})
+    save(file, {"speed": failed})
+    report.write_report(file)
+    page = (tmp_path / "results.md").read_text()
+    assert "- not measured: git failed: no space\n" in page
+    assert "open, close" not in page
+
+
+def test_clients_that_did_not_start_together_are_told() -> None:
+    spread = replace(figure("direct", [1, 2, 3]), note="the clients' starts are spread over 40% of the time")
+    assert tables.remarks([spread]) == ["direct (open, close): the clients' starts are spread over 40% of the time"]
+
+
 def test_nothing_is_written_without_the_markers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / report.PAGE).write_text("another page")
+    (tmp_path / NAME).write_text("another page")
     save(tmp_path / "results.json", {"speed": part(figure("native", [1]), figure("direct", [2]))})
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "results.json"), "--docs", str(tmp_path)])
     assert report.main() == 1
     assert "must have the lines" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == [report.PAGE, "results.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [NAME, "results.json"]

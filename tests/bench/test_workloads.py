@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench.client import together
-from bench.sizes import SCALES
-from bench.workloads import BY_NAME, NAMES, Sample, Share, Stopwatch, Workload, prepare, restore
+from bench.sizes import SCALES, Sizes
+from bench.workloads import BY_NAME, LISTINGS, Sample, Share, State, Stopwatch, Workload, make_files, prepare, restore
 
 SIZES = SCALES["tiny"]
 
@@ -19,6 +19,8 @@ SIZES = SCALES["tiny"]
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("workloads") / "source"
     prepare(path, SIZES)
+    make_files(path / "large", SIZES.large)
+    make_files(path / "huge", SIZES.listing)
     return path
 
 
@@ -37,21 +39,23 @@ def test_directory_is_left_as_it_was(directory: Path, workload: Workload) -> Non
 
 
 @pytest.mark.parametrize(
-    "workload", [one for one in BY_NAME.values() if one.parallel], ids=lambda workload: workload.name
+    "workload",
+    [one for one in BY_NAME.values() if one.parallel and not one.own_clients],
+    ids=lambda workload: workload.name,
 )
 def test_clients_share_the_work(directory: Path, workload: Workload) -> None:
     before = content(directory)
     sample = together(workload, directory, SIZES, 4)
     assert sample.seconds == sample.ended - sample.began > 0
     alone = workload.run(directory, SIZES, Share()).operations
-    assert alone <= sample.operations <= 4 * alone
+    assert alone <= sample.operations
     assert content(directory) == before
 
 
 def test_time_of_several_clients_is_from_the_first_start_to_the_last_end() -> None:
     """One after the other on the only CPU, each fast: together they are no faster."""
     samples = [Sample(1, 100, began=0, ended=1), Sample(1, 100, began=1, ended=2)]
-    assert Sample.together(samples) == Sample(2, 200, 0, 2)
+    assert Sample.together(samples) == Sample(2, 200, 0, 2, spread=1)
 
 
 def test_a_client_that_fails_is_told(directory: Path) -> None:
@@ -59,8 +63,33 @@ def test_a_client_that_fails_is_told(directory: Path) -> None:
         together(BY_NAME["stat-cold"], directory / "missing", SIZES, 2)
 
 
+def test_nobody_prepares_in_anothers_time(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one is ready a second after the first."""
+
+    def run(directory: Path, sizes: Sizes, share: Share) -> Sample:
+        watch = Stopwatch(share)
+        time.sleep(0.5 * share.number)
+        with watch.running():
+            time.sleep(0.1)
+        return watch.sample(1)
+
+    workload = Workload("late", "late", State.AS_IS, run, parallel=True)
+    monkeypatch.setitem(BY_NAME, "late", workload)
+    sample = together(workload, directory, SIZES, 3)
+    assert sample.operations == 3
+    assert sample.spread < sample.seconds < 0.4
+
+
+@pytest.mark.parametrize("workload", [one for one in BY_NAME.values() if one.own_clients], ids=lambda one: one.name)
+def test_fio_has_several_clients(directory: Path, workload: Workload) -> None:
+    """They work side by side: the time on the clock is that of one of them."""
+    sample = workload.run(directory, SIZES, Share(0, 4))
+    assert sample.operations > 4
+    assert 0 < sample.seconds < 3 * SIZES.fio_ms / 1000
+
+
 def test_stopwatch_counts_only_what_runs() -> None:
-    watch = Stopwatch()
+    watch = Stopwatch(Share())
     for _ in range(2):
         with watch.running():
             time.sleep(0.01)
@@ -79,4 +108,4 @@ def test_what_a_failed_workload_leaves_is_removed(directory: Path) -> None:
 
 def test_a_listing_that_is_not_complete_is_an_error(directory: Path) -> None:
     with pytest.raises(RuntimeError, match="shows 300 files instead of 301"):
-        NAMES.run(directory, replace(SIZES, large=301), Share())
+        LISTINGS[0].run(directory, replace(SIZES, large=301), Share())
