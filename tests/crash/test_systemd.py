@@ -223,12 +223,12 @@ def test_what_is_open_goes_on(systemd: Systemd, ext4: Path, passthrough: str, en
         assert in_the_end(service.stored, stored, seconds=TIMEOUT) == stored
 
 
-<<<<<<< HEAD
 def has_come_to(fault: Path, request: Child[object]) -> bool:
     """Whether a worker has died at `fault`; if not, the request has been answered before it came to that point."""
     in_the_end(lambda: request.has_result(0) or not fault.exists(), True)
     return not fault.exists()
-=======
+
+
 @pytest.mark.parametrize("end", ["restart", "crash"])
 def test_the_metrics_are_always_there(systemd: Systemd, ext4: Path, end: str) -> None:
     """Nobody who connects is refused; in a restart nobody is cut off, either."""
@@ -299,7 +299,6 @@ def test_a_store_that_is_too_small_for_removed_files(systemd: Systemd, ext4: Pat
 
         Child(client).result(TIMEOUT)
         assert in_the_end(service.stored, needed, TIMEOUT) == needed
->>>>>>> four
 
 
 def test_requests_are_finished_after_a_crash(systemd: Systemd, ext4: Path) -> None:
