@@ -69,7 +69,9 @@ def test_walking_needs_no_more_than_the_cache(forest: Path, transport: str, size
     with mounted(forest, None, f"--transport={transport}", f"--cache-size={size}") as server:
         with watched(server) as seen:
             assert walk(server.path) == FILES
-        assert max(seen) <= size + FIXED
+        # A worker hears within a second that another one has served the RELEASEDIR (docs/crash-only.md).
+        just_closed = DIRECTORIES if transport == "direct" else 0
+        assert max(seen) <= size + just_closed + FIXED
         assert server.status()["cache"]["size"] <= size
 
 
