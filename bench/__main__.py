@@ -141,7 +141,10 @@ def measure(arguments: argparse.Namespace, console: Console) -> bool:
                     part = plan.failed(told(error))
                 bar.step("removing the files")
             figures.save(arguments.results, {name: part})
-            show(name, part)
+            if part.conditions.failure:
+                console.print(f"{name}: not measured: {part.conditions.failure}", highlight=False, markup=False)
+            else:
+                show(name, part)
     return not failed
 
 

@@ -81,9 +81,10 @@ def _memory_files(pids: Iterable[int]) -> dict[tuple[int, int], int]:
     found = {}
     for pid in pids:
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            if os.readlink(descriptor).startswith("/memfd:"):
-                status = descriptor.stat()
-                found[status.st_dev, status.st_ino] = status.st_blocks * 512
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                if os.readlink(descriptor).startswith("/memfd:"):
+                    status = descriptor.stat()
+                    found[status.st_dev, status.st_ino] = status.st_blocks * 512
     return found
 
 

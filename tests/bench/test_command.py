@@ -259,7 +259,7 @@ def test_bad_input_of_the_other_commands(module: str, arguments: list[str], mess
 def test_a_workload_that_the_part_does_not_have(place: Path, scratch: Path) -> None:
     done = bench(place, scratch / "results.json", "--only", "nfs", "--workload", "clone")
     assert done.returncode == 1
-    assert "none of these workloads is in this part: clone" in done.stdout
+    assert "none of these workloads is in this part: clone" in done.stderr
 
 
 def test_profile_by_itself(place: Path) -> None:
