@@ -7,6 +7,7 @@ import os
 import pickle
 import select
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,7 +112,8 @@ def _run_child(function: Callable[[], object], user: User, umask: int, writer: i
         os.umask(umask)
         try:
             answer: tuple[bool, object] = (True, function())
-        except Exception as error:  # it is raised again in the parent
+        except Exception as error:  # it is raised again in the parent, to where no traceback comes along
+            error.add_note("".join(traceback.format_tb(error.__traceback__)))
             answer = (False, error)
         with os.fdopen(writer, "wb") as pipe:
             pickle.dump(answer, pipe)
