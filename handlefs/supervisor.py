@@ -35,7 +35,7 @@ from handlefs.removed import KeptFile, RemovedFiles
 from handlefs.slot import Slot, SlotMemory
 from handlefs.volumes import OpenedSource
 from handlefs.worker import answer_eio
-from handlefs.workforce import Template, WorkerProcess, how_it_ended
+from handlefs.workforce import ProcessGroups, Template, WorkerProcess, how_it_ended
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,6 @@ _OWN_DESCRIPTORS = 40
 _POLL_INTERVAL = 0.002
 _SHORTEST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
-_ENDED = os.WEXITED | os.WNOHANG  # for waitid(2)
 
 
 def pause(failures: int) -> float:
@@ -100,7 +99,7 @@ class Supervisor:
         self._counters: list[Counters] = []
         self._vacant = dict.fromkeys(range(self._count), 0.0)  # slot → when it may be filled
         self._deaths: dict[int, tuple[int, int]] = {}  # slot → (request, workers that it killed)
-        self._groups: set[int] = set()  # of processes: each template's, with its workers
+        self._groups = ProcessGroups()
         self._restarts = 0
         self._upgrades = 0
         self._inherited_workers: list[WorkerProcess] = []
@@ -377,12 +376,7 @@ class Supervisor:
         watched = {worker.pid for worker in self._workers}
         if self._template is not None:
             watched.add(self._template.pid)
-        for group in tuple(self._groups):
-            try:
-                while (ended := os.waitid(os.P_PGID, group, _ENDED | os.WNOWAIT)) and ended.si_pid not in watched:
-                    os.waitpid(ended.si_pid, 0)
-            except ChildProcessError:
-                self._groups.remove(group)  # the template's own goes with its last worker
+        self._groups.reap(watched)
 
     def _count_death(self, index: int) -> int:
         """How many workers in a row the request in slot `index` has killed; of too many it is answered with EIO."""
@@ -409,24 +403,10 @@ class Supervisor:
         for worker in self._workers:
             if worker.slot is None:
                 worker.commands.close()  # what it waits on; the others see the end of the mount
-        if not self._all_end(END_TIMEOUT):
+        if not self._groups.all_end(END_TIMEOUT):
             log.error("processes of the mount do not end and are killed")
-            for group in self._groups:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(group, signal.SIGKILL)
-            self._all_end(KILL_TIMEOUT)
-
-    def _all_end(self, seconds: float) -> bool:
-        """Wait for all children for so many seconds; returns whether they have ended."""
-        deadline = time.monotonic() + seconds
-        for group in self._groups:
-            with contextlib.suppress(ChildProcessError):
-                while True:
-                    if os.waitid(os.P_PGID, group, _ENDED) is None:
-                        if time.monotonic() > deadline:
-                            return False
-                        time.sleep(0.01)
-        return True
+            self._groups.kill()
+            self._groups.all_end(KILL_TIMEOUT)
 
     # -- new code --------------------------------------------------------------------------------------------------------
 
@@ -507,7 +487,7 @@ class Supervisor:
         """Go on with what the predecessor had."""
         self.mount_device = state.mount_device
         self._restarts, self._upgrades, self._start_time = state.restarts, state.upgrades, state.start_time
-        self._groups.update(state.groups)
+        self._groups.add(*state.groups)
         for kept in state.removed:
             os.set_inheritable(kept.fd, False)
             self._removed.keep(kept)

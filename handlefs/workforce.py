@@ -10,7 +10,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from handlefs import interpreter
@@ -21,6 +21,7 @@ REPLY_TIMEOUT = 10.0
 """Seconds that a worker gets to answer a command."""
 
 _LONGEST_REPLY = 64 * 1024
+_ENDED = os.WEXITED | os.WNOHANG  # for waitid(2)
 
 
 class WorkerProcess:
@@ -156,6 +157,47 @@ class Template:
         os.close(self.pidfd)
         os.close(self._errors)
         return f"{how}: {said}" if said else how
+
+
+class ProcessGroups:
+    """All processes of a mount: the groups that its templates have led, with the workers that they have forked."""
+
+    def __init__(self) -> None:
+        self._groups: set[int] = set()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._groups)
+
+    def add(self, *groups: int) -> None:
+        """Each has the number of its template."""
+        self._groups.update(groups)
+
+    def reap(self, watched: Collection[int]) -> None:
+        """Wait for the dead that nobody has `watched`: workers that could not say any more who they are."""
+        for group in tuple(self._groups):
+            try:
+                while (ended := os.waitid(os.P_PGID, group, _ENDED | os.WNOWAIT)) and ended.si_pid not in watched:
+                    os.waitpid(ended.si_pid, 0)
+            except ChildProcessError:
+                self._groups.remove(group)  # the template's own goes with its last worker
+
+    def kill(self) -> None:
+        """End all that are there."""
+        for group in self._groups:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+
+    def all_end(self, seconds: float) -> bool:
+        """Wait for all for so many seconds; returns whether they have ended."""
+        deadline = time.monotonic() + seconds
+        for group in self._groups:
+            with contextlib.suppress(ChildProcessError):
+                while True:
+                    if os.waitid(os.P_PGID, group, _ENDED) is None:
+                        if time.monotonic() > deadline:
+                            return False
+                        time.sleep(0.01)
+        return True
 
 
 def _readable(fd: int, seconds: float) -> bool:

@@ -1,6 +1,7 @@
 """The kernel's interface as data, FUSE 7.31 to 7.45, with the names of include/uapi/linux/fuse.h.
 
-A struct is a compiled `struct.Struct` in native byte order; where a name or data follows it, that starts at `.size`.
+A struct is a compiled `struct.Struct` in native byte order; where a name or data follows it, that starts at `.size`. What
+becomes a signed argument of a system call (an offset, a umask) is signed here, too.
 """
 
 from struct import Struct
@@ -72,6 +73,9 @@ OPCODE_NAMES = {
     if name.startswith("FUSE_") and isinstance(value, int) and name not in ("FUSE_ROOT_ID",) and "VERSION" not in name
 }
 """Opcode → its name in lower case, as metrics and logs show it."""
+
+NEVER_ANSWERED = frozenset({FUSE_FORGET, FUSE_BATCH_FORGET, FUSE_INTERRUPT, FUSE_NOTIFY_REPLY})
+"""Requests that have no reply, not even if they fail."""
 
 # -- flags of INIT (flags | flags2 << 32) --------------------------------------------------------------------------------
 
@@ -172,35 +176,35 @@ fuse_forget_in = Struct("=Q")  # nlookup
 fuse_batch_forget_in = Struct("=II")  # count dummy
 fuse_forget_one = Struct("=QQ")  # nodeid nlookup
 fuse_getattr_in = Struct("=IIQ")  # getattr_flags dummy fh
-fuse_setattr_in = Struct("=IIQQQqqqIIIIIIII")
+fuse_setattr_in = Struct("=IIQqQqqqIIIIIIII")
 # valid padding fh size lock_owner atime mtime ctime atimensec mtimensec ctimensec mode unused4 uid gid unused5
-fuse_mknod_in = Struct("=IIII")  # mode rdev umask padding
-fuse_mkdir_in = Struct("=II")  # mode umask
+fuse_mknod_in = Struct("=IIiI")  # mode rdev umask padding
+fuse_mkdir_in = Struct("=Ii")  # mode umask
 fuse_rename_in = Struct("=Q")  # newdir
 fuse_rename2_in = Struct("=QII")  # newdir flags padding
 fuse_link_in = Struct("=Q")  # oldnodeid
 fuse_open_in = Struct("=II")  # flags open_flags
-fuse_create_in = Struct("=IIII")  # flags mode umask open_flags
+fuse_create_in = Struct("=IIiI")  # flags mode umask open_flags
 fuse_open_out = Struct("=QIi")  # fh open_flags backing_id
 fuse_release_in = Struct("=QIIQ")  # fh flags release_flags lock_owner
 fuse_flush_in = Struct("=QIIQ")  # fh unused padding lock_owner
-fuse_read_in = Struct("=QQIIQII")  # fh offset size read_flags lock_owner flags padding
-fuse_write_in = Struct("=QQIIQII")  # fh offset size write_flags lock_owner flags padding
+fuse_read_in = Struct("=QqIIQII")  # fh offset size read_flags lock_owner flags padding
+fuse_write_in = Struct("=QqIIQII")  # fh offset size write_flags lock_owner flags padding
 fuse_write_out = Struct("=II")  # size padding
 fuse_statfs_out = Struct("=QQQQQIIII24x")  # blocks bfree bavail files ffree bsize namelen frsize padding spare[6]
 fuse_fsync_in = Struct("=QII")  # fh fsync_flags padding
-fuse_setxattr_in_compat = Struct("=II")  # size flags
-fuse_setxattr_in = Struct("=IIII")  # size flags setxattr_flags padding
+fuse_setxattr_in_compat = Struct("=Ii")  # size flags
+fuse_setxattr_in = Struct("=IiII")  # size flags setxattr_flags padding
 fuse_getxattr_in = Struct("=II")  # size padding
 fuse_getxattr_out = Struct("=II")  # size padding
-fuse_access_in = Struct("=II")  # mask padding
+fuse_access_in = Struct("=iI")  # mask padding
 fuse_interrupt_in = Struct("=Q")  # unique
 fuse_ioctl_in = Struct("=QIIQII")  # fh flags cmd arg in_size out_size
 fuse_ioctl_out = Struct("=iIII")  # result flags in_iovs out_iovs
-fuse_fallocate_in = Struct("=QQQII")  # fh offset length mode padding
-fuse_lseek_in = Struct("=QQII")  # fh offset whence padding
+fuse_fallocate_in = Struct("=QqqII")  # fh offset length mode padding
+fuse_lseek_in = Struct("=QqII")  # fh offset whence padding
 fuse_lseek_out = Struct("=Q")  # offset
-fuse_copy_file_range_in = Struct("=QQQQQQQ")  # fh_in off_in nodeid_out fh_out off_out len flags
+fuse_copy_file_range_in = Struct("=QqQQqQQ")  # fh_in off_in nodeid_out fh_out off_out len flags
 fuse_copy_file_range_out = Struct("=Q")  # bytes_copied
 fuse_notify_inval_inode_out = Struct("=Qqq")  # ino off len
 fuse_dirent = Struct("=QQII")  # ino off namelen type, then the name, padded to 8

@@ -4,6 +4,7 @@ import errno
 import os
 
 from handlefs.protocol import abi
+from handlefs.protocol.decoding import MalformedError
 from handlefs.protocol.init import ProtocolError
 
 NO_HANDLE = abi.fuse_handle.pack(0, 0).ljust(8, b"\0")
@@ -66,13 +67,13 @@ def pack_handle(data: bytes) -> bytes:
 
 
 def unpack_handle(buffer: bytes | memoryview, offset: int = 0) -> tuple[bytes, int]:
-    """The data of the struct fuse_handle at `offset`, and the offset after it. Raises ValueError for a malformed one."""
+    """The data of the struct fuse_handle at `offset`, and the offset after it. Raises MalformedError for a malformed one."""
     if len(buffer) < offset + abi.fuse_handle.size:
-        raise ValueError("a message without the handle that belongs there")
+        raise MalformedError("a message without the handle that belongs there")
     size, reserved = abi.fuse_handle.unpack_from(buffer, offset)
     end = offset + abi.padded(abi.fuse_handle.size + size)
     if reserved or size > abi.FUSE_HANDLE_MAX or end > len(buffer):
-        raise ValueError("a malformed handle")
+        raise MalformedError("a malformed handle")
     start = offset + abi.fuse_handle.size
     return bytes(buffer[start : start + size]), end
 

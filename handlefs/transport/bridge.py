@@ -96,17 +96,21 @@ def _worker(device: int, bridge: "Bridge", size: int) -> None:
     receiver = Receiver(device, buffer, busy=False)
     while received := receiver.receive():
         message = memoryview(buffer)[:received]
-        unique = abi.fuse_in_header.unpack_from(message)[2]
-        try:
-            reply = bridge.answer(message)
-        except OSError as error:
-            _send(device, unique, b"", error.errno or errno.EIO)
-        except Exception:
-            log.exception("a request failed")
-            _send(device, unique, b"", errno.EIO)
-        else:
-            if reply is not None:
-                _send(device, unique, reply)
+        _, opcode, unique, *_ = abi.fuse_in_header.unpack_from(message)
+        reply, number = _answer(bridge, message)
+        if reply is not None and opcode not in abi.NEVER_ANSWERED:
+            _send(device, unique, reply, number)
+
+
+def _answer(bridge: "Bridge", message: memoryview) -> tuple[bytes | None, int]:
+    """The payload of the reply, and its errno."""
+    try:
+        return bridge.answer(message), 0
+    except OSError as error:
+        return b"", error.errno or errno.EIO
+    except Exception:
+        log.exception("a request failed")
+        return b"", errno.EIO
 
 
 def _send(device: int, unique: int, payload: bytes, number: int = 0) -> None:
@@ -145,7 +149,7 @@ class Bridge:
         if opcode in (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET):
             self._forget(opcode, nodeid, body)
             return None
-        if opcode == abi.FUSE_INTERRUPT:  # every request ends by itself
+        if opcode in abi.NEVER_ANSWERED:  # INTERRUPT: every request ends by itself
             return None
         if opcode == abi.FUSE_DESTROY:
             return b""

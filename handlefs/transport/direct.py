@@ -7,7 +7,6 @@ operation.
 import errno
 import logging
 import os
-import struct
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from handlefs.mount import mount_fuse, unmount
 from handlefs.operations import Changes, Operations, is_group_member
 from handlefs.protocol import abi
 from handlefs.protocol.attributes import attr_out, entry_out
+from handlefs.protocol.decoding import MalformedError, decode
 from handlefs.protocol.extensions import supplementary_groups
 from handlefs.protocol.init import MAX_WRITE, Negotiated, negotiate
 from handlefs.protocol.listing import direntplus, dirents
@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 
 LARGEST_REQUEST = MAX_WRITE + 4096
 """Bytes that any request fits into, whatever is negotiated."""
-_MALFORMED = (struct.error, ValueError, OverflowError)  # OverflowError: a number that no system call takes
-_NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT, abi.FUSE_NOTIFY_REPLY)
 
 Reply = bytes | None
 """The payload of a reply; None for requests that have none."""
@@ -175,8 +173,8 @@ class Dispatcher:
             payload = handler(Request(nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end], groups))
         except OSError as error:
             return _error(unique, self._failures.errno_for_reply(_name_of(opcode), error), opcode)
-        except _MALFORMED:
-            log.error("malformed %s request of %d bytes", _name_of(opcode), size)
+        except MalformedError as error:
+            log.error("malformed %s request of %d bytes: %s", _name_of(opcode), size, error)
             return _error(unique, errno.EINVAL, opcode)
         except Exception:
             log.exception("%s failed", _name_of(opcode))
@@ -214,9 +212,12 @@ class Dispatcher:
         return None
 
     def _batch_forget(self, request: Request) -> Reply:
-        count, _ = abi.fuse_batch_forget_in.unpack_from(request.body)
+        count, _ = decode(abi.fuse_batch_forget_in, request.body)
         start = abi.fuse_batch_forget_in.size
-        nodes = abi.fuse_forget_one.iter_unpack(request.body[start : start + count * abi.fuse_forget_one.size])
+        size = count * abi.fuse_forget_one.size
+        if len(request.body) < start + size:
+            raise MalformedError("fewer nodes than it says")
+        nodes = abi.fuse_forget_one.iter_unpack(request.body[start : start + size])
         self._operations.forget(nodeid for nodeid, _ in nodes)
         return None
 
@@ -224,8 +225,8 @@ class Dispatcher:
         return self._attributes(self._operations.getattr(request.nodeid))
 
     def _setattr(self, request: Request) -> Reply:
-        (valid, _, fh, size, _, atime, mtime, _, atimensec, mtimensec, _, mode, _, uid, gid, _) = (
-            abi.fuse_setattr_in.unpack_from(request.body)
+        (valid, _, fh, size, _, atime, mtime, _, atimensec, mtimensec, _, mode, _, uid, gid, _) = decode(
+            abi.fuse_setattr_in, request.body
         )
         changes = Changes(
             mode=mode if valid & abi.FATTR_MODE else None,
@@ -254,7 +255,7 @@ class Dispatcher:
         return self._operations.readlink(request.nodeid)
 
     def _access(self, request: Request) -> Reply:
-        mask, _ = abi.fuse_access_in.unpack_from(request.body)
+        mask, _ = decode(abi.fuse_access_in, request.body)
         self._operations.access(request.nodeid, mask, Caller(request.uid, request.gid, request.pid))
         return b""
 
@@ -272,14 +273,15 @@ class Dispatcher:
         return self._entry(self._operations.symlink(request.nodeid, name, target, caller))
 
     def _mknod(self, request: Request) -> Reply:
-        mode, rdev, umask, _ = abi.fuse_mknod_in.unpack_from(request.body)
+        mode, rdev, umask, _ = decode(abi.fuse_mknod_in, request.body)
         caller = Caller(request.uid, request.gid, request.pid, umask, request.groups)
         name = _name(request.body[abi.fuse_mknod_in.size :])
         device = os.makedev(*abi.new_decode_dev(rdev))
+        mode &= 0xFFFF  # umode_t
         return self._entry(self._operations.mknod(request.nodeid, name, mode, device, caller))
 
     def _mkdir(self, request: Request) -> Reply:
-        mode, umask = abi.fuse_mkdir_in.unpack_from(request.body)
+        mode, umask = decode(abi.fuse_mkdir_in, request.body)
         caller = Caller(request.uid, request.gid, request.pid, umask, request.groups)
         name = _name(request.body[abi.fuse_mkdir_in.size :])
         return self._entry(self._operations.mkdir(request.nodeid, name, mode, caller))
@@ -293,26 +295,26 @@ class Dispatcher:
         return b""
 
     def _rename(self, request: Request) -> Reply:
-        (new_parent,) = abi.fuse_rename_in.unpack_from(request.body)
+        (new_parent,) = decode(abi.fuse_rename_in, request.body)
         old, new = _names(request.body[abi.fuse_rename_in.size :], 2)
         self._operations.rename(request.nodeid, old, new_parent, new)
         return b""
 
     def _rename2(self, request: Request) -> Reply:
-        new_parent, flags, _ = abi.fuse_rename2_in.unpack_from(request.body)
+        new_parent, flags, _ = decode(abi.fuse_rename2_in, request.body)
         old, new = _names(request.body[abi.fuse_rename2_in.size :], 2)
         self._operations.rename(request.nodeid, old, new_parent, new, flags)
         return b""
 
     def _link(self, request: Request) -> Reply:
-        (nodeid,) = abi.fuse_link_in.unpack_from(request.body)
+        (nodeid,) = decode(abi.fuse_link_in, request.body)
         name = _name(request.body[abi.fuse_link_in.size :])
         return self._entry(self._operations.link(nodeid, request.nodeid, name))
 
     # -- files -----------------------------------------------------------------------------------------------------------
 
     def _open(self, request: Request) -> Reply:
-        flags, open_flags = abi.fuse_open_in.unpack_from(request.body)
+        flags, open_flags = decode(abi.fuse_open_in, request.body)
         kill = bool(open_flags & abi.FUSE_OPEN_KILL_SUIDGID) if self._kernel_says_kill else request.uid != 0
         fh = self._operations.open(request.nodeid, flags, kill_suidgid=kill)
         backing_id = self._backing_id(request.nodeid, fh)
@@ -340,14 +342,14 @@ class Dispatcher:
         return abi.fuse_open_out.pack(fh, open_flags, backing_id)
 
     def _create(self, request: Request) -> Reply:
-        flags, mode, umask, _ = abi.fuse_create_in.unpack_from(request.body)
+        flags, mode, umask, _ = decode(abi.fuse_create_in, request.body)
         caller = Caller(request.uid, request.gid, request.pid, umask, request.groups)
         name = _name(request.body[abi.fuse_create_in.size :])
         entry, fh = self._operations.create(request.nodeid, name, mode, flags, caller)
         return self._created(entry, fh, flags)
 
     def _tmpfile(self, request: Request) -> Reply:
-        flags, mode, umask, _ = abi.fuse_create_in.unpack_from(request.body)
+        flags, mode, umask, _ = decode(abi.fuse_create_in, request.body)
         caller = Caller(request.uid, request.gid, request.pid, umask, request.groups)
         entry, fh = self._operations.tmpfile(request.nodeid, mode, flags, caller)
         return self._created(entry, fh, flags)
@@ -357,11 +359,11 @@ class Dispatcher:
         return self._entry(entry) + self._opened(entry.nodeid, fh, flags)
 
     def _read(self, request: Request) -> Reply:
-        fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
+        fh, offset, size, *_ = decode(abi.fuse_read_in, request.body)
         return self._operations.read(request.nodeid, fh, min(size, self.negotiated.buffer_size), offset)
 
     def _write(self, request: Request) -> Reply:
-        fh, offset, size, write_flags, *_ = abi.fuse_write_in.unpack_from(request.body)
+        fh, offset, size, write_flags, *_ = decode(abi.fuse_write_in, request.body)
         data = request.body[abi.fuse_write_in.size :]
         if len(data) != size:
             raise OSError(errno.EINVAL, "a WRITE with another size than it says")
@@ -370,11 +372,11 @@ class Dispatcher:
         return abi.fuse_write_out.pack(written, 0)
 
     def _flush(self, request: Request) -> Reply:
-        self._operations.flush(request.nodeid, abi.fuse_flush_in.unpack_from(request.body)[0])
+        self._operations.flush(request.nodeid, decode(abi.fuse_flush_in, request.body)[0])
         return b""
 
     def _release(self, request: Request) -> Reply:
-        fh, *_ = abi.fuse_release_in.unpack_from(request.body)
+        fh, *_ = decode(abi.fuse_release_in, request.body)
         try:
             self._operations.release(request.nodeid, fh)
         finally:
@@ -382,25 +384,25 @@ class Dispatcher:
         return b""
 
     def _releasedir(self, request: Request) -> Reply:
-        self._operations.release(request.nodeid, abi.fuse_release_in.unpack_from(request.body)[0])
+        self._operations.release(request.nodeid, decode(abi.fuse_release_in, request.body)[0])
         return b""
 
     def _fsync(self, request: Request) -> Reply:
-        fh, flags, _ = abi.fuse_fsync_in.unpack_from(request.body)
+        fh, flags, _ = decode(abi.fuse_fsync_in, request.body)
         self._operations.fsync(request.nodeid, fh, datasync=bool(flags & abi.FUSE_FSYNC_FDATASYNC))
         return b""
 
     def _lseek(self, request: Request) -> Reply:
-        fh, offset, whence, _ = abi.fuse_lseek_in.unpack_from(request.body)
+        fh, offset, whence, _ = decode(abi.fuse_lseek_in, request.body)
         return abi.fuse_lseek_out.pack(self._operations.lseek(request.nodeid, fh, offset, whence))
 
     def _fallocate(self, request: Request) -> Reply:
-        fh, offset, length, mode, _ = abi.fuse_fallocate_in.unpack_from(request.body)
+        fh, offset, length, mode, _ = decode(abi.fuse_fallocate_in, request.body)
         self._operations.fallocate(request.nodeid, fh, mode, offset, length)
         return b""
 
     def _copied(self, request: Request) -> int:
-        fh_in, off_in, nodeid_out, fh_out, off_out, size, flags = abi.fuse_copy_file_range_in.unpack_from(request.body)
+        fh_in, off_in, nodeid_out, fh_out, off_out, size, flags = decode(abi.fuse_copy_file_range_in, request.body)
         if flags:
             raise OSError(errno.EINVAL, "unknown flags of copy_file_range")
         return self._operations.copy_file_range(request.nodeid, fh_in, off_in, nodeid_out, fh_out, off_out, size)
@@ -412,7 +414,7 @@ class Dispatcher:
         return abi.fuse_copy_file_range_out.pack(self._copied(request))
 
     def _ioctl(self, request: Request) -> Reply:
-        fh, _, command, _, in_size, out_size = abi.fuse_ioctl_in.unpack_from(request.body)
+        fh, _, command, _, in_size, out_size = decode(abi.fuse_ioctl_in, request.body)
         data = bytes(request.body[abi.fuse_ioctl_in.size :][:in_size])
         result = self._operations.inode_ioctl(request.nodeid, fh, command, data, out_size)
         return abi.fuse_ioctl_out.pack(0, 0, 0, 0) + result
@@ -423,13 +425,13 @@ class Dispatcher:
         return abi.fuse_open_out.pack(self._operations.opendir(request.nodeid), 0, 0)
 
     def _readdir(self, request: Request) -> Reply:
-        fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
+        fh, offset, size, *_ = decode(abi.fuse_read_in, request.body)
         # A fuse_dirent is 5 bytes longer than a linux_dirent64, and at least 32 bytes long.
         size = min(size, self.negotiated.buffer_size)
         return dirents(self._operations.readdir(request.nodeid, fh, offset, max(size * 5 // 6, 512)), size)
 
     def _readdirplus(self, request: Request) -> Reply:
-        fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
+        fh, offset, size, *_ = decode(abi.fuse_read_in, request.body)
         # An entry takes 128 bytes more than its fuse_dirent: ask for about as many as fit.
         size = min(size, self.negotiated.buffer_size)
         wanted = max(size // 5, 512)
@@ -447,7 +449,7 @@ class Dispatcher:
 
     def _setxattr(self, request: Request) -> Reply:
         layout = self._setxattr_in
-        size, flags, *extra = layout.unpack_from(request.body)
+        size, flags, *extra = decode(layout, request.body)
         name, _, value = bytes(request.body[layout.size :]).partition(b"\0")
         if len(value) != size:
             raise OSError(errno.EINVAL, "a SETXATTR with another size than it says")
@@ -461,12 +463,12 @@ class Dispatcher:
         return b""
 
     def _getxattr(self, request: Request) -> Reply:
-        size, _ = abi.fuse_getxattr_in.unpack_from(request.body)
+        size, _ = decode(abi.fuse_getxattr_in, request.body)
         name = _name(request.body[abi.fuse_getxattr_in.size :])
         return _sized(self._operations.getxattr(request.nodeid, os.fsdecode(name)), size)
 
     def _listxattr(self, request: Request) -> Reply:
-        size, _ = abi.fuse_getxattr_in.unpack_from(request.body)
+        size, _ = decode(abi.fuse_getxattr_in, request.body)
         names = self._operations.listxattr(request.nodeid, privileged=request.uid == 0)
         return _sized(b"".join(name + b"\0" for name in names), size)
 
@@ -488,7 +490,7 @@ def _name_of(opcode: int) -> str:
 
 def _error(unique: int, number: int, opcode: int) -> Sequence[bytes] | None:
     """The reply that says errno `number`, to a request that may have one."""
-    if opcode in _NEVER_ANSWERED:
+    if opcode in abi.NEVER_ANSWERED:
         return None
     return (abi.fuse_out_header.pack(abi.fuse_out_header.size, -number, unique),)
 

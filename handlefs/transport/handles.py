@@ -5,6 +5,7 @@ from handlefs.nodeid import ROOT_NODEID
 from handlefs.nodetable import NodeTable
 from handlefs.operations import Operations
 from handlefs.protocol import abi
+from handlefs.protocol.decoding import decode
 from handlefs.protocol.handles import NO_HANDLE, pack_handle, unpack_handle
 from handlefs.protocol.init import Negotiated
 from handlefs.protocol.listing import direntplus
@@ -40,7 +41,7 @@ class HandleDispatcher(Dispatcher):
         return super()._entry(entry) + self._opened(entry.nodeid, fh, flags) + self._handle(entry.nodeid)
 
     def _readdirplus(self, request: Request) -> Reply:
-        fh, offset, size, *_ = abi.fuse_read_in.unpack_from(request.body)
+        fh, offset, size, *_ = decode(abi.fuse_read_in, request.body)
         room = self.negotiated.buffer_size
         size = min(size, room)
         records = []

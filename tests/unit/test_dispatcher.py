@@ -28,7 +28,12 @@ from handlefs.transport.replay import Replay
 from handlefs.worker import Worker
 
 OFFER = abi.fuse_init_in.pack(7, 45, 1 << 17, 0xFFFFFFFF, (1 << 11) - 1)
-NEVER_ANSWERED = (abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT, abi.FUSE_NOTIFY_REPLY)
+NEVER_ANSWERED = (
+    abi.FUSE_FORGET,
+    abi.FUSE_BATCH_FORGET,
+    abi.FUSE_INTERRUPT,
+    abi.FUSE_NOTIFY_REPLY,
+)  # not from the code
 UNIQUE = 4242
 
 
@@ -172,6 +177,42 @@ def test_any_bytes_are_survived(served: Served, message: bytes) -> None:
 def test_an_empty_body(served: Served, opcode: int) -> None:
     served.check(opcode, served.ask(opcode, served.directory, b""))
     assert served.check(abi.FUSE_GETATTR, served.ask(abi.FUSE_GETATTR, 1, bytes(16))) == 0
+
+
+@pytest.mark.parametrize("opcode", sorted(set(abi.OPCODE_NAMES) - set(NEVER_ANSWERED)))
+@pytest.mark.parametrize("node", ["file", "directory"])
+@pytest.mark.parametrize("value", [0x7F, 0x80, 0xFF])
+def test_numbers_that_no_system_call_takes(served: Served, opcode: int, node: str, value: int) -> None:
+    """Each word of the request in turn, and all of them, has the largest, the smallest or all bits. No exception of ours."""
+    rest = 0xFF if value == 0x7F else 0 if value == 0x80 else value
+    words = [bytes((rest, rest, rest, value)), bytes((rest,) * 7 + (value,))]
+    places = [(at, word) for word in words for at in range(0, 72, len(word))]
+    bodies = [bytes(at) + word + bytes(72 - at - len(word)) for at, word in places] + [words[1] * 9]
+    for size in range(0, 73, 8):
+        for body in bodies:
+            served.check(opcode, served.ask(opcode, nodeid_of(served, node), body[:size] + b"name\0"))
+        for path in served.tree.rglob("name"):
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    (served.tree / "file").touch()
+    (served.tree / "directory").mkdir(exist_ok=True)
+    close_all(served)
+
+
+@pytest.mark.parametrize("error", [ValueError, OverflowError, struct.error])
+def test_a_failure_of_ours_is_eio_with_a_traceback(
+    served: Served, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Only what is taken apart can be malformed."""
+
+    def fail(_nodeid: int) -> None:
+        raise error("a mistake")
+
+    monkeypatch.setattr(served.operations, "getattr", fail)
+    reply = served.ask(abi.FUSE_GETATTR, 1, bytes(16))
+    seen, served.failures.seen = served.failures.seen, []
+    assert len(seen) == 1
+    assert "a mistake" in seen[0]
+    assert served.check(abi.FUSE_GETATTR, reply) == errno.EIO
 
 
 @pytest.mark.parametrize(("claimed", "extra"), [(40, 16), (4096, 16), (0, 16), (2**32 - 1, 16)])
