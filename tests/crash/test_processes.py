@@ -16,7 +16,7 @@ from handlefs.mount import unmount
 
 from ..posix.compare import in_the_end, outcome
 from ..support.cgroups import process_limit
-from ..support.filesystems import FileSystems, run, scratch_directory
+from ..support.filesystems import run, scratch_directory
 from ..support.server import Mounted, mounted
 from ..support.users import ALICE, Child
 from .conftest import TIMEOUT
@@ -24,8 +24,8 @@ from .processes import all_gone, children, has_ended, kill, name, stopped, templ
 
 
 @pytest.fixture
-def source(kind: str, filesystems: FileSystems, request: pytest.FixtureRequest) -> Path:
-    path = filesystems[kind] / str(request.node.originalname)
+def source(ext4: Path, request: pytest.FixtureRequest) -> Path:
+    path = ext4 / str(request.node.originalname)
     path.mkdir()
     path.chmod(0o777)
     return path
