@@ -174,8 +174,13 @@ class Place:
 
     @property
     def is_running(self) -> bool:
-        """Whether the server has not ended."""
-        return self.server is None or self.server.poll() is None
+        """Whether the server has not ended; one that serves no more is waited for."""
+        if self.server is None:
+            return True
+        if not kernel.is_mounted(self.directory):
+            with suppress(subprocess.TimeoutExpired):
+                self.server.wait(END_SECONDS)
+        return self.server.poll() is None
 
     def end(self, why: str) -> None:
         """End the server at once; whoever waits for its answers gets errors, and `check` tells *why*."""
@@ -193,6 +198,14 @@ class Place:
         if not self.is_running:
             assert self.server is not None
             raise WorkloadError(f"the server has ended with status {self.server.returncode}{_end_of(self.log)}")
+
+    def why(self, error: WorkloadError) -> str:
+        """Why a client got `error`: the server's end, if it has ended."""
+        try:
+            self.check()
+        except WorkloadError as ended:
+            return str(ended)
+        return str(error)
 
 
 @contextmanager

@@ -99,7 +99,7 @@ class Rounds:
             self.samples.setdefault(key, []).append(row.workload.value(sample))
             self.spreads.setdefault(key, []).append(sample.spread / sample.seconds)
         except WorkloadError as error:
-            self.failures[key] = str(error)
+            self.failures[key] = place.why(error)
             if (place.source / "changes").exists():
                 restore(place.source)
 
