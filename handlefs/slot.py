@@ -5,6 +5,7 @@ the state is one byte, and is written after what it speaks of.
 """
 
 import ctypes
+import fcntl
 import mmap
 import os
 from typing import Final
@@ -146,6 +147,11 @@ class SlotMemory:
         if not 0 <= index < self._count:
             raise IndexError(index)
         return Slot(self._view[index * self._stride : (index + 1) * self._stride])
+
+    def own(self, index: int) -> None:
+        """Be the slot's one worker until the end of this process. Waits for the end of another that is: it may have been
+        killed and still be in a system call, which its successor must not take for not done."""
+        fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, index)  # gone with its process, when that runs no more
 
     def lock(self, index: int) -> None:
         """Bring the slot's pages in and keep them there, to be called by its owner before it reads: so the kernel writes

@@ -292,6 +292,7 @@ def _serve_slot(
 ) -> None:
     set_name(f"handlefs-{index}")
     memory = SlotMemory(assignment.slots, assignment.slot_count, assignment.negotiated.buffer_size)
+    memory.own(index)
     try:
         memory.lock(index)
     except OSError as error:

@@ -12,9 +12,6 @@ from ..posix.compare import in_the_end, outcome
 from ..support.server import Mounted
 from .conftest import TIMEOUT
 
-PROCESSES = ["handlefs-0", "handlefs-1", "handlefs-2", "handlefs-3", "handlefs-spare", "handlefs-tmpl"]
-"""The children of a supervisor: workers, a spare one, and the template, which forks them."""
-
 
 def workers(server: Mounted) -> list[int]:
     return [worker["pid"] for worker in server.status()["workers"]]
@@ -53,13 +50,15 @@ def name(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
-def settled(supervisor: int) -> set[int]:
-    """The children of a supervisor, as soon as all that have died are waited for and replaced."""
+def settled(supervisor: int, count: int = 4) -> set[int]:
+    """The children of a supervisor of `count` workers, as soon as all that have died are waited for and replaced: beside the
+    workers a spare one, and the template, which forks them."""
+    expected = [*(f"handlefs-{number}" for number in range(count)), "handlefs-spare", "handlefs-tmpl"]
 
     def names() -> list[str]:
         return sorted(name(child) for child in children(supervisor))  # zombies have names, too
 
-    assert in_the_end(names, PROCESSES, seconds=TIMEOUT) == PROCESSES
+    assert in_the_end(names, expected, seconds=TIMEOUT) == expected
     return children(supervisor)
 
 

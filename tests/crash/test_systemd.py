@@ -26,7 +26,7 @@ from ..support.server import ALARMING
 from ..support.systemd import Systemd, booted
 from ..support.users import Child
 from .conftest import TIMEOUT
-from .processes import settled
+from .processes import name, settled, state
 from .test_kills import Model
 from .test_takeover import Code, code, fails, workload
 
@@ -187,6 +187,25 @@ def test_restarts_and_crashes_under_a_checked_workload(
         assert in_the_end(lambda: service.descriptors() <= descriptors, True, seconds=TIMEOUT) is True
         assert in_the_end(service.stored, stored, seconds=TIMEOUT) == stored
         assert service.status()["upgrades"] == 0
+
+
+def test_a_worker_that_is_slow_to_die(systemd: Systemd, ext4: Path) -> None:
+    """What it is doing is not done again meanwhile, even if the manager does not wait for its end."""
+    with running(systemd, ext4, "--workers=1", service="KillMode=process") as service:
+        (service.path / "file").touch()
+        (worker,) = (child for child in settled(service.pid(), 1) if name(child) == "handlefs-0")
+        run("fsfreeze", "--freeze", ext4)
+        try:
+            request: Child[object] = Child(outcome, (service.path / "file").unlink)
+            assert in_the_end(lambda: state(worker), "D", TIMEOUT) == "D"
+            service.crash()
+            settled(service.pid(), 1)
+            assert state(worker) == "D"
+            assert not request.has_result(1)
+        finally:
+            run("fsfreeze", "--unfreeze", ext4)
+        assert request.result(TIMEOUT) is None
+        assert not (service.source / "file").exists()
 
 
 @pytest.mark.parametrize("passthrough", ["off", "auto"])
