@@ -106,13 +106,13 @@ def test_alone(place: Place, stressor: str) -> None:
 @pytest.mark.variants(PLAIN)
 @pytest.mark.parametrize("stressor", DIRECT)
 def test_alone_with_the_direct_transport(place: Place, stressor: str) -> None:
-    alone(place, stressor, DIRECT[stressor], 5)
+    alone(place, stressor, DIRECT[stressor], 2)
 
 
 @pytest.mark.variants([CONTROLS[0], *PLAIN[1:], PYFUSE3, *PRUNED])
 def test_side_by_side(place: Place) -> None:
     with place.pressure():
-        assert sum(stress(place, STRESSORS, 5).values()) > 0
+        assert sum(stress(place, STRESSORS, 3).values()) > 0
 
 
 def check_refused(place: Place, command: tuple[str, ...]) -> None:

@@ -27,7 +27,7 @@ MODES_OF = {
     "ext4": (*(mode for mode in MODES if mode != "cache1"), *CLIENT_MODES),
     "btrfs": ("default", "nopass-storm", "pyfuse3-storm", "client-storm"),
 }
-OTHER_MODES = ("default", "nopass-storm", "pyfuse3")
+OTHER_MODES = ("default", "nopass-storm")
 
 _numbers = itertools.count()
 
