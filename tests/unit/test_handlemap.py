@@ -474,7 +474,7 @@ def test_the_file_is_not_rewritten_while_others_use_it(tmp_path: Path) -> None:
         handle_map.remove(ids[100:])
         before = handle_map.bytes_on_disk()
         assert handle_map.shrink() is True
-        assert handle_map.bytes_on_disk() < before / 2
+        assert before - handle_map.bytes_on_disk() > 64 * len(ids[100:])  # an entry takes more
         assert [handle_map.get(nodeid) for nodeid in ids[:101]] == [*map(mapped, range(100)), None]
         assert not (state / "compacting").exists()
     with opened(state) as handle_map:
