@@ -67,7 +67,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; exits with a usage message if it is wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--scale", choices=SCALES, default="full", help="full: under 35 minutes; quick: under 3; tiny: to try it out")
+    add("--scale", choices=SCALES, default="full", help="full: under 45 minutes; quick: under 3; tiny: to try it out")
     add("--only", action="append", default=[], choices=PARTS, metavar="PART",
         help=f"only this part; may be repeated. One of: {', '.join(PARTS)}")  # fmt: skip
     add("--directory", type=Path, default=Path(), help="measure the file system of this directory (default: .)")

@@ -29,7 +29,7 @@ class Scope(Enum):
 
     ALL = "in everything"
     ONE_CLIENT = "in the parts speed and growth, not with several clients"
-    SPEED = "in the part speed"
+    SPEED = "in the part speed, with one client"
     DATA = "in the part speed, with one client that reads or writes data"
 
 

@@ -48,7 +48,7 @@ class Row:
         """Whether *contestant* is measured in it."""
         if contestant.scope is Scope.DATA:
             return self.workload.data and self.clients == 1
-        return self.clients == 1 or contestant.scope is not Scope.ONE_CLIENT
+        return self.clients == 1 or contestant.scope is Scope.ALL
 
 
 @dataclass
