@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from bench import command, requests
@@ -29,6 +29,8 @@ from bench.workloads import make_files
 from handlefs.accelerator import native
 
 BATCHES = 100
+BATCHES_AT_A_TIME = 10
+"""With one accelerator, then with the other: what the machine is like changes."""
 CHILD_SECONDS = 300
 COLUMNS = {"in the server": "auto", "without the accelerator": "off"}
 """Column → HANDLEFS_ACCELERATOR."""
@@ -38,24 +40,26 @@ OPTIONS = ("--entry-timeout=0", "--transport=direct", "--passthrough=off", "--wo
 
 def measure(plan: Plan) -> Part:
     """The part `profile`."""
-    batches = plan.sizes.repeats * 10
-    plan.steps.expect(len(COLUMNS) + 1)
-    found: dict[str, Mapping[str, Sequence[float]]] = {}
+    repeats = plan.sizes.repeats
+    batches = repeats * BATCHES_AT_A_TIME
+    plan.steps.expect(repeats + 1)
     plan.steps.step(CLIENT)
-    found[CLIENT] = _waited(plan, batches)
-    for column, accelerator in COLUMNS.items():
-        plan.steps.step(column)
-        found[column] = _in_process(plan.work, batches, accelerator)
+    found = {CLIENT: _waited(plan, batches)} | {column: dict[str, list[float]]() for column in COLUMNS}
+    for number in range(repeats):
+        plan.steps.step(f"in the server, {number + 1} of {repeats}")
+        for column, accelerator in COLUMNS.items():
+            for row, samples in _in_process(plan.work, BATCHES_AT_A_TIME, accelerator).items():
+                found[column].setdefault(row, []).extend(samples)
     figures = [
-        Figure("profile", row, row, column, "µs", tuple(samples))
+        Figure("profile", row, row, column, "µs", tuple(measured))
         for row in found["in the server"]
         for column, rows in found.items()
-        if (samples := rows.get(row))
+        if (measured := rows.get(row))
     ]
     return Part(plan.conditions(samples=f"{batches} of {requests.CALLS} requests each"), figures)
 
 
-def _in_process(directory: Path, batches: int, accelerator: str) -> Mapping[str, Sequence[float]]:
+def _in_process(directory: Path, batches: int, accelerator: str) -> Mapping[str, list[float]]:
     arguments = [sys.executable, "-m", "bench.profile", f"--directory={directory}", f"--batches={batches}", "--json"]
     done = subprocess.run(
         arguments,
@@ -67,15 +71,15 @@ def _in_process(directory: Path, batches: int, accelerator: str) -> Mapping[str,
     )
     if done.returncode != 0:
         raise BenchError(f"bench.profile failed:\n{done.stderr[-2000:]}")
-    found: Mapping[str, Sequence[float]] = json.loads(done.stdout)
+    found: Mapping[str, list[float]] = json.loads(done.stdout)
     return found
 
 
-def _waited(plan: Plan, batches: int) -> Mapping[str, Sequence[float]]:
+def _waited(plan: Plan, batches: int) -> dict[str, list[float]]:
     """What a client of a mount waits for calls that are one request each (but for RELEASE, for which nobody waits)."""
     source = plan.work / "source"
     make_files(source, requests.FILES, bytes(4096))
-    found: dict[str, Sequence[float]] = {}
+    found: dict[str, list[float]] = {}
     # A look-up brings the attributes along; with a timeout of 0 each fstat(2) asks for them again.
     for timeout in (0, 1):
         server = Contestant(f"direct-attr-{timeout}", handlefs(*OPTIONS, f"--attr-timeout={timeout}"))
