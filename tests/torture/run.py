@@ -25,6 +25,8 @@ from .disturbances import KILLS, Disturbed, Victim
 from .features import FEATURES
 from .tree import expect
 
+TIME_TO_LET_GO = 150.0
+"""Seconds after which nothing is left over: some removed files are looked at after two minutes only."""
 CLIENTS = 8
 WARM_UP = 1.0
 
@@ -320,7 +322,7 @@ def _check_processes(plan: Plan, victim: Victim, descriptors: int) -> dict[str, 
         }
 
     nothing = {name: 0 for name in left()}
-    expect(in_the_end(left, nothing), nothing, f"what is left ({_open_in(victim, plan.source)[:5]})")
+    expect(in_the_end(left, nothing, TIME_TO_LET_GO), nothing, f"what is left ({_open_in(victim, plan.source)[:5]})")
     return {**nothing, "backing IDs": status(plan)["backing_ids"]}
 
 
