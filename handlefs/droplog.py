@@ -25,11 +25,13 @@ FORGOTTEN = 0
 
 
 class DropLog:
-    """The log of one mount, by its descriptor `fd`, which all processes share; each reads what comes after it has opened it."""
+    """The log of one mount, by its descriptor `fd`, which all processes share."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, position: int | None = None) -> None:
+        """For who wants to read on from `position`, that of a predecessor; or from the end."""
         self.fd = fd
-        self._position = self._size()
+        self.position = self._size() if position is None else position
+        """How far it has been read, in bytes."""
         self._trimmed = 0
         self._lock = threading.Lock()
 
@@ -52,9 +54,9 @@ class DropLog:
         """The events since the last call: (node ID, fh or `FORGOTTEN`); of too many, the latest."""
         with self._lock:
             end = self._size()
-            self._position = max(self._position, end - _KEPT)
-            words = array.array("Q", os.pread(self.fd, end - self._position, self._position))
-            self._position += len(words) * words.itemsize
+            self.position = max(self.position, end - _KEPT)
+            words = array.array("Q", os.pread(self.fd, end - self.position, self.position))
+            self.position += len(words) * words.itemsize
         return list(zip(words[::2], words[1::2], strict=True))
 
     def trim(self) -> None:

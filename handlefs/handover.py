@@ -42,6 +42,9 @@ class State:
     groups: tuple[int, ...] = ()
     """Process groups of the workers."""
     removed: tuple[KeptFile, ...] = ()
+    drops_position: int = 0
+    """How far the predecessor has read the drop log, in bytes. What it has not read may be about a removed file that is on its
+    way to the supervisor."""
     restarts: int = 0
     upgrades: int = 0
     start_time: float = 0.0

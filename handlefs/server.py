@@ -16,6 +16,7 @@ from handlefs.accelerator import native
 from handlefs.config import Config
 from handlefs.control import ControlError, ControlServer, send_reply
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
+from handlefs.crew import ReloadError
 from handlefs.daemon import raise_descriptor_limit
 from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.handover import State
@@ -26,7 +27,7 @@ from handlefs.opening import default_cache_size, open_map, open_source, state_di
 from handlefs.operations import Operations
 from handlefs.protocol.init import ProtocolError
 from handlefs.source import Source
-from handlefs.supervisor import ReloadError, Supervisor
+from handlefs.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from handlefs.prometheus import MetricsServer

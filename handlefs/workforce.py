@@ -38,7 +38,7 @@ class WorkerProcess:
         """Whether it is known to have come as far as to serve its slot."""
         self.is_retired = False
         """Whether its end is wanted, since newer code takes its place."""
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held by who uses `commands` in another thread than that which closes it
         self._numbers = itertools.count()
 
     @classmethod
@@ -78,8 +78,18 @@ class WorkerProcess:
         """Send a command that is not answered. Raises OSError if the worker is dead."""
         self.commands.send(json.dumps(command).encode())
 
+    def urge(self, command: Mapping[str, object]) -> None:
+        """Send a command that may be lost; never wait, neither for the worker nor for who just asks it. For any thread."""
+        if self._lock.acquire(blocking=False):
+            try:
+                os.write(self.commands.fileno(), json.dumps(command).encode())  # does not wait, as send would
+            except OSError:
+                pass  # it is dead, or has commands enough to read
+            finally:
+                self._lock.release()
+
     def ask(self, command: Mapping[str, object]) -> dict[str, Any] | None:
-        """Have a serving worker execute `command`; None if it does not answer: it dies just now, or hangs."""
+        """Have a serving worker execute `command`; None if it does not answer: it dies just now, or hangs. For any thread."""
         with self._lock:
             number = next(self._numbers)
             try:
@@ -92,9 +102,16 @@ class WorkerProcess:
                 pass
             return None
 
-    def close(self) -> None:
-        """Let go of its descriptors."""
+    def dismiss(self) -> None:
+        """Have a spare one end: it waits on this socket."""
         self.commands.close()
+
+    def close(self) -> None:
+        """Let go of its descriptors. Who just asks it gets None."""
+        with contextlib.suppress(OSError):  # it is dismissed, or dead
+            self.commands.shutdown(socket.SHUT_RDWR)
+        with self._lock:  # the number will be another socket's, which must not get what is meant for this one
+            self.commands.close()
         if self.pid:
             os.close(self.pidfd)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from handlefs.supervisor import ATTEMPTS
+from handlefs.crew import ATTEMPTS
 
 from ..posix.compare import in_the_end, outcome
 from ..support.filesystems import FileSystems, run

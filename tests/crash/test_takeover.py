@@ -170,6 +170,26 @@ def test_what_is_open_survives_an_upgrade(kind: str, filesystems: FileSystems, p
         Child(client).result(TIMEOUT)
 
 
+def test_files_without_a_name_are_let_go_of_over_an_upgrade(ext4: Path) -> None:
+    """Some are made when the old supervisor does not take them in any more, and forgotten before the new one does."""
+    with serving(ext4, "--passthrough=off") as server:
+        ended = multiprocessing.Event()
+
+        def client() -> int:
+            made = 0
+            while not ended.is_set():
+                os.close(os.open(server.path, os.O_TMPFILE | os.O_RDWR, 0o600))
+                made += 1
+            return made
+
+        clients = [Child(client) for _ in range(CLIENTS)]
+        for _ in range(5):
+            succeeds("upgrade", server.path)
+        ended.set()
+        assert min(client.result(TIMEOUT) for client in clients) > 0
+        assert in_the_end(lambda: server.status()["removed_files"], 0) == 0
+
+
 @pytest.mark.parametrize("command", ["reload", "upgrade"])
 def test_requests_are_finished_that_workers_die_in(ext4: Path, command: str) -> None:
     """Workers die before and after each system call of MKDIR, while others and the supervisor are replaced."""

@@ -35,6 +35,14 @@ def test_who_opens_it_later_reads_from_then_on(log: DropLog) -> None:
     assert log.news() == [(1, 0x10), (2, 0x20)]
 
 
+def test_a_successor_goes_on_where_its_predecessor_was(log: DropLog) -> None:
+    log.released(1, 0x10)
+    log.news()
+    log.released(2, 0x20)
+    assert DropLog(log.fd, log.position).news() == [(2, 0x20)]
+    assert DropLog(log.fd, 0).news() == [(1, 0x10), (2, 0x20)]
+
+
 def test_processes_write_at_once_and_are_killed(log: DropLog) -> None:
     """Each event is whole, and those of one writer are in their order without a gap."""
     children = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from handlefs.supervisor import pause
+from handlefs.crew import pause
 
 
 def test_pauses_double_up_to_a_limit() -> None:
