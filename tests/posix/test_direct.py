@@ -36,9 +36,15 @@ libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_
 
 
 def operations(tree: TestTree) -> dict[str, int]:
-    """How many requests of each kind the server has seen."""
-    assert isinstance(tree.server, Mounted)
-    counts: dict[str, int] = tree.server.status()["operations"]
+    """How many requests of each kind the server has answered. They are counted afterwards, so this waits for idle workers."""
+    server = tree.server
+    assert isinstance(server, Mounted)
+
+    def busy() -> bool:
+        return any(worker["busy_for"] is not None for worker in server.status()["workers"])
+
+    assert in_the_end(busy, False) is False
+    counts: dict[str, int] = server.status()["operations"]
     return counts
 
 
@@ -211,19 +217,9 @@ def test_passthrough_data_and_times(direct: TestTree) -> None:
 def flushes(tree: TestTree, flags: int) -> int:
     """How many FLUSH requests an open file with these flags causes: read, mapped, written to where that may be, closed."""
 
-    server = tree.server
-    assert isinstance(server, Mounted)
-
-    def busy() -> bool:
-        return any(worker["busy_for"] is not None for worker in server.status()["workers"])
-
-    def settled() -> int:  # a request is counted when it has been answered
-        assert in_the_end(busy, False) is False
-        return operations(tree).get("flush", 0)
-
     path = tree.path / "file"
     path.write_bytes(b"content")
-    before = settled()
+    before = operations(tree).get("flush", 0)
     fd = os.open(path, flags)
     access = mmap.PROT_READ if flags == os.O_RDONLY else mmap.PROT_READ | mmap.PROT_WRITE
     with mmap.mmap(fd, 0, prot=access) as mapping:
@@ -232,7 +228,7 @@ def flushes(tree: TestTree, flags: int) -> int:
         assert mapping[:7] == path.read_bytes()
     os.close(fd)
     assert (tree.source / "file").read_bytes() == path.read_bytes()
-    return settled() - before
+    return operations(tree).get("flush", 0) - before
 
 
 def test_close_asks_the_server_only_where_it_may_matter(direct: TestTree) -> None:
