@@ -20,7 +20,7 @@ room = bytearray(os.urandom(1 << 20) * 32)
 held = [os.open("/dev/null", os.O_RDONLY) for _ in range(10)]
 if os.fork() == 0:
     room = bytearray(os.urandom(1 << 20) * 32)
-    os.write(1, b"ready\n")
+    os.write(1, b"ready\\n")
     while True:
         pass
 os.wait()
@@ -60,7 +60,7 @@ pages.write(os.urandom(16 << 20))
 anonymous = mmap.mmap(-1, 8 << 20)
 anonymous.write(os.urandom(8 << 20))
 os.fork()
-os.write(1, b"ready\n")  # at once: with PYTHONUNBUFFERED print() writes the end of the line by itself
+os.write(1, b"ready\\n")  # at once: with PYTHONUNBUFFERED print() writes the end of the line by itself
 os.read(0, 1)
 """
 

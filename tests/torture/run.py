@@ -25,8 +25,8 @@ from .disturbances import KILLS, Disturbed, Victim
 from .features import FEATURES
 from .tree import expect
 
-TIME_TO_LET_GO = 150.0
-"""Seconds after which nothing is left over: some removed files are looked at after two minutes only."""
+TIME_TO_LET_GO = 60.0
+"""Seconds after which nothing is left over."""
 CLIENTS = 8
 WARM_UP = 1.0
 
