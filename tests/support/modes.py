@@ -11,11 +11,10 @@ NATIVE = "native"
 
 MODES: Mapping[str, tuple[str, ...]] = {
     "default": (),
-    "nopass": ("--passthrough=off",),
-    "one-worker": ("--workers=1",),
+    "nopass": ("--passthrough=off", "--workers=1"),
     "cache1": ("--cache-size=1",),
     "cache0": ("--cache-size=0", "--passthrough=off"),
-    "storm": (),
+    "storm": ("--workers=1",),
     "nopass-storm": ("--cache-size=1", "--passthrough=off"),
     "pyfuse3": ("--transport=pyfuse3",),
     "pyfuse3-storm": ("--cache-size=1", "--transport=pyfuse3"),
