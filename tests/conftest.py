@@ -14,7 +14,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--native", action="store_true", help="POSIX suite: only the control, on the directories themselves"
     )
-    parser.addoption("--stress-seconds", type=float, default=3, help="how long each stress test works (default: %(default)s)")
+    parser.addoption(
+        "--stress-seconds", type=float, default=3, help="how long each stress test works (default: %(default)s)"
+    )
     parser.addoption("--fs", default=",".join(KINDS), help="file systems to test on (default: %(default)s)")
 
 
