@@ -128,7 +128,7 @@ def test_in_a_loop(kind: str, filesystems: FileSystems, command: str, pytestconf
         descriptors = server.descriptors()
         with workload(server.path, float(pytestconfig.getoption("--stress-seconds"))) as done:
             times = 0
-            while times < 10 or not done.is_set():
+            while times < 5 or not done.is_set():
                 before = workers(server)
                 assert f"{len(before)} workers replaced" in succeeds(command, server.path)
                 assert not set(before) & set(workers(server))
@@ -195,7 +195,7 @@ def test_requests_are_finished_that_workers_die_in(ext4: Path, command: str) -> 
     """Workers die before and after each system call of MKDIR, while others and the supervisor are replaced."""
     with crash_ground(ext4, "auto") as ground:
         finished = 0
-        for point in range(0, 60, 4):
+        for point in range(0, 60, 6):
             served, _ = ground.directories()
             ground.kill_at("mkdir", point)
             taking_over = subprocess.Popen([sys.executable, "-m", "handlefs", command, str(ground.server.path)])
