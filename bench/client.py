@@ -20,7 +20,7 @@ from threading import BrokenBarrierError
 from bench.sizes import Sizes
 from bench.workloads import BY_NAME, Sample, Share, Workload
 
-MEET_SECONDS = 60
+MEET_SECONDS = 200
 LEAD_SECONDS = 0.02
 """From the arrival of the last one to the moment at which all go on: time to be woken in."""
 
