@@ -14,7 +14,6 @@ NAMES_AND_DATA = 3
 POLL_SECONDS = 0.03
 QUIET_POLLS = 4
 QUIET_SHARE = 0.02  # of a CPU, all servers together: a server that waits for requests may still have a timer
-PATIENCE_SECONDS = 60
 
 
 def drop_caches(what: int) -> None:
@@ -103,7 +102,7 @@ def _cpu_clock(pid: int) -> float:
         return 0.0
 
 
-def wait_until_quiet(pids: Sequence[int], patience: float = PATIENCE_SECONDS) -> int | None:
+def wait_until_quiet(pids: Sequence[int], patience: float) -> int | None:
     """Return when the servers have nothing left to do, such as the FORGETs that dropped caches cause; if there always is
     something, after *patience* seconds: then the busiest of them is returned."""
     # FORGETs have no reply, so the kernel does not count them among the requests that wait.

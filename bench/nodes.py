@@ -15,6 +15,7 @@ from bench import kernel
 from bench.contestants import Contestant, Place, handlefs
 from bench.figures import Figure, Part
 from bench.plan import Plan
+from bench.sizes import Sizes
 from bench.workloads import make_files
 from handlefs import control
 
@@ -40,7 +41,7 @@ def measure(plan: Plan) -> Part:
             plan.steps.step(kernel.filesystem_type(directory))
             make_files(directory / "source" / "files", plan.sizes.nodes, b"content")
             with plan.served(SERVER, directory / "source") as place, _held(place.directory / "files") as nodes:
-                figures += _measured(place, nodes, plan.sizes.repeats)
+                figures += _measured(place, nodes, plan.sizes)
     return Part(plan.conditions(nodes=f"{plan.sizes.nodes:,} files, {plan.sizes.repeats} times each"), figures)
 
 
@@ -55,7 +56,7 @@ def _held(directory: Path) -> Iterator[Sequence[int]]:
             os.close(node)
 
 
-def _measured(place: Place, nodes: Sequence[int], repeats: int) -> list[Figure]:
+def _measured(place: Place, nodes: Sequence[int], sizes: Sizes) -> list[Figure]:
     filesystem = kernel.filesystem_type(place.source)
     inline = control.request(str(place.directory), {"op": "status"})["nodeids"] != "mapped"
     kind = "inline node IDs" if inline else "mapped node IDs"
@@ -64,13 +65,17 @@ def _measured(place: Place, nodes: Sequence[int], repeats: int) -> list[Figure]:
         for state, (evicted, cold) in STATES.items():
             if cold and filesystem == "tmpfs":
                 continue  # its inodes are nowhere but in memory
-            samples = tuple(_once(place, nodes, call, evicted=evicted, cold=cold) for _ in range(repeats))
+            samples = tuple(
+                _once(place, nodes, call, sizes.quiet, evicted=evicted, cold=cold) for _ in range(sizes.repeats)
+            )
             title = f"{operation}: {filesystem}, {kind}"
             figures.append(Figure("nodes", f"{operation} {filesystem}", title, state, "µs", samples))
     return figures
 
 
-def _once(place: Place, nodes: Sequence[int], call: Callable[[int], object], *, evicted: bool, cold: bool) -> float:
+def _once(
+    place: Place, nodes: Sequence[int], call: Callable[[int], object], quiet: float, *, evicted: bool, cold: bool
+) -> float:
     """Time for a call on each of the *nodes*, in microseconds."""
     for node in nodes:
         os.fstat(node)  # into the server's cache
@@ -79,7 +84,7 @@ def _once(place: Place, nodes: Sequence[int], call: Callable[[int], object], *, 
     if cold:
         kernel.drop_caches(kernel.NAMES)
     if place.pid is not None:
-        kernel.wait_until_quiet([place.pid])
+        kernel.wait_until_quiet([place.pid], quiet)
     started = time.perf_counter()
     for node in nodes:
         call(node)

@@ -19,6 +19,7 @@ class Sizes:
     sources: int = 40  # C files in the project that is cloned and built
     clients: tuple[int, ...] = (1, 4, 16)
     rounds: int = 5  # fewer cannot be compared
+    quiet: float = 60.0  # seconds after which a server that is never idle is given up
     minutes: float = 20.0  # begin no round that would not end within
     # growth and listing
     inodes: tuple[int, ...] = (10_000, 30_000, 100_000, 300_000, 1_000_000)
@@ -81,6 +82,7 @@ SCALES: Mapping[str, Sizes] = {
         sources=3,
         clients=(1, 2),
         rounds=1,
+        quiet=20.0,
         minutes=5.0,
         inodes=(100, 300),
         patience=20.0,

@@ -174,17 +174,17 @@ def measure_once(row: Row, place: Place, places: Sequence[Place], sizes: Sizes) 
         kernel.drop_caches(DROPPED[state])
     elif state is State.WARM_DATA:
         _read_through(place.source / "data")
-    _wait_until_quiet(places)
+    _wait_until_quiet(places, sizes.quiet)
     sample = _run_client(row, place, sizes)
     os.sync()  # what was written is not for the next contestant to wait for
     return sample
 
 
-def _wait_until_quiet(places: Sequence[Place]) -> None:
+def _wait_until_quiet(places: Sequence[Place], patience: float) -> None:
     """Return when all servers are idle. One that never is gets ended: it would disturb all samples to come."""
     servers = {place.pid: place for place in places if place.pid is not None and place.is_running}
-    while (busy := kernel.wait_until_quiet(list(servers))) is not None:
-        servers.pop(busy).end(f"it was still busy {kernel.PATIENCE_SECONDS} s after the last request, and was ended")
+    while (busy := kernel.wait_until_quiet(list(servers), patience)) is not None:
+        servers.pop(busy).end(f"it was still busy {patience:.0f} s after the last request, and was ended")
 
 
 def _run_client(row: Row, place: Place, sizes: Sizes) -> Sample:
