@@ -11,7 +11,7 @@ from .pruning import LEAST_KILLS, torture
 
 SEED = 20260101
 FILES = 10_000
-SECONDS = 20
+SECONDS = 10
 FLAT = 4096  # KiB
 
 
