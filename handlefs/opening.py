@@ -1,6 +1,7 @@
 """Opening a source and its handle map, with errors that say what is wrong and what to do."""
 
 import errno
+import logging
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from handlefs.handlemap import HandleMap, how_to_replace
 from handlefs.mount import mounts
 from handlefs.source import Source
 from handlefs.volumes import OpenedSource
+
+log = logging.getLogger(__name__)
 
 LARGEST_DEFAULT_CACHE = 16384
 
@@ -90,6 +93,15 @@ def open_map(state_dir: Path, source: Source, key_file: Path | None = None) -> H
             f"cannot open the handle map in {state_dir}: {error.strerror}. Free space there, or give another --state-dir "
             "(a new map has a new key: handles given out so far become stale unless --key-file holds the old one)."
         ) from error
+
+
+def close_map(source: Source) -> None:
+    """Close the handle map of `source`. That new entries could not be made durable (a full disk) is logged: they wait beside
+    the map, for the next start before a reboot."""
+    try:
+        source.map.close()
+    except OSError as error:
+        log.error("new entries of the handle map could not be made durable: %s", error)
 
 
 def default_cache_size(descriptor_limit: int) -> int:

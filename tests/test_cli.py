@@ -1141,6 +1141,31 @@ def test_map_commands(tmp_path: Path, filesystems: FileSystems) -> None:
     shutil.rmtree(source)
 
 
+@needs_root
+def test_an_entry_that_cannot_be_made_durable_is_a_warning(tmp_path: Path, filesystems: FileSystems) -> None:
+    """As on a full disk: it is with the recent ones, so what was asked for is true."""
+    source = filesystems["tmpfs"] / "volatile"
+    source.mkdir()
+    place = Place(tmp_path, source)
+    for number in range(3000):
+        (source / str(number)).touch()
+    place.mount()
+    assert len(list(place.path.iterdir())) == 3002
+    ok("umount", place.path)
+    limit = 65536
+    assert (place.state_dir / "map/data.mdb").stat().st_size > limit
+    (recent,) = place.state_dir.glob("recent-*")
+    shutil.rmtree(recent)  # as after a reboot: new entries have room there
+    (source / "new").touch()
+    command = [*HANDLEFS, "handle", source / "new", "--source", source, "--state-dir", place.state_dir]
+    argv = ["prlimit", f"--fsize={limit}", *map(str, command)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert (done.returncode, "node ID" in done.stdout) == (0, True), done.stderr
+    assert re.fullmatch("handlefs: new entries of the handle map could not be made durable: .*\n", done.stderr)
+    assert json.loads(ok("map", "verify", source, "--state-dir", place.state_dir, "--json"))["live"] == 3003
+    shutil.rmtree(source)
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts_are_valid(shell: str, tmp_path: Path) -> None:
     script = ok("completion", shell)

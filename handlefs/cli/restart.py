@@ -13,9 +13,9 @@ from typing import get_args
 import click
 
 from handlefs import control, nfs
+from handlefs.cli.ending import end_socket, stop
 from handlefs.cli.launch import check_privileges, check_source, launch
 from handlefs.cli.params import MOUNTPOINT, word_option
-from handlefs.cli.umount import end_socket, stop
 from handlefs.config import Config, Transport
 from handlefs.mount import canonical, mount_at
 

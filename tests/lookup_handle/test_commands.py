@@ -14,10 +14,10 @@ import pytest
 from handlefs.protocol.client import Client
 
 from ..posix.compare import in_the_end, outcome
-from ..support.cli import HANDLEFS, fails, handlefs, ok
+from ..support.cli import HANDLEFS, TIMEOUT, fails, handlefs, ok
 from ..support.filesystems import is_mounted, run, unmount
 from ..support.server import Bridged, Served, mounted
-from ..support.users import ALICE, as_user
+from ..support.users import ALICE, Child, as_user
 from .conftest import Serving
 
 # -- serve ---------------------------------------------------------------------------------------------------------------
@@ -37,6 +37,25 @@ def test_others_are_turned_away_even_if_they_reach_the_socket(server: Served) ->
     assert f"user {ALICE.uid} is not root" in server.read_log()
     with Client(str(server.socket)) as client:  # and root is still served
         assert client.open("/file").read() == b"content of the file"
+
+
+def test_who_is_turned_away_keeps_nobody_waiting(server: Served) -> None:
+    server.socket.chmod(0o666)
+    server.socket.parent.chmod(0o755)
+    silent = Child(_say_nothing, server.address, user=ALICE)
+    assert in_the_end(lambda: "is not root" in server.read_log(), True) is True
+    with Client(str(server.socket)) as client:
+        assert not silent.has_result(0)
+        assert client.open("/file").read() == b"content of the file"
+    assert silent.result(TIMEOUT) == b""
+
+
+def _say_nothing(path: str) -> bytes:
+    """What a peer hears that connects and asks for nothing."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
+        peer.settimeout(TIMEOUT)
+        peer.connect(path)
+        return peer.recv(1)
 
 
 def _connect(path: str) -> None:
