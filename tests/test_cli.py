@@ -1150,7 +1150,7 @@ def test_an_entry_that_cannot_be_made_durable_is_a_warning(tmp_path: Path, files
     for number in range(3000):
         (source / str(number)).touch()
     place.mount()
-    assert len(list(place.path.iterdir())) == 3002
+    assert len([path.stat() for path in place.path.iterdir()]) == 3002
     ok("umount", place.path)
     limit = 65536
     assert (place.state_dir / "map/data.mdb").stat().st_size > limit
