@@ -15,7 +15,7 @@ from handlefs.protocol.client import Client
 
 from ..posix.compare import in_the_end, outcome
 from ..support.cli import HANDLEFS, TIMEOUT, fails, handlefs, ok
-from ..support.filesystems import is_mounted, run, unmount
+from ..support.filesystems import filesystem, is_mounted, run, unmount
 from ..support.server import Bridged, Served, mounted
 from ..support.users import ALICE, Child, as_user
 from .conftest import Serving
@@ -204,6 +204,15 @@ def test_errors_are_told_in_a_line(server: Served, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "Connection refused" in fails("client", tmp_path / "file", "ls")
     assert "No such command 'lss'" in fails(*client, "lss", status=2)
+
+
+def test_a_file_that_does_not_fit_is_no_success(tmp_path: Path) -> None:
+    with filesystem("tmpfs", "600K") as root:
+        (tmp_path / "file").write_bytes(bytes(800_000))
+        with mounted(root, None, kind=Served) as server:
+            assert isinstance(server, Served)
+            message = fails("client", server.socket, "put", tmp_path / "file", "copy")
+            assert message == "handlefs: copy: No space left on device\n"
 
 
 def test_listing_one_file_and_odd_names(server: Served, source: Path) -> None:
