@@ -65,9 +65,13 @@ def not_root() -> str:
     return "" if os.geteuid() == 0 else " that you may talk to: ask as root for a server of root"
 
 
+def _id(mountpoint: str) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.blake2b(os.fsencode(mountpoint), digest_size=8).hexdigest()
+
+
 def _file(mountpoint: str, suffix: str) -> Path:
-    name = hashlib.blake2b(os.fsencode(mountpoint), digest_size=8).hexdigest()
-    return runtime_dir() / f"{name}.{suffix}"
+    return runtime_dir() / f"{_id(mountpoint)}.{suffix}"
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,22 @@ def _locked_runtime_dir() -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def starting(mountpoint: str) -> Iterator[None]:
+    """Nobody else starts a server for *mountpoint* until the end of the block, or this process. Raises StartupError if somebody
+    is just doing it."""
+    with _locked_runtime_dir():
+        lock = os.open(runtime_dir() / "starting", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:  # a byte for each mount point in the one file, which a child that is forked meanwhile does not hold
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(_id(mountpoint), 16) >> 1)
+        except BlockingIOError as error:
+            raise StartupError(f"another handlefs is just being started at {mountpoint}") from error
+        yield
+    finally:
+        os.close(lock)
 
 
 # --- client ---------------------------------------------------------------------------------------------------------

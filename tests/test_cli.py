@@ -494,6 +494,17 @@ def test_a_second_mount_at_the_same_place_is_refused(place: Place) -> None:
 
 
 @needs_root
+def test_of_two_mounts_at_the_same_time_one_is_refused(place: Place) -> None:
+    argv = [*HANDLEFS, *map(str, (place.source, place.path, *place.options()))]
+    both = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=TIMEOUT)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1], said
+    assert re.fullmatch("handlefs: .* (being started at|already a handlefs mount).*\n", "".join(said))
+    assert [mount.mountpoint for mount in mounts()].count(str(place.path)) == 1
+    ok("umount", place.path)
+
+
+@needs_root
 @both_transports
 def test_the_dead_mount_of_a_killed_server_is_replaced(place: Place) -> None:
     start = int(time.time())

@@ -44,7 +44,7 @@ def command(mountpoint: str, transport: str | None) -> None:
         end_socket(mountpoint)
         launch(config)
         return
-    check_privileges()
+    check_privileges(config)
     check_source(config)
     importlib.import_module("handlefs.server")  # now: clients are going to wait for the rest
     exported = nfs.threads() > 0 and nfs.exported(mountpoint)
