@@ -30,7 +30,8 @@ from handlefs.handle import AT_FDCWD, name_to_handle_at, open_by_handle_at
 from handlefs.mount import mount_at, mounts, unmount
 
 from .support.cli import HANDLEFS, TIMEOUT, fails, handlefs, ok
-from .support.filesystems import FileSystems
+from .support.filesystems import FileSystems, filesystem
+from .support.meanwhile import meanwhile
 from .support.server import mounted
 from .support.syscalls import drop_caches
 
@@ -305,9 +306,9 @@ def foreground(place: Place) -> Iterator["subprocess.Popen[str]"]:
     argv = [*HANDLEFS, "--foreground", place.source, place.path, "--state-dir", place.state_dir]
     words = [str(word) for word in [*argv, "--transport", place.transport]]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        assert "serving" in server.stderr.readline()
         try:
+            assert server.stderr is not None
+            assert any(" serving " in line for line in server.stderr)
             yield server
         finally:
             server.kill()
@@ -405,7 +406,7 @@ def test_restart_leaves_it_to_any_manager(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """It would start a server of its own beside the manager's."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, meanwhile(lambda: listen(manager), lambda: 0.01):
         manager.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         server: subprocess.Popen[str] = request.getfixturevalue("foreground")
@@ -413,6 +414,13 @@ def test_restart_leaves_it_to_any_manager(
         assert place.pid == server.pid
         ok("umount", place.path)
         assert server.wait(TIMEOUT) == 0
+
+
+def listen(manager: socket.socket) -> None:
+    """Take in what there is."""
+    with contextlib.suppress(BlockingIOError):
+        while manager.recv(1000, socket.MSG_DONTWAIT):
+            pass
 
 
 def wait_until_unmounted(place: Place) -> None:
@@ -470,6 +478,19 @@ def test_mistakes_are_told(place: Place, tmp_path: Path) -> None:
     for words, message in usage:
         assert message in fails(*words, status=2), words
     assert control.servers() == []
+
+
+@needs_root
+@both_transports
+def test_a_runtime_directory_without_room(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with filesystem("tmpfs", "4K") as runtime:
+        runtime.chmod(0o700)
+        (runtime / "filled").write_bytes(bytes(4096))
+        monkeypatch.setenv("HANDLEFS_RUNTIME_DIR", str(runtime))
+        message = fails(place.source, place.path, *place.options())
+        assert message == f"handlefs: cannot use the runtime directory {runtime}: No space left on device\n"
+        assert not place.is_mounted()
+        assert sorted(path.name for path in runtime.iterdir()) == ["filled", "starting"]
 
 
 @needs_root
@@ -785,21 +806,43 @@ def test_restart_of_a_busy_mount_changes_nothing(place: Place) -> None:
 
 @needs_root
 @both_transports
+def test_a_restart_that_cannot_work_changes_nothing(place: Place, tmp_path: Path) -> None:
+    """What the new server needs is opened before the old one ends."""
+    place.log = tmp_path / "logs/log"
+    place.log.parent.mkdir()
+    key = tmp_path / "keys/key"
+    key.parent.mkdir()
+    place.mount("--key-file", key, "--cache-size", "100")
+    before = place.pid
+    for path, message in (
+        (place.source, f"source {place.source} does not exist"),
+        (place.log.parent, f"cannot log to {place.log}"),
+        (key.parent, f"cannot write the key file {key}"),
+    ):
+        hidden = path.with_name("hidden")
+        path.rename(hidden)
+        try:
+            assert message in fails("restart", place.path)
+        finally:
+            hidden.rename(path)
+    argv = ["prlimit", "--nofile=128", *HANDLEFS, "restart", str(place.path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert (done.returncode, "give 64 at most" in done.stderr) == (1, True), done.stderr
+    assert place.pid == before
+    assert (place.path / "file").exists()
+    ok("umount", place.path)
+
+
+@needs_root
+@both_transports
 def test_a_failed_restart_says_how_to_go_on(place: Place) -> None:
-    place.log = place.log.with_name("logs") / "log"
-    place.log.parent.mkdir()
-    place.mount()
-    hidden = place.source.with_name("hidden")
-    place.source.rename(hidden)
-    try:
-        assert f"source {place.source} does not exist" in fails("restart", place.path)
-    finally:
-        hidden.rename(place.source)
-    assert (place.path / "file").exists(), "what can be seen before must not end the server"
-    shutil.rmtree(place.log.parent)
-    message = fails("restart", place.path)
-    place.log.parent.mkdir()
-    assert f"cannot log to {place.log}" in message
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    place.mount("--metrics", f"127.0.0.1:{port}")
+    place.kill()
+    with socket.create_server(("127.0.0.1", port)):
+        message = fails("restart", place.path)
+    assert f"cannot serve metrics at 127.0.0.1:{port}" in message
     (command,) = re.findall(r"^  handlefs (.*)$", message, re.MULTILINE)
     ok(*shlex.split(command))
     assert (place.path / "file").exists()

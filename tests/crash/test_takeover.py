@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ from handlefs.layout import LAYOUT
 
 from ..posix.compare import in_the_end, outcome
 from ..support.cli import fails, ok
-from ..support.filesystems import FileSystems, is_mounted, scratch_directory
+from ..support.filesystems import FileSystems, filesystem, is_mounted, scratch_directory
 from ..support.server import Mounted, mounted
 from ..support.users import Child
 from .conftest import TIMEOUT
@@ -71,6 +72,26 @@ def serving(root: Path, *args: str) -> Iterator[Mounted]:
 
 
 _numbers = iter(range(1000))
+
+
+def test_an_upgrade_needs_no_room_in_the_runtime_directory(ext4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with filesystem("tmpfs", "64K") as runtime:
+        runtime.chmod(0o700)
+        monkeypatch.setenv("HANDLEFS_RUNTIME_DIR", str(runtime))
+        with serving(ext4) as server:
+            fill(runtime)
+            ok("upgrade", server.path)
+            (server.path / "file").write_bytes(b"content")
+            assert server.status()["upgrades"] == 1
+            ok("umount", server.path)
+        assert sorted(path.name for path in runtime.iterdir()) == ["filled", "starting"]
+
+
+def fill(root: Path) -> None:
+    """Leave no room on a file system."""
+    with (root / "filled").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
 
 
 @contextmanager
