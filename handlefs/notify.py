@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 
 log = logging.getLogger(__name__)
 
-BARRIER_TIMEOUT = 5.0
-"""Seconds that the manager gets to take in what it was told."""
+TIMEOUT = 5.0
+"""Seconds that the manager gets to take in what it is told."""
 _VARIABLES = (
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
@@ -64,9 +64,10 @@ def notify(*assignments: str, descriptors: Sequence[int] = ()) -> None:
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+            connection.settimeout(TIMEOUT)
             connection.sendmsg(["\n".join(assignments).encode()], rights, 0, address)
     except OSError as error:
-        log.warning("the service manager does not listen: %s", error.strerror)
+        log.warning("the service manager does not listen: %s", error.strerror or error)
 
 
 def watchdog() -> None:
@@ -96,7 +97,7 @@ def wait() -> None:
             notify("BARRIER=1", descriptors=[writer])
         poll = select.poll()
         poll.register(reader, 0)  # POLLHUP alone, when the manager has closed its end
-        if not poll.poll(BARRIER_TIMEOUT * 1000):
+        if not poll.poll(TIMEOUT * 1000):
             log.warning("the service manager does not answer")
     finally:
         os.close(reader)

@@ -103,6 +103,18 @@ def test_nobody_listens(manager: socket.socket, caplog: pytest.LogCaptureFixture
     assert "the service manager does not listen" in caplog.text
 
 
+def test_a_manager_that_takes_nothing_in(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(notify, "TIMEOUT", 0.01)
+    assert manager
+    for _ in range(1000):  # more than fit its queue
+        notify.notify("WATCHDOG=1")
+        if caplog.text:
+            break
+    assert "the service manager does not listen: timed out" in caplog.text
+
+
 def test_without_a_manager(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     assert not notify.has_manager()
