@@ -21,7 +21,7 @@ from handlefs.handover import State
 from handlefs.inodecache import InodeCache
 from handlefs.metrics import RATE_INTERVAL, Counters, Rate, Totals
 from handlefs.mount import mount_at
-from handlefs.opening import close_map, default_cache_size, open_map, open_source, state_dir_of
+from handlefs.opening import cache_size_of, check_passthrough, close_map, open_map, open_source, state_dir_of
 from handlefs.operations import Operations
 from handlefs.protocol.init import ProtocolError
 from handlefs.source import Source
@@ -93,12 +93,9 @@ class Server:
         goes on in a predecessor's place."""
         self.config = config
         self._inherited = inherited
-        if config.passthrough == "on" and config.transport == "pyfuse3":
-            raise StartupError(
-                "passthrough=on needs the direct transport: use --transport=direct, or --passthrough=auto"
-            )
+        check_passthrough(config)
         limit = raise_descriptor_limit()
-        cache_size = default_cache_size(limit) if config.cache_size is None else config.cache_size
+        cache_size = inherited.assignment.cache_size if inherited else cache_size_of(config, limit)
         opened = inherited.assignment.opened_source if inherited else None
         self.source = open_source(config.source, cache_size, config, opened)
         if inherited is None:

@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from handlefs import status
 from handlefs.config import Config
@@ -19,7 +18,7 @@ from handlefs.inodecache import InodeCache
 from handlefs.metrics import RATE_INTERVAL, Counters, Rate, Totals
 from handlefs.nodetable import HandleCodec, NodeTable, new_numbers
 from handlefs.openfiles import OpenFiles
-from handlefs.opening import close_map, default_cache_size, open_map, open_source, state_dir_of
+from handlefs.opening import attach_map, cache_size_of, close_map, open_source
 from handlefs.operations import Operations
 from handlefs.protocol import abi
 from handlefs.protocol.init import ProtocolError
@@ -43,11 +42,11 @@ class UnixServer:
         """Open the source and its map, which holds the key. Raises StartupError with what is wrong and what to do."""
         self.config = config
         limit = raise_descriptor_limit()
-        # Each peer has a cache of its own.
-        self._cache_size = default_cache_size(limit) // MOST_PEERS if config.cache_size is None else config.cache_size
+        self._cache_size = cache_size_of(config, limit)
+        if config.cache_size is None:  # each peer has a cache of its own
+            self._cache_size //= MOST_PEERS
         self._source = source = open_source(config.source, 0, config)
-        key_file = Path(config.key_file) if config.key_file else None
-        source.attach_map(open_map(state_dir_of(source, config.state_dir), source, key_file))
+        attach_map(source, config)
         self.node_ids = source.map.nodeids
         self.codec = HandleCodec(source.map.key)
         self.numbers = new_numbers()

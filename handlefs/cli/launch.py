@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 from handlefs import control, nfs, notify
 from handlefs.config import Config
 from handlefs.credentials import CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, has_capability
-from handlefs.daemon import hold_signals, in_background, set_up_logging, stop_on_signals, unmount_on_signals
+from handlefs.daemon import (
+    hold_signals,
+    in_background,
+    raise_descriptor_limit,
+    set_up_logging,
+    stop_on_signals,
+    unmount_on_signals,
+)
 from handlefs.errors import StartupError
 from handlefs.mount import mount_at, unmount
 
@@ -102,6 +109,23 @@ def _socket_server(config: Config, foreground: bool) -> Serve:
         server.serve(ready)
 
     return serve
+
+
+def rehearse(config: Config) -> None:
+    """Try, in a process of its own, what a server in the background does before it mounts or listens, while another one is
+    there. Raises StartupError."""
+
+    def prepare(on_ready: Callable[[], None]) -> None:
+        os.chdir("/")
+        set_up_logging(config.log_file, foreground=False)
+        from handlefs import opening  # noqa: PLC0415 - not before the fork: it brings LMDB
+
+        opening.rehearse(config, raise_descriptor_limit())
+        on_ready()
+
+    check_privileges(config)
+    check_source(config)
+    in_background(prepare)
 
 
 def check_privileges(config: Config) -> None:
