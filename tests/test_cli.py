@@ -480,6 +480,11 @@ def test_mistakes_are_told(place: Place, tmp_path: Path) -> None:
     assert control.servers() == []
 
 
+@pytest.mark.parametrize("command", ["umount", "restart", "reload", "upgrade", "status", "evict", "top", "export"])
+def test_an_empty_mount_point_is_not_the_current_directory(command: str) -> None:
+    assert "it is empty" in fails(command, "", *(["*"] if command == "export" else []), status=2)
+
+
 @needs_root
 @both_transports
 def test_a_runtime_directory_without_room(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

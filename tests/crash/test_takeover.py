@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ from handlefs.layout import LAYOUT
 
 from ..posix.compare import in_the_end, outcome
 from ..support.cli import fails, ok
-from ..support.filesystems import FileSystems, filesystem, is_mounted, scratch_directory
+from ..support.filesystems import FileSystems, filesystem, fill, is_mounted, scratch_directory
 from ..support.server import Mounted, mounted
 from ..support.users import Child
 from .conftest import TIMEOUT
@@ -84,14 +83,7 @@ def test_an_upgrade_needs_no_room_in_the_runtime_directory(ext4: Path, monkeypat
             (server.path / "file").write_bytes(b"content")
             assert server.status()["upgrades"] == 1
             ok("umount", server.path)
-        assert sorted(path.name for path in runtime.iterdir()) == ["filled", "starting"]
-
-
-def fill(root: Path) -> None:
-    """Leave no room on a file system."""
-    with (root / "filled").open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
+        assert sorted(path.name for path in runtime.iterdir()) == ["fill", "starting"]
 
 
 @contextmanager
