@@ -176,3 +176,6 @@ _OPTIONS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = {
     "node-table": ("node_table", _node_table),
     "forget-chance": ("forget_chance", _probability),
 }
+
+MOUNT_OPTIONS = frozenset(_OPTIONS) - {"nodeids", "node-table", "forget-chance"}
+"""Those that a mount has, also in ``-o``; the others are for a server on a socket."""

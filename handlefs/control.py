@@ -65,9 +65,13 @@ def not_root() -> str:
     return "" if os.geteuid() == 0 else " that you may talk to: ask as root for a server of root"
 
 
+def _id(mountpoint: str) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.blake2b(os.fsencode(mountpoint), digest_size=8).hexdigest()
+
+
 def _file(mountpoint: str, suffix: str) -> Path:
-    name = hashlib.blake2b(os.fsencode(mountpoint), digest_size=8).hexdigest()
-    return runtime_dir() / f"{name}.{suffix}"
+    return runtime_dir() / f"{_id(mountpoint)}.{suffix}"
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,22 @@ def _locked_runtime_dir() -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def starting(mountpoint: str) -> Iterator[None]:
+    """Nobody else starts a server for *mountpoint* until the end of the block, or this process. Raises StartupError if somebody
+    is just doing it."""
+    with _locked_runtime_dir():
+        lock = os.open(runtime_dir() / "starting", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:  # a byte for each mount point in the one file, which a child that is forked meanwhile does not hold
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(_id(mountpoint), 16) >> 1)
+        except BlockingIOError as error:
+            raise StartupError(f"another handlefs is just being started at {mountpoint}") from error
+        yield
+    finally:
+        os.close(lock)
+
+
 # --- client ---------------------------------------------------------------------------------------------------------
 
 
@@ -224,14 +244,33 @@ class ControlServer:
 
     def start(self, listening: int | None = None) -> None:
         """Listen, and write the record, in the place of a server that was killed or whose mount is detached; or go on
-        `listening` with that socket of a predecessor."""
-        path = _file(self._config.mountpoint, "sock")
-        with _locked_runtime_dir():
-            if listening is None:
-                path.unlink(missing_ok=True)
-            self._server = _SocketServer(os.fspath(path), self.answer, self._write_record(), listening)
-            path.chmod(0o600)
+        `listening` with that socket of a predecessor. Raises StartupError."""
+        try:
+            with _locked_runtime_dir():
+                self._server = self._listen() if listening is None else self._go_on(listening)
+        except OSError as error:
+            why = f"cannot use the runtime directory {runtime_dir()}: {error.strerror or error}"
+            raise StartupError(why) from error
         threading.Thread(target=self._server.serve_forever, name="control", daemon=True).start()
+
+    def _listen(self) -> "_SocketServer":
+        path = _file(self._config.mountpoint, "sock")
+        path.unlink(missing_ok=True)
+        with contextlib.ExitStack() as undo:
+            undo.callback(_file(self._config.mountpoint, "json").unlink, missing_ok=True)
+            file = undo.enter_context(self._write_record())
+            server = _SocketServer(os.fspath(path), self.answer, file, None)
+            path.chmod(0o600)
+            undo.pop_all()
+        return server
+
+    def _go_on(self, listening: int) -> "_SocketServer":
+        """In an upgrade, which must not fail for want of space: the predecessor's record is ours."""
+        try:
+            file: BinaryIO = _file(self._config.mountpoint, "json").open("r+b")
+        except FileNotFoundError:  # somebody has removed it
+            file = self._write_record()
+        return _SocketServer(os.fspath(_file(self._config.mountpoint, "sock")), self.answer, file, listening)
 
     def fileno(self) -> int:
         """The socket that it listens on."""
@@ -259,11 +298,13 @@ class ControlServer:
         path = _file(self._config.mountpoint, "json")
         content = {"pid": os.getpid(), "config": self._config.to_dict(), "managed": notify.has_manager()}
         temporary = path.with_suffix(".new")
-        file = temporary.open("wb")
-        temporary.chmod(0o600)
-        file.write(json.dumps(content).encode())
-        file.flush()
-        temporary.replace(path)  # readers never see half a record
+        with contextlib.ExitStack() as undo:
+            undo.callback(temporary.unlink, missing_ok=True)
+            file = undo.enter_context(temporary.open("wb", buffering=0))
+            temporary.chmod(0o600)
+            file.write(json.dumps(content).encode())
+            temporary.replace(path)  # readers never see half a record
+            undo.pop_all()
         return file
 
     def answer(self, line: bytes, connection: socket.socket) -> dict[str, object]:

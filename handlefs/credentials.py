@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from handlefs.accelerator import native
+from handlefs.process import keep_capabilities
 
 CAP_DAC_OVERRIDE = 1
 CAP_DAC_READ_SEARCH = 2
@@ -28,9 +29,6 @@ CAP_SETPCAP = 8
 CAP_SYS_ADMIN = 21
 CAP_SYS_RESOURCE = 24
 
-_PR_GET_SECUREBITS = 27
-_PR_SET_SECUREBITS = 28
-_SECBIT_NO_SETUID_FIXUP = 1 << 2
 _CLONE_FS = 0x200
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
@@ -72,16 +70,8 @@ def _prepare_thread() -> None:
     if getattr(_thread, "prepared", False):
         return
     _check(_libc.unshare(_CLONE_FS))
-    keep_capabilities_as_others()
+    keep_capabilities()
     _thread.prepared = True
-
-
-def keep_capabilities_as_others() -> None:
-    """Have this thread, and those that it will start, keep its capabilities when its fsuid changes. The first time this
-    needs CAP_SETPCAP."""
-    bits = _libc.prctl(_PR_GET_SECUREBITS, 0, 0, 0, 0)
-    if not bits & _SECBIT_NO_SETUID_FIXUP:
-        _check(_libc.prctl(_PR_SET_SECUREBITS, bits | _SECBIT_NO_SETUID_FIXUP, 0, 0, 0))
 
 
 @contextmanager

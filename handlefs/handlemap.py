@@ -319,13 +319,16 @@ def read_key(path: Path) -> bytes:
 
 
 def write_key(path: Path, key: bytes) -> None:
-    """Write `key` to the new file `path`, mode 0600; StartupError if that fails."""
+    """Write `key` to the new file `path`, mode 0600; StartupError if that fails, and no file is left."""
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(fd, "w", encoding="ascii") as file:
-            file.write(key.hex() + "\n")
-            file.flush()
-            os.fsync(fd)
+        with contextlib.ExitStack() as undo:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            undo.callback(path.unlink)
+            with open(fd, "w", encoding="ascii") as file:
+                file.write(key.hex() + "\n")
+                file.flush()
+                os.fsync(fd)
+            undo.pop_all()
     except OSError as error:
         raise StartupError(f"cannot write the key file {path}: {error.strerror}") from error
 

@@ -28,6 +28,10 @@ _ERRNO: tuple[tuple[type[lmdb.Error], int], ...] = (
 )
 
 
+class EnvironmentFailure(OSError):
+    """An environment cannot be read or written: no doing of the client that hears of it."""
+
+
 class GrowingEnvironment:
     """One LMDB environment with one unnamed and several named databases, for any number of threads and processes.
 
@@ -211,7 +215,7 @@ def _as_oserror(path: Path) -> Iterator[None]:
         raise _Panic from None
     except lmdb.Error as error:
         number = next((number for kind, number in _ERRNO if isinstance(error, kind)), 0) or _no_space(path) or errno.EIO
-        raise OSError(number, f"handle map: {error}", os.fspath(path)) from error
+        raise EnvironmentFailure(number, f"handle map: {error}", os.fspath(path)) from error
 
 
 def _no_space(path: Path) -> int | None:

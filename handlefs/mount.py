@@ -4,7 +4,7 @@ import ctypes
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -68,11 +68,6 @@ _IGNORED = frozenset(
     | {"nomand", "iversion", "noiversion", "allow_other", "default_permissions", "nonempty"}
 )
 _IGNORED_WITH_VALUE = frozenset({"comment", "user", "helper", "uhelper"})
-
-HANDLEFS_OPTIONS = frozenset(
-    {"cache-size", "entry-timeout", "attr-timeout", "state-dir", "key-file", "submounts", "transport", "passthrough"}
-    | {"log-file"}
-)
 
 
 class OptionError(ValueError):
@@ -140,14 +135,16 @@ def _split(text: str) -> list[str]:
     return [re.sub(r"\\(.)", r"\1", word, flags=re.DOTALL) for word in escaped if word]
 
 
-def _unknown(word: str) -> OptionError:
-    candidates = [*_WORDS, *HANDLEFS_OPTIONS, "fsname", "subtype"]
+def _unknown(word: str, own_names: Collection[str]) -> OptionError:
+    candidates = [*_WORDS, *own_names, "fsname", "subtype"]
     near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.75)
     return OptionError(f"unknown mount option '{word}'" + (f"; did you mean '{near[0]}'?" if near else ""))
 
 
-def parse_options(text: str, *, sloppy: bool = False) -> tuple[MountOptions, dict[str, str]]:
-    """Split the argument of ``-o`` into the generic options and handlefs's own (by name, not yet checked).
+def parse_options(
+    text: str, own_names: Collection[str], *, sloppy: bool = False
+) -> tuple[MountOptions, dict[str, str]]:
+    """Split the argument of ``-o`` into the generic options and those with *own_names* (by name, not yet checked).
 
     *sloppy* drops unknown options, as ``mount -s`` asks for. Raises OptionError.
     """
@@ -155,7 +152,7 @@ def parse_options(text: str, *, sloppy: bool = False) -> tuple[MountOptions, dic
     own: dict[str, str] = {}
     for word in _split(text):
         name, equals, value = word.partition("=")
-        if name in HANDLEFS_OPTIONS:
+        if name in own_names:
             if not value:
                 raise OptionError(f"mount option '{name}' needs a value: {name}=…")
             own[name] = value
@@ -166,7 +163,7 @@ def parse_options(text: str, *, sloppy: bool = False) -> tuple[MountOptions, dic
         elif name == "remount":
             raise OptionError("remount is not possible: use handlefs umount, then mount with the new options")
         elif not (_is_ignored(name, bool(equals)) or sloppy):
-            raise _unknown(word if name in _WORDS or name in _IGNORED else name)
+            raise _unknown(word if name in _WORDS or name in _IGNORED else name, own_names)
     return replace(MountOptions(), **changes), own
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 
 log = logging.getLogger(__name__)
 
-BARRIER_TIMEOUT = 5.0
-"""Seconds that the manager gets to take in what it was told."""
+TIMEOUT = 5.0
+"""Seconds that the manager gets to take in what it is told."""
 _VARIABLES = (
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
@@ -34,12 +34,17 @@ def has_manager() -> bool:
 
 
 def store_size() -> float:
-    """How many descriptors of this service the manager keeps: none without a manager, infinity if it does not say (systemd
-    does from 254 on: FDSTORE, systemd.exec(5))."""
+    """How many descriptors of this service the manager keeps: none without a manager, infinity if it does not say. systemd does
+    from 254 on (FDSTORE, systemd.exec(5)), unless it keeps none."""
     if not has_manager():
         return 0
     said = os.environ.get("FDSTORE", "")
     return int(said) if said.isdecimal() else math.inf
+
+
+def has_no_store() -> None:
+    """Take it from now on, also in what this process executes, that the manager keeps nothing."""
+    os.environ["FDSTORE"] = "0"
 
 
 def disown() -> None:
@@ -59,9 +64,10 @@ def notify(*assignments: str, descriptors: Sequence[int] = ()) -> None:
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+            connection.settimeout(TIMEOUT)
             connection.sendmsg(["\n".join(assignments).encode()], rights, 0, address)
     except OSError as error:
-        log.warning("the service manager does not listen: %s", error.strerror)
+        log.warning("the service manager does not listen: %s", error.strerror or error)
 
 
 def watchdog() -> None:
@@ -91,8 +97,25 @@ def wait() -> None:
             notify("BARRIER=1", descriptors=[writer])
         poll = select.poll()
         poll.register(reader, 0)  # POLLHUP alone, when the manager has closed its end
-        if not poll.poll(BARRIER_TIMEOUT * 1000):
+        if not poll.poll(TIMEOUT * 1000):
             log.warning("the service manager does not answer")
+    finally:
+        os.close(reader)
+
+
+def has_kept_all() -> bool:
+    """Whether the manager has kept all that it was told to, for one that does not say how much it keeps: it closes what has no
+    room, and what is stored last has none if anything had none."""
+    reader, writer = os.pipe()
+    try:
+        with contextlib.closing(os.fdopen(writer, "wb")):
+            store("probe", writer)
+        wait()
+        poll = select.poll()
+        poll.register(reader, 0)  # POLLHUP alone
+        has_kept = not poll.poll(0)
+        remove(["probe"])
+        return has_kept
     finally:
         os.close(reader)
 

@@ -1,6 +1,7 @@
 """Opening a source and its handle map, with errors that say what is wrong and what to do."""
 
 import errno
+import logging
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from handlefs.handlemap import HandleMap, how_to_replace
 from handlefs.mount import mounts
 from handlefs.source import Source
 from handlefs.volumes import OpenedSource
+
+log = logging.getLogger(__name__)
 
 LARGEST_DEFAULT_CACHE = 16384
 
@@ -92,6 +95,50 @@ def open_map(state_dir: Path, source: Source, key_file: Path | None = None) -> H
         ) from error
 
 
-def default_cache_size(descriptor_limit: int) -> int:
-    """Inodes to cache: a quarter of the descriptors, since open files and directories need theirs too."""
-    return min(descriptor_limit // 4, LARGEST_DEFAULT_CACHE)
+def attach_map(source: Source, config: Config) -> None:
+    """Open the handle map of `source` where `config` has it, and use it. Raises StartupError."""
+    key_file = Path(config.key_file) if config.key_file else None
+    source.attach_map(open_map(state_dir_of(source, config.state_dir), source, key_file))
+
+
+def close_map(source: Source) -> None:
+    """Close the handle map of `source`. That new entries could not be made durable (a full disk) is logged: they wait beside
+    the map, for the next start before a reboot."""
+    try:
+        source.map.close()
+    except OSError as error:
+        log.error("new entries of the handle map could not be made durable: %s", error)
+
+
+def check_passthrough(config: Config) -> None:
+    """StartupError if passthrough is insisted on, with a transport that has none."""
+    if config.passthrough == "on" and config.transport == "pyfuse3":
+        raise StartupError("passthrough=on needs the direct transport: use --transport=direct, or --passthrough=auto")
+
+
+def cache_size_of(config: Config, descriptor_limit: int) -> int:
+    """Inodes to cache. By default a quarter of the descriptors that a process may have, since open files and directories need
+    theirs too; StartupError if more than half are asked for."""
+    if config.cache_size is None:
+        return min(descriptor_limit // 4, LARGEST_DEFAULT_CACHE)
+    most = descriptor_limit // 2
+    if config.cache_size > most:
+        raise StartupError(
+            f"--cache-size={config.cache_size}: each inode in the cache takes a descriptor, and a process may have "
+            f"{descriptor_limit}: give {most} at most, or raise the limit (ulimit -n)"
+        )
+    return config.cache_size
+
+
+def rehearse(config: Config, descriptor_limit: int) -> None:
+    """Open what a server opens before it mounts or listens, and close it again. Raises StartupError. The port of the metrics is
+    left alone: the server that is to be replaced may have it."""
+    check_passthrough(config)
+    cache_size_of(config, descriptor_limit)
+    if config.metrics is not None:
+        from handlefs.prometheus import MetricsServer  # noqa: PLC0415 - most servers do without its library
+
+        MetricsServer(f"{config.metrics.rpartition(':')[0]}:0", dict).close()
+    source = open_source(config.source, 0, config)
+    attach_map(source, config)
+    close_map(source)

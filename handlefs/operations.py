@@ -486,9 +486,12 @@ class Operations:
         return os.copy_file_range(source.fd, target.fd, min(size, _LARGEST_COPY), offset, offset_out)
 
     def inode_ioctl(self, nodeid: int, fh: int, command: int, data: bytes, out_size: int) -> bytes:
-        """IOCTL, of those that get or set inode flags and attributes (lsattr, chattr, project IDs); ENOTTY for others."""
+        """IOCTL, of those that get or set inode flags and attributes (lsattr, chattr, project IDs). ENOTTY for others, EINVAL
+        for more bytes than the command has."""
         if command not in _INODE_IOCTLS:
             raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+        if max(len(data), out_size) > command >> 16 & 0x3FFF:  # _IOC_SIZE of asm-generic/ioctl.h
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if command in _SETTING_IOCTLS:
             self._check_writable()
         file = self.open_file(nodeid, fh, to_change=False)  # ioctl(2) changes flags by any descriptor

@@ -1,6 +1,7 @@
 """What a process tells the kernel about itself (prctl(2))."""
 
 import ctypes
+import errno
 import itertools
 import os
 import signal
@@ -10,8 +11,11 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
+_PR_GET_SECUREBITS = 27
+_PR_SET_SECUREBITS = 28
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
+_SECBIT_NO_SETUID_FIXUP = 1 << 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -41,17 +45,30 @@ def no_new_privileges() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
+def keep_capabilities() -> None:
+    """Have this thread, and those that it will start, keep its capabilities when its file-system user changes. The first time
+    this needs CAP_SETPCAP."""
+    bits = _prctl(_PR_GET_SECUREBITS)
+    if not bits & _SECBIT_NO_SETUID_FIXUP:
+        _prctl(_PR_SET_SECUREBITS, bits | _SECBIT_NO_SETUID_FIXUP)
+
+
 def drop_from_bounding_set(capabilities: Collection[int]) -> None:
     """Nothing that this thread, or one that it starts, executes can have capabilities but these. Needs CAP_SETPCAP."""
     for capability in itertools.count():
-        held = _libc.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0)
-        if held < 0:
-            return  # EINVAL: this kernel has no more
+        try:
+            held = _prctl(_PR_CAPBSET_READ, capability)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return  # this kernel has no more
         if held and capability not in capabilities:
             _prctl(_PR_CAPBSET_DROP, capability)
 
 
-def _prctl(option: int, value: object) -> None:
-    if _libc.prctl(option, value, 0, 0, 0) < 0:
+def _prctl(option: int, value: object = 0) -> int:
+    result: int = _libc.prctl(option, value, 0, 0, 0)
+    if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), "prctl")
+    return result

@@ -16,10 +16,9 @@ from handlefs.credentials import (
     CAP_SYS_ADMIN,
     CAP_SYS_RESOURCE,
     has_capability,
-    keep_capabilities_as_others,
     keep_only,
 )
-from handlefs.process import drop_from_bounding_set, no_new_privileges
+from handlefs.process import drop_from_bounding_set, keep_capabilities, no_new_privileges
 
 
 class Capability(NamedTuple):
@@ -52,7 +51,7 @@ def confine() -> None:
         limit = resource.RLIM_INFINITY  # for the slot, instead of CAP_IPC_LOCK
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
     if has_capability(CAP_SETPCAP):
-        keep_capabilities_as_others()
+        keep_capabilities()
         drop_from_bounding_set(CAPABILITIES)
     keep_only(CAPABILITIES)
     no_new_privileges()

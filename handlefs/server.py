@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from handlefs import __version__, notify
-from handlefs.accelerator import native
+from handlefs import __version__, notify, status
 from handlefs.config import Config
 from handlefs.control import ControlError, ControlServer, send_reply
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
@@ -23,7 +22,7 @@ from handlefs.handover import State
 from handlefs.inodecache import InodeCache
 from handlefs.metrics import RATE_INTERVAL, Counters, Rate, Totals
 from handlefs.mount import mount_at
-from handlefs.opening import default_cache_size, open_map, open_source, state_dir_of
+from handlefs.opening import cache_size_of, check_passthrough, close_map, open_map, open_source, state_dir_of
 from handlefs.operations import Operations
 from handlefs.protocol.init import ProtocolError
 from handlefs.source import Source
@@ -95,12 +94,9 @@ class Server:
         goes on in a predecessor's place."""
         self.config = config
         self._inherited = inherited
-        if config.passthrough == "on" and config.transport == "pyfuse3":
-            raise StartupError(
-                "passthrough=on needs the direct transport: use --transport=direct, or --passthrough=auto"
-            )
+        check_passthrough(config)
         limit = raise_descriptor_limit()
-        cache_size = default_cache_size(limit) if config.cache_size is None else config.cache_size
+        cache_size = inherited.assignment.cache_size if inherited else cache_size_of(config, limit)
         opened = inherited.assignment.opened_source if inherited else None
         self.source = open_source(config.source, cache_size, config, opened)
         if inherited is None:
@@ -158,7 +154,7 @@ class Server:
             self._control.stop(keep_record=aborted)
             if self._metrics is not None:
                 self._metrics.close()
-            self._close_map()
+            close_map(self.source)
         if aborted:
             message = f"the connection to {self.config.mountpoint} was aborted: handlefs restart brings it back"
             log.error("%s", message)
@@ -197,28 +193,12 @@ class Server:
         key_file = Path(self.config.key_file) if self.config.key_file else None
         self.source.attach_map(open_map(self.state_dir, self.source, key_file))
 
-    def _close_map(self) -> None:
-        try:
-            self.source.map.close()
-        except OSError as error:  # the entries wait beside the map, for the next start before a reboot
-            log.error("new entries of the handle map could not be made durable: %s", error)
-
     def status(self) -> dict[str, object]:
         """What `handlefs status` shows; docs/control.md lists the keys."""
-        filesystem = self.source.volumes.root.filesystem
         return {
-            "pid": os.getpid(),
-            "version": __version__,
-            "source": self.config.source,
-            "mountpoint": self.config.mountpoint,
+            **status.identity(self.config, self.source),
             "transport": self.transport,
-            "accelerator": native is not None,
-            "filesystem": filesystem._asdict(),
-            "source_id": self.source.identity.source_id,
             "nodeids": "mapped" if self.source.inline is None else "inline (ino, generation)",
-            "state_dir": os.fspath(self.state_dir.resolve()),
-            "map": {"entries": self.source.map.count(), "bytes": self.source.map.bytes_on_disk()},
-            "read_only": self.config.options.read_only,
             "metrics": None if self._metrics is None else self._metrics.url,
             **Totals(self.serving.counters()).status(),
             **self.serving.status(),
@@ -264,7 +244,7 @@ class Server:
         LMDB would take readers for alive."""
         if self._metrics is not None:
             self._metrics.pause()
-        self._close_map()
+        close_map(self.source)
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 mount (docs/takeover.md)."""
 
 import logging
+import math
 import os
 import re
 import select
@@ -25,22 +26,27 @@ _REMOVED = re.compile("removed-([0-9a-f]+)-([0-9a-f]+)")
 
 def keep(state: State) -> bool:
     """Have the manager keep what a successor needs of a new mount; returns whether it does."""
-    room = _room(state)
-    if room < 0:
-        if notify.has_manager():
-            log.warning(
-                "a restart mounts anew: the service manager keeps too few descriptors (FileDescriptorStoreMax=%d, and %d more "
-                "are needed)",
-                notify.store_size(),
-                -room,
-            )
+    if not notify.has_manager():
         return False
+    if keeps(state):
+        _store(state)
+        if math.isfinite(notify.store_size()) or notify.has_kept_all():
+            return True
+        notify.remove([*_needed(state), _STATE])
+        notify.has_no_store()
+    log.warning(
+        "a restart mounts anew: the service manager keeps too few descriptors (FileDescriptorStoreMax=: %d are needed)",
+        len(_needed(state)) + 1,
+    )
+    return False
+
+
+def _store(state: State) -> None:
     for name, fd in _needed(state).items():
         notify.store(name, fd, until_it_hangs_up=name == "device")
     fd = state.to_memory()
     notify.store(_STATE, fd)
     os.close(fd)
-    return True
 
 
 def keeps(state: State) -> bool:

@@ -8,10 +8,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from handlefs import __version__
-from handlefs.accelerator import native
+from handlefs import status
 from handlefs.config import Config
 from handlefs.control import ControlServer
 from handlefs.credentials import CAP_SYS_RESOURCE, drop_capability
@@ -20,7 +18,7 @@ from handlefs.inodecache import InodeCache
 from handlefs.metrics import RATE_INTERVAL, Counters, Rate, Totals
 from handlefs.nodetable import HandleCodec, NodeTable, new_numbers
 from handlefs.openfiles import OpenFiles
-from handlefs.opening import default_cache_size, open_map, open_source, state_dir_of
+from handlefs.opening import attach_map, cache_size_of, close_map, open_source
 from handlefs.operations import Operations
 from handlefs.protocol import abi
 from handlefs.protocol.init import ProtocolError
@@ -44,14 +42,13 @@ class UnixServer:
         """Open the source and its map, which holds the key. Raises StartupError with what is wrong and what to do."""
         self.config = config
         limit = raise_descriptor_limit()
-        # Each peer has a cache of its own.
-        self._cache_size = default_cache_size(limit) // MOST_PEERS if config.cache_size is None else config.cache_size
-        source = open_source(config.source, 0, config)
-        self.state_dir = state_dir_of(source, config.state_dir)
-        self._map = open_map(self.state_dir, source, Path(config.key_file) if config.key_file else None)
-        self._source = source
-        self.node_ids = self._map.nodeids
-        self.codec = HandleCodec(self._map.key)
+        self._cache_size = cache_size_of(config, limit)
+        if config.cache_size is None:  # each peer has a cache of its own
+            self._cache_size //= MOST_PEERS
+        self._source = source = open_source(config.source, 0, config)
+        attach_map(source, config)
+        self.node_ids = source.map.nodeids
+        self.codec = HandleCodec(source.map.key)
         self.numbers = new_numbers()
         self._start_time = time.monotonic()
         self._peers: dict[int, Peer] = {}
@@ -78,7 +75,7 @@ class UnixServer:
                 control.stop()
                 self._close(self._listener, bound)
         finally:
-            self._map.close()
+            close_map(self._source)
         log.info("%s is closed", self.config.mountpoint)
 
     def stop(self) -> None:
@@ -106,7 +103,7 @@ class UnixServer:
             if refusal := self._let_in(connection):
                 number, reason = refusal
                 log.warning("a peer was turned away: %s", reason)
-                turn_away(connection, number)
+                self._turn_away(connection, number)
 
     def _let_in(self, connection: socket.socket) -> tuple[int, str] | None:
         """Have a thread serve the peer; otherwise the errno for it, and why."""
@@ -122,6 +119,14 @@ class UnixServer:
             self._vacant.add(place)
             return errno.EBUSY, str(error)
         return None
+
+    @staticmethod
+    def _turn_away(connection: socket.socket, number: int) -> None:
+        """In a thread, if there is one to be had: who asks for nothing is to keep nobody else waiting."""
+        try:
+            threading.Thread(target=turn_away, args=(connection, number), name="refusal", daemon=True).start()
+        except RuntimeError:
+            turn_away(connection, number)
 
     def _serve_peer(self, place: int, connection: socket.socket) -> None:
         try:
@@ -159,8 +164,9 @@ class UnixServer:
             unlink_own(self.config.mountpoint, bound)
         finally:
             listener.close()
-            for peer in self._all_peers():
-                peer.close()
+            with self._lock:  # a peer's connection is closed after the peer is taken off the list
+                for peer in self._peers.values():
+                    peer.close()
 
     def _all_peers(self) -> "list[Peer]":
         with self._lock:
@@ -171,7 +177,7 @@ class UnixServer:
         source = Source(self.config.source, cache_size=self._cache_size, submounts=self.config.submounts)
         if source.identity != self._source.identity:
             raise OSError(errno.ESTALE, "something else has taken the source's place", self.config.source)
-        source.attach_map(self._map)
+        source.attach_map(self._source.map)
         return source
 
     def status(self) -> dict[str, object]:
@@ -179,20 +185,10 @@ class UnixServer:
         peers = self._all_peers()
         tables = [peer.nodes for peer in peers if peer.nodes is not None]
         opened = [peer.operations.open_files.counts() for peer in peers]
-        filesystem = self._source.volumes.root.filesystem
         return {
-            "pid": os.getpid(),
-            "version": __version__,
-            "source": self.config.source,
-            "mountpoint": self.config.mountpoint,
+            **status.identity(self.config, self._source),
             "transport": "socket",
-            "accelerator": native is not None,
-            "filesystem": filesystem._asdict(),
-            "source_id": self._source.identity.source_id,
             "nodeids": self.config.nodeids,
-            "state_dir": os.fspath(self.state_dir),
-            "map": {"entries": self._map.count(), "bytes": self._map.bytes_on_disk()},
-            "read_only": self.config.options.read_only,
             "peers": len(peers),
             "plain_peers": len(peers) - len(tables),
             "node_table": {

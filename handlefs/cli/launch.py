@@ -6,14 +6,21 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from handlefs import control, nfs, notify
 from handlefs.config import Config
 from handlefs.credentials import CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, has_capability
-from handlefs.daemon import hold_signals, in_background, set_up_logging, stop_on_signals, unmount_on_signals
+from handlefs.daemon import (
+    hold_signals,
+    in_background,
+    raise_descriptor_limit,
+    set_up_logging,
+    stop_on_signals,
+    unmount_on_signals,
+)
 from handlefs.errors import StartupError
 from handlefs.mount import mount_at, unmount
 
@@ -27,18 +34,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Serve = Callable[[Callable[[], None]], None]
+"""Serves to the end; calls its argument when that can be seen."""
 
-def missing_capabilities() -> list[str]:
-    """The names of the required capabilities that this process does not have."""
-    return [name for number, (name, _) in CAPABILITIES.items() if not has_capability(number)]
+
+def missing_capabilities(needed: Collection[int] = CAPABILITIES) -> list[str]:
+    """The names of the `needed` ones of `CAPABILITIES` that this process does not have."""
+    return [CAPABILITIES[number][0] for number in needed if not has_capability(number)]
 
 
 def launch(config: Config, *, foreground: bool = False) -> None:
-    """Check, then serve: until unmounted in the foreground, else return when the mount answers. Raises StartupError."""
-    if config.socket:
-        launch_socket(config, foreground=foreground)
-        return
-    check_privileges()
+    """Check, then serve: until unmounted in the foreground, else return when the mount answers; or, for a server on a socket,
+    until a signal ends it, or when peers can connect. Raises StartupError."""
+    check_privileges(config)
+    with contextlib.ExitStack() as starting:
+        starting.enter_context(control.starting(config.mountpoint))
+        serve = _socket_server(config, foreground) if config.socket else _mount_server(config, foreground)
+        if foreground:
+            serve(starting.close)
+        else:
+            in_background(serve)
+
+
+def _mount_server(config: Config, foreground: bool) -> Serve:
     inherited = _inherited(config) if foreground else None
     if inherited is None:
         replace_dead_mount(config.mountpoint)
@@ -59,10 +77,7 @@ def launch(config: Config, *, foreground: bool = False) -> None:
 
         Server(config, foreground=foreground, inherited=inherited).serve(ready)
 
-    if foreground:
-        serve(lambda: None)
-    else:
-        in_background(serve)
+    return serve
 
 
 def _inherited(config: Config) -> "State | None":
@@ -76,11 +91,7 @@ def _inherited(config: Config) -> "State | None":
     return service.inherited(config)
 
 
-def launch_socket(config: Config, *, foreground: bool) -> None:
-    """The same for a server on a Unix socket: until a signal ends it, or return when peers can connect."""
-    if not has_capability(CAP_DAC_READ_SEARCH):
-        name, use = CAPABILITIES[CAP_DAC_READ_SEARCH]
-        raise StartupError(f"not permitted: run it as root; needed: {name} (to {use})")
+def _socket_server(config: Config, foreground: bool) -> Serve:
     check_source(config)
 
     def serve(on_ready: Callable[[], None]) -> None:
@@ -97,17 +108,33 @@ def launch_socket(config: Config, *, foreground: bool) -> None:
 
         server.serve(ready)
 
-    if foreground:
-        serve(lambda: None)
-    else:
-        in_background(serve)
+    return serve
 
 
-def check_privileges() -> None:
-    """Raise StartupError when this process may not mount or open handles, or the kernel has no FUSE."""
-    if missing := missing_capabilities():
+def rehearse(config: Config) -> None:
+    """Try, in a process of its own, what a server in the background does before it mounts or listens, while another one is
+    there. Raises StartupError."""
+
+    def prepare(on_ready: Callable[[], None]) -> None:
+        os.chdir("/")
+        set_up_logging(config.log_file, foreground=False)
+        from handlefs import opening  # noqa: PLC0415 - not before the fork: it brings LMDB
+
+        opening.rehearse(config, raise_descriptor_limit())
+        on_ready()
+
+    check_privileges(config)
+    check_source(config)
+    in_background(prepare)
+
+
+def check_privileges(config: Config) -> None:
+    """Raise StartupError when this process may not open handles or, for a mount, may not mount, or the kernel has no FUSE."""
+    if missing := missing_capabilities([CAP_DAC_READ_SEARCH] if config.socket else CAPABILITIES):
         uses = ", ".join(f"{name} (to {use})" for name, use in CAPABILITIES.values() if name in missing)
         raise StartupError(f"not permitted: run it as root; needed: {uses}")
+    if config.socket:
+        return
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR))
     except FileNotFoundError as error:

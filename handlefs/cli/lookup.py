@@ -46,7 +46,7 @@ def opened(config: Config, *, create: bool = False) -> Iterator[Source]:
 
     *create* makes a missing map, which is of use only with the key of the one that is lost.
     """
-    from handlefs.opening import open_map, open_source, state_dir_of  # noqa: PLC0415 - it brings LMDB
+    from handlefs.opening import close_map, open_map, open_source, state_dir_of  # noqa: PLC0415 - it brings LMDB
 
     source = open_source(config.source, CACHE_SIZE, config)
     state_dir = state_dir_of(source, config.state_dir)
@@ -59,7 +59,7 @@ def opened(config: Config, *, create: bool = False) -> Iterator[Source]:
     try:
         yield source
     finally:
-        source.map.close()
+        close_map(source)
 
 
 def names(relative: str) -> Sequence[bytes]:

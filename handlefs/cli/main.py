@@ -1,6 +1,7 @@
 """``handlefs``: the group of all commands, where the first word that is no command makes it a mount."""
 
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -83,7 +84,9 @@ def mount_helper() -> NoReturn:
 
 
 def run(action: Callable[[], object]) -> int:
-    """The exit status of *action*: 1 and a message when it fails, 2 for wrong usage."""
+    """The exit status of *action*: 1 and a message when it fails, 2 for wrong usage. What is logged meanwhile, but by a server,
+    is a message too."""
+    logging.basicConfig(format="handlefs: %(message)s", level=logging.WARNING)
     try:
         outcome = action()
         sys.stdout.flush()

@@ -8,7 +8,7 @@ import click
 
 from handlefs.cli.launch import launch
 from handlefs.cli.params import DIRECTORY, word_option
-from handlefs.config import Config, Passthrough, Transport
+from handlefs.config import MOUNT_OPTIONS, Config, Passthrough, Transport
 from handlefs.mount import canonical, parse_options
 from handlefs.volumes import Submounts
 
@@ -49,7 +49,7 @@ def configure(
     for role, path in (("SOURCE", source), ("MOUNTPOINT", mountpoint)):
         if not path or "\0" in path:
             raise click.UsageError(f"{role} is empty")
-    generic, in_options = parse_options(options, sloppy=sloppy)
+    generic, in_options = parse_options(options, MOUNT_OPTIONS, sloppy=sloppy)
     given = {name.replace("_", "-"): value for name, value in (own or {}).items() if value is not None}
     return Config(os.path.realpath(source), canonical(mountpoint), generic).with_options(in_options | given)
 

@@ -27,7 +27,13 @@ class Directory(StringParamType):
 
 
 class MountPoint(Directory):
-    """The mount point of a server."""
+    """The mount point of a server; empty, as from a variable of the shell that is not set, it is not the current directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text: str = super().convert(value, param, ctx)
+        if not text:
+            self.fail("it is empty", param, ctx)
+        return text
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         points = [record.mountpoint for record in control.servers()]

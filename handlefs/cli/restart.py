@@ -13,9 +13,9 @@ from typing import get_args
 import click
 
 from handlefs import control, nfs
-from handlefs.cli.launch import check_privileges, check_source, launch
+from handlefs.cli.ending import end_socket, stop
+from handlefs.cli.launch import launch, rehearse
 from handlefs.cli.params import MOUNTPOINT, word_option
-from handlefs.cli.umount import end_socket, stop
 from handlefs.config import Config, Transport
 from handlefs.mount import canonical, mount_at
 
@@ -40,12 +40,11 @@ def command(mountpoint: str, transport: str | None) -> None:
         replaced = "a new one takes its place" if known.config.socket else "its mount is replaced"
         click.echo(f"handlefs: {known.obituary()}: {replaced}", err=True)
     config = known.config.with_options({"transport": transport} if transport else {})
+    rehearse(config)
     if config.socket:
         end_socket(mountpoint)
         launch(config)
         return
-    check_privileges()
-    check_source(config)
     importlib.import_module("handlefs.server")  # now: clients are going to wait for the rest
     exported = nfs.threads() > 0 and nfs.exported(mountpoint)
     with _interruptible(), nfs.paused(mountpoint) if exported else contextlib.nullcontext():

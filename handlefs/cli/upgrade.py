@@ -3,8 +3,8 @@
 import click
 
 from handlefs import control
+from handlefs.cli.ending import refuse_socket
 from handlefs.cli.params import MOUNTPOINT
-from handlefs.cli.umount import refuse_socket
 from handlefs.mount import canonical
 
 

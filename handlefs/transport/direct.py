@@ -4,6 +4,7 @@ Several processes read the device (handlefs/worker.py), and any of them serves a
 operation.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -56,21 +57,24 @@ def mount(config: Config, *, passthrough: bool) -> tuple[int, Negotiated]:
 
     Raises OSError if the mount fails, ProtocolError if the kernel is too old; StartupError if passthrough=on is not possible.
     """
-    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options = config.options
-    mount_fuse(
-        options.device(config.source), config.mountpoint, options.fstype(), options.flags(), options.fuse_data(device)
-    )
-    try:
+    with contextlib.ExitStack() as undo:
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        undo.callback(os.close, device)
+        mount_fuse(
+            options.device(config.source),
+            config.mountpoint,
+            options.fstype(),
+            options.flags(),
+            options.fuse_data(device),
+        )
+        undo.callback(unmount, config.mountpoint, lazy=True)
         negotiated = _answer_init(device, passthrough=passthrough)
         if config.passthrough == "on" and not negotiated.has(abi.FUSE_PASSTHROUGH):
             raise StartupError(
                 "this kernel has no FUSE passthrough (Linux 6.9 or newer): use --passthrough=auto or off"
             )
-    except BaseException:
-        unmount(config.mountpoint, lazy=True)
-        os.close(device)
-        raise
+        undo.pop_all()
     return device, negotiated
 
 
@@ -106,7 +110,10 @@ class Dispatcher:
         self._setxattr_in = (
             abi.fuse_setxattr_in if negotiated.has(abi.FUSE_SETXATTR_EXT) else abi.fuse_setxattr_in_compat
         )
-        self._handlers: dict[int, Callable[[Request], Reply]] = {
+        self._handlers = self._by_opcode()
+
+    def _by_opcode(self) -> dict[int, Callable[[Request], Reply]]:
+        return {
             abi.FUSE_LOOKUP: self._lookup,
             abi.FUSE_FORGET: self._forget,
             abi.FUSE_BATCH_FORGET: self._batch_forget,

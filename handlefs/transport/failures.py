@@ -5,6 +5,8 @@ import logging
 import threading
 import time
 
+from handlefs.lmdbenv import EnvironmentFailure
+
 log = logging.getLogger(__name__)
 
 LOG_INTERVAL = 60.0
@@ -31,7 +33,7 @@ class Failures:
         """
         number = error.errno or errno.EIO
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        if cause.errno in _OURS or "handle map" in (cause.strerror or ""):
+        if cause.errno in _OURS or isinstance(cause, EnvironmentFailure):
             self._log(operation, cause)
         if not 0 < number < _KERNEL_INTERNAL:
             return errno.EIO

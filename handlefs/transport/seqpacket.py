@@ -26,8 +26,8 @@ _OVERHEAD = 4096  # headers, and what the kernel counts (unix_dgram_sendmsg: the
 _WAITING = 16
 _INIT_TIMEOUT = 5.0
 """Seconds for a peer's INIT to arrive: one that sends none would keep its place for ever."""
-_REFUSAL_TIMEOUT = 0.5
-"""The same for a peer that is turned away: nobody else can connect meanwhile."""
+_REFUSAL_TIMEOUT = 2.0
+"""The same for a peer that is turned away: where no thread can be started, nobody else can connect meanwhile."""
 
 
 class Agreed(NamedTuple):

@@ -20,6 +20,7 @@ from handlefs import control
 from handlefs.mount import unmount
 
 from ..posix.compare import in_the_end, outcome
+from ..support.cli import fails
 from ..support.filesystems import UnavailableError, is_mounted, run
 from ..support.meanwhile import meanwhile
 from ..support.server import ALARMING
@@ -28,7 +29,7 @@ from ..support.users import Child
 from .conftest import TIMEOUT
 from .processes import name, settled, state
 from .test_kills import Model
-from .test_takeover import Code, code, fails, workload
+from .test_takeover import Code, code, workload
 
 __all__ = ["code"]
 
@@ -276,9 +277,14 @@ def store_of(size: int) -> str:
     return f"FileDescriptorStoreMax={size}\nEnvironment=FDSTORE={size}"
 
 
-def test_a_store_that_is_too_small_for_the_mount(systemd: Systemd, ext4: Path) -> None:
+@pytest.mark.parametrize(
+    "store",
+    [store_of(3), "FileDescriptorStoreMax=3", "FileDescriptorStoreMax=0"],
+    ids=["from 254 on", "before 254", "none, which no systemd tells"],
+)
+def test_a_store_that_is_too_small_for_the_mount(systemd: Systemd, ext4: Path, store: str) -> None:
     """A restart unmounts and mounts anew, and leaves no half of the old mount in the store."""
-    with running(systemd, ext4, service=store_of(3)) as service:
+    with running(systemd, ext4, service=store) as service:
         (service.path / "file").touch()
         before = service.main_pid
         service.do("restart")
@@ -286,8 +292,11 @@ def test_a_store_that_is_too_small_for_the_mount(systemd: Systemd, ext4: Path) -
         assert os.listdir(service.path) == ["file"]
         assert service.stored() == 0
         log = service.log_file.read_text()
-        assert log.count("keeps too few descriptors (FileDescriptorStoreMax=3, ") == 2
+        assert log.count("keeps too few descriptors (FileDescriptorStoreMax=: ") == 2
         assert "cannot be gone on with" not in log
+        service.do("reload")  # the new supervisor knows it, too
+        service.do("restart")
+        assert os.listdir(service.path) == ["file"]
         service.crash()
         assert os.listdir(service.path) == ["file"]
 

@@ -22,7 +22,8 @@ import handlefs
 from handlefs.layout import LAYOUT
 
 from ..posix.compare import in_the_end, outcome
-from ..support.filesystems import FileSystems, is_mounted, scratch_directory
+from ..support.cli import fails, ok
+from ..support.filesystems import FileSystems, filesystem, fill, is_mounted, scratch_directory
 from ..support.server import Mounted, mounted
 from ..support.users import Child
 from .conftest import TIMEOUT
@@ -61,24 +62,6 @@ def code(monkeypatch: pytest.MonkeyPatch) -> Iterator[Code]:
         yield Code(directory)
 
 
-def handlefs_command(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "handlefs", *map(str, args)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-
-
-def succeeds(*args: str | Path) -> str:
-    done = handlefs_command(*args)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def fails(*args: str | Path) -> str:
-    done = handlefs_command(*args)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    return done.stderr
-
-
 @contextmanager
 def serving(root: Path, *args: str) -> Iterator[Mounted]:
     source = root / f"takeover-{next(_numbers)}"
@@ -88,6 +71,19 @@ def serving(root: Path, *args: str) -> Iterator[Mounted]:
 
 
 _numbers = iter(range(1000))
+
+
+def test_an_upgrade_needs_no_room_in_the_runtime_directory(ext4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with filesystem("tmpfs", "64K") as runtime:
+        runtime.chmod(0o700)
+        monkeypatch.setenv("HANDLEFS_RUNTIME_DIR", str(runtime))
+        with serving(ext4) as server:
+            fill(runtime)
+            ok("upgrade", server.path)
+            (server.path / "file").write_bytes(b"content")
+            assert server.status()["upgrades"] == 1
+            ok("umount", server.path)
+        assert sorted(path.name for path in runtime.iterdir()) == ["fill", "starting"]
 
 
 @contextmanager
@@ -123,14 +119,14 @@ def test_in_a_loop(kind: str, filesystems: FileSystems, command: str, pytestconf
     passthrough = "off" if kind == "ext4" else "auto"
     with serving(filesystems[kind], f"--passthrough={passthrough}") as server:
         pid = server.pid
-        succeeds(command, server.path)  # so that what it needs is counted in what follows
+        ok(command, server.path)  # so that what it needs is counted in what follows
         settled(pid)
         descriptors = server.descriptors()
         with workload(server.path, float(pytestconfig.getoption("--stress-seconds"))) as done:
             times = 0
             while times < 5 or not done.is_set():
                 before = workers(server)
-                assert f"{len(before)} workers replaced" in succeeds(command, server.path)
+                assert f"{len(before)} workers replaced" in ok(command, server.path)
                 assert not set(before) & set(workers(server))
                 times += 1
         status = server.status()
@@ -158,7 +154,7 @@ def test_what_is_open_survives_an_upgrade(kind: str, filesystems: FileSystems, p
                 (server.path / "removed").unlink()
                 for number in range(3):
                     file.write(b"%d" % number)
-                    succeeds("upgrade", server.path)
+                    ok("upgrade", server.path)
                     assert os.pread(file.fileno(), 10, 0) == b"012"[: number + 1]
                     assert os.pread(removed.fileno(), 10, 0) == b"removed"
                     assert os.listdir() == []
@@ -217,7 +213,7 @@ def test_reload_runs_the_code_on_disk(code: Code, ext4: Path) -> None:
     with serving(ext4) as server, code.changed("operations", r"return os\.readlink\(.*$", "return b'new code'"):
         (server.path / "link").symlink_to("old")
         assert (server.path / "link").readlink() == Path("old")
-        succeeds("reload", server.path)
+        ok("reload", server.path)
         (server.path / "other").symlink_to("old")
         assert (server.path / "other").readlink() == Path("new code")
 
@@ -226,16 +222,16 @@ def test_upgrade_runs_the_code_on_disk(code: Code, ext4: Path) -> None:
     with serving(ext4) as server:
         pid = server.pid
         with code.changed("__init__", r"^__version__ = .*$", '__version__ = "99.1"'):
-            assert succeeds("upgrade", server.path) == "upgraded to handlefs 99.1; 4 workers replaced\n"
+            assert ok("upgrade", server.path) == "upgraded to handlefs 99.1; 4 workers replaced\n"
             status = server.status()
             assert (status["version"], status["pid"], status["upgrades"]) == ("99.1", pid, 1)
-        succeeds("umount", server.path)
+        ok("umount", server.path)
 
 
 def test_signals_after_an_upgrade(ext4: Path) -> None:
     """SIGTERM unmounts, as before."""
     with serving(ext4) as server:
-        succeeds("upgrade", server.path)
+        ok("upgrade", server.path)
         pidfd = os.pidfd_open(server.pid)
         try:
             signal.pidfd_send_signal(pidfd, signal.SIGTERM)
@@ -264,7 +260,7 @@ def test_new_code_that_does_not_start(
             assert message in fails(command, server.path)
         assert workers(server) == before
         (server.path / "directory").mkdir()
-        succeeds(command, server.path)
+        ok(command, server.path)
         assert not set(before) & set(workers(server))
 
 
@@ -286,7 +282,7 @@ def test_a_worker_that_hangs_is_killed(ext4: Path) -> None:
             for _ in range(100):  # it may as well be stopped between two requests
                 (worker,) = workers(server)
                 os.kill(worker, signal.SIGSTOP)
-                assert succeeds("reload", server.path) == "1 workers replaced\n"
+                assert ok("reload", server.path) == "1 workers replaced\n"
                 assert workers(server) != [worker]
                 if "in one request for 10 s" in server.read_log():
                     break
@@ -323,7 +319,7 @@ def test_upgrades_while_workers_are_killed(kind: str, filesystems: FileSystems, 
         ):
             times = 0
             while times < 3 or not done.is_set():
-                succeeds(("reload", "upgrade")[times % 2], server.path)
+                ok(("reload", "upgrade")[times % 2], server.path)
                 times += 1
         assert server.status()["restarts"] > 0
         settled(server.pid)

@@ -14,10 +14,10 @@ import pytest
 from handlefs.protocol.client import Client
 
 from ..posix.compare import in_the_end, outcome
-from ..support.cli import HANDLEFS, fails, handlefs, ok
-from ..support.filesystems import is_mounted, run, unmount
+from ..support.cli import HANDLEFS, TIMEOUT, fails, handlefs, ok
+from ..support.filesystems import filesystem, is_mounted, run, unmount
 from ..support.server import Bridged, Served, mounted
-from ..support.users import ALICE, as_user
+from ..support.users import ALICE, Child, as_user
 from .conftest import Serving
 
 # -- serve ---------------------------------------------------------------------------------------------------------------
@@ -37,6 +37,25 @@ def test_others_are_turned_away_even_if_they_reach_the_socket(server: Served) ->
     assert f"user {ALICE.uid} is not root" in server.read_log()
     with Client(str(server.socket)) as client:  # and root is still served
         assert client.open("/file").read() == b"content of the file"
+
+
+def test_who_is_turned_away_keeps_nobody_waiting(server: Served) -> None:
+    server.socket.chmod(0o666)
+    server.socket.parent.chmod(0o755)
+    silent = Child(_say_nothing, server.address, user=ALICE)
+    assert in_the_end(lambda: "is not root" in server.read_log(), True) is True
+    with Client(str(server.socket)) as client:
+        assert not silent.has_result(0)
+        assert client.open("/file").read() == b"content of the file"
+    assert silent.result(TIMEOUT) == b""
+
+
+def _say_nothing(path: str) -> bytes:
+    """What a peer hears that connects and asks for nothing."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
+        peer.settimeout(TIMEOUT)
+        peer.connect(path)
+        return peer.recv(1)
 
 
 def _connect(path: str) -> None:
@@ -185,6 +204,15 @@ def test_errors_are_told_in_a_line(server: Served, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "Connection refused" in fails("client", tmp_path / "file", "ls")
     assert "No such command 'lss'" in fails(*client, "lss", status=2)
+
+
+def test_a_file_that_does_not_fit_is_no_success(tmp_path: Path) -> None:
+    with filesystem("tmpfs", "600K") as root:
+        (tmp_path / "file").write_bytes(bytes(800_000))
+        with mounted(root, None, kind=Served) as server:
+            assert isinstance(server, Served)
+            message = fails("client", server.socket, "put", tmp_path / "file", "copy")
+            assert message == "handlefs: copy: No space left on device\n"
 
 
 def test_listing_one_file_and_odd_names(server: Served, source: Path) -> None:

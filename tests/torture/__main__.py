@@ -13,7 +13,7 @@ from typing import get_args
 
 from handlefs.config import Passthrough
 
-from ..lab.guest import Guest
+from ..lab.guest import MKFS, Guest
 from ..lab.relay import IN_GUEST
 from ..nfs.knfsd import HandlefsExport
 from ..support.arguments import list_of, positive, whole
@@ -70,7 +70,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--clients", type=whole, default=CLIENTS, help="processes that work (%(default)s)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 20), help="that of an earlier run")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.nfs and (without := set(arguments.fs) - set(MKFS)):
+        parser.error(f"the NFS lab's guest has no {', '.join(sorted(without))}")
+    return arguments
 
 
 def _in_guests(arguments: argparse.Namespace) -> int:

@@ -94,13 +94,14 @@ def test_clients_are_right_without_a_server(kind: str, user: User, filesystems: 
     ("words", "message"),
     [
         (("--fs", "ext4,foo"), "no such thing: foo; there are ext4,"),
+        (("--nfs", "--fs", "ext4,tmpfs"), "guest has no tmpfs"),
         (("--passthrough", "never"), "no such thing: never"),
         (("--disturb", "workers"), "no such thing: workers"),
         (("--minutes", "0"), "'0' is no number above 0"),
         (("--clients", "0"), "'0' is no whole number from 1 on"),
     ],
 )
-def test_mistakes_on_its_command_line_are_told(words: tuple[str, str], message: str) -> None:
+def test_mistakes_on_its_command_line_are_told(words: tuple[str, ...], message: str) -> None:
     argv = [sys.executable, "-m", "tests.torture", *words]
     done = subprocess.run(
         argv, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=PATIENCE, check=False

@@ -4,13 +4,14 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from handlefs.cli import mount as mount_command
 from handlefs.cli import serve as serve_command
-from handlefs.config import Config, NodeIds
+from handlefs.config import MOUNT_OPTIONS, Config, NodeIds
 from handlefs.mount import MountOptions, OptionError
 
 BASE = Config("/srv", "/mnt")
@@ -109,3 +110,11 @@ def test_bad_values_are_named(name: str, text: str) -> None:
         BASE.with_options({name: text})
     assert name in str(raised.value)
     assert text in str(raised.value)
+
+
+def test_every_long_option_with_a_value_may_stand_in_o() -> None:
+    options = [each for each in mount_command.command.params if isinstance(each, click.Option)]
+    long = {each.opts[0].removeprefix("--") for each in options if not (each.is_flag or each.multiple)}
+    assert long == MOUNT_OPTIONS
+    config = mount_command.configure("/srv", "/mnt", "workers=8,metrics=127.0.0.1:9469")
+    assert (config.workers, config.metrics) == (8, "127.0.0.1:9469")

@@ -267,6 +267,13 @@ def test_names_cannot_leave_the_directory(served: Served) -> None:
             assert served.check(opcode, served.ask(opcode, served.directory, name)) == errno.EINVAL
 
 
+def test_an_ioctl_gets_no_more_than_its_command_has(served: Served) -> None:
+    get_flags = 0x80086601
+    for size, expected in ((4, 0), (8, 0), (9, errno.EINVAL), (1 << 20, errno.EINVAL)):
+        body = abi.fuse_ioctl_in.pack(0, 0, get_flags, 0, 0, size)
+        assert served.check(abi.FUSE_IOCTL, served.ask(abi.FUSE_IOCTL, served.file, body)) == expected
+
+
 def test_an_oversized_write_says_so(served: Served) -> None:
     fh = served.operations.open(served.file, os.O_RDWR)
     body = abi.fuse_write_in.pack(fh, 0, 1 << 30, 0, 0, 0, 0) + b"short"

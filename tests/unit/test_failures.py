@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from handlefs.lmdbenv import EnvironmentFailure
 from handlefs.transport.failures import Failures
 
 
@@ -23,12 +24,12 @@ def test_no_descriptors_is_enomem_which_nfs_clients_wait_for() -> None:
 def test_our_own_failures_are_logged_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
     failures = Failures()
     transient = OSError(errno.ETIMEDOUT, "try again")
-    transient.__cause__ = OSError(errno.EIO, "handle map: corrupt", "/state/map")
+    transient.__cause__ = EnvironmentFailure(errno.EIO, "handle map: corrupt", "/state/map")
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert failures.errno_for_reply("lookup", transient) == errno.ETIMEDOUT
             assert (
-                failures.errno_for_reply("mkdir", OSError(errno.ENOSPC, "handle map: full", "/state/map"))
+                failures.errno_for_reply("mkdir", EnvironmentFailure(errno.ENOSPC, "handle map: full", "/state/map"))
                 == errno.ENOSPC
             )
     assert [record.getMessage() for record in caplog.records] == [

@@ -512,3 +512,12 @@ def test_a_full_disk(kind: str, size: str) -> None:
 
     with filesystem(kind, size) as root:
         as_user(ROOT, lambda: scenario(root))
+
+
+def test_a_key_file_on_a_full_disk(tmp_path: Path) -> None:
+    """No empty file is left, which would be no key file for the next start."""
+    with filesystem("tmpfs", "64K") as root:
+        fill(root)
+        assert "No space left" in refused(tmp_path / "state", key_file=root / "key")
+        (root / "fill").unlink()
+        assert make_map(tmp_path / "state", key_file=root / "key") == read_key(root / "key")

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlefs import mount
+from handlefs.config import MOUNT_OPTIONS
 from handlefs.mount import MountOptions, OptionError, parse_mountinfo, parse_options
 
 WORDS = ["ro", "nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "sync", "dirsync", "lazytime"]
@@ -20,7 +21,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
 
 def flags(text: str) -> int:
-    return parse_options(text)[0].flags()
+    return parse_options(text, MOUNT_OPTIONS)[0].flags()
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_the_last_word_wins(text: str, expected: int) -> None:
     ],
 )
 def test_options_for_others_are_accepted(text: str) -> None:
-    assert parse_options(text) == (MountOptions(), {})
+    assert parse_options(text, MOUNT_OPTIONS) == (MountOptions(), {})
 
 
 @pytest.mark.parametrize(
@@ -89,17 +90,17 @@ def test_options_for_others_are_accepted(text: str) -> None:
 )
 def test_a_bad_option_is_named(text: str, named: str) -> None:
     with pytest.raises(OptionError) as raised:
-        parse_options(text)
+        parse_options(text, MOUNT_OPTIONS)
     assert named in str(raised.value)
 
 
 def test_sloppy_drops_unknown_options_alone() -> None:
-    options, own = parse_options("bogus,ro,other=1,cache-size=5", sloppy=True)
+    options, own = parse_options("bogus,ro,other=1,cache-size=5", MOUNT_OPTIONS, sloppy=True)
     assert (options, own) == (MountOptions(read_only=True), {"cache-size": "5"})
 
 
 def test_own_options_are_told_apart() -> None:
-    options, own = parse_options("noatime,cache-size=10,state-dir=/var/x,submounts=hide")
+    options, own = parse_options("noatime,cache-size=10,state-dir=/var/x,submounts=hide", MOUNT_OPTIONS)
     assert options == MountOptions(noatime=True)
     assert own == {"cache-size": "10", "state-dir": "/var/x", "submounts": "hide"}
 
@@ -115,12 +116,12 @@ def test_own_options_are_told_apart() -> None:
     ],
 )
 def test_fsname_and_subtype_name_the_mount(text: str, fstype: str, device: str) -> None:
-    options, _ = parse_options(text)
+    options, _ = parse_options(text, MOUNT_OPTIONS)
     assert (options.fstype(), options.device("/srv")) == (fstype, device)
 
 
 def test_a_backslash_protects_a_comma() -> None:
-    options, own = parse_options(r"fsname=a\,b\\c,state-dir=/x\,ro,ro")
+    options, own = parse_options(r"fsname=a\,b\\c,state-dir=/x\,ro,ro", MOUNT_OPTIONS)
     assert options == MountOptions(read_only=True, fsname=r"a,b\c")
     assert own == {"state-dir": "/x,ro"}
 
@@ -129,7 +130,7 @@ def test_a_backslash_protects_a_comma() -> None:
 def test_the_argument_round_trips(words: set[str], fsname: str | None, subtype: str | None) -> None:
     named = {"read_only" if word == "ro" else word: True for word in words}
     options = MountOptions(**named, fsname=fsname, subtype=subtype)
-    assert parse_options(options.to_argument()) == (options, {})
+    assert parse_options(options.to_argument(), MOUNT_OPTIONS) == (options, {})
 
 
 def test_a_dictionary_of_another_version_is_read() -> None:

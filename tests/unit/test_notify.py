@@ -66,6 +66,25 @@ def test_waiting_until_all_is_taken_in(manager: socket.socket) -> None:
     assert not waiting.is_alive()
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_whether_all_was_kept(manager: socket.socket, room: bool) -> None:
+    """What has no room is closed, as systemd does it, by the time of the barrier."""
+    found: list[bool] = []
+    asking = threading.Thread(target=lambda: found.append(notify.has_kept_all()), daemon=True)
+    asking.start()
+    message, (stored,), _, _ = socket.recv_fds(manager, 100, 1)
+    assert message == b"FDSTORE=1\nFDNAME=probe\nFDPOLL=0"
+    if not room:
+        os.close(stored)
+    _, (barrier,), _, _ = socket.recv_fds(manager, 100, 1)
+    os.close(barrier)
+    assert manager.recv(100) == b"FDSTOREREMOVE=1\nFDNAME=probe"
+    asking.join(60)
+    assert found == [room]
+    if room:
+        os.close(stored)
+
+
 def test_the_size_of_the_store(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     """As systemd tells it from 254 on."""
     assert manager
@@ -82,6 +101,18 @@ def test_nobody_listens(manager: socket.socket, caplog: pytest.LogCaptureFixture
     manager.close()
     notify.notify("READY=1")
     assert "the service manager does not listen" in caplog.text
+
+
+def test_a_manager_that_takes_nothing_in(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(notify, "TIMEOUT", 0.01)
+    assert manager
+    for _ in range(1000):  # more than fit its queue
+        notify.notify("WATCHDOG=1")
+        if caplog.text:
+            break
+    assert "the service manager does not listen: timed out" in caplog.text
 
 
 def test_without_a_manager(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from handlefs.protocol import abi
 from handlefs.protocol.client import replies
-from handlefs.protocol.client.inodes import OpenFile
+from handlefs.protocol.client.inodes import OpenFile, check
 from handlefs.protocol.client.link import Sender
 from handlefs.protocol.client.replies import Stat
 from handlefs.protocol.client.session import Session
@@ -70,14 +70,15 @@ class File:
         return data
 
     def pwrite(self, data: bytes, offset: int) -> int:
-        """Write all of `data` at `offset`; returns its size."""
-        for start in range(0, len(data), self._session.max_write):
-            piece = data[start : start + self._session.max_write]
-            body = abi.fuse_write_in.pack(self._file.fh, offset + start, len(piece), 0, 0, self._flags & OPEN_FLAGS, 0)
+        """Write all of `data` at `offset`; returns its size. OSError if a part of it cannot be written."""
+        done = 0
+        while done < len(data):  # of a short write the rest meets the error
+            piece = data[done : done + self._session.max_write]
+            body = abi.fuse_write_in.pack(self._file.fh, offset + done, len(piece), 0, 0, self._flags & OPEN_FLAGS, 0)
             written, _ = abi.fuse_write_out.unpack(self._request(abi.FUSE_WRITE, body + piece))
-            if written < len(piece):  # the next write meets the error
-                return start + int(written)
-        return len(data)
+            check(0 < written <= len(piece), "a WRITE of another size than asked for")
+            done += written
+        return done
 
     def write(self, data: bytes) -> int:
         """Write at the position, with O_APPEND at the end of the file; returns the number of bytes."""
