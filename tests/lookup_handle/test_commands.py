@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import stat
@@ -13,7 +14,7 @@ import pytest
 
 from handlefs.protocol.client import Client
 
-from ..posix.compare import in_the_end, outcome
+from ..posix.compare import PATIENCE, in_the_end, outcome
 from ..support.cli import HANDLEFS, TIMEOUT, fails, handlefs, ok
 from ..support.filesystems import filesystem, is_mounted, run, unmount
 from ..support.server import Bridged, Served, mounted
@@ -255,16 +256,30 @@ def test_stress_says_where_it_failed(server: Served, source: Path) -> None:
 
 def test_a_mount_through_the_client_lives_through_its_server(source: Path) -> None:
     """A real kernel above the client: open files, open directories and names go on when the server is killed."""
+    met = multiprocessing.Barrier(2, timeout=PATIENCE)
     with mounted(source, None, "--node-table=8", kind=Bridged) as server:
-        directory = os.open(server.path / "directory", os.O_RDONLY | os.O_DIRECTORY)
-        with (server.path / "file").open("r+b", buffering=0) as file:
-            for way in (server.evict, server.restart, server.kill):
-                way()
-                assert os.pread(file.fileno(), 100, 0) == b"content of the file"
-                assert os.pwrite(file.fileno(), b"c", 0) == 1
-                assert os.listdir(directory) == ["below"]
-                assert os.stat("below", dir_fd=directory).st_size == len(b"content of below")
-        os.close(directory)
+        ways = (server.evict, server.restart, server.kill)
+
+        def client() -> None:
+            directory = os.open(server.path / "directory", os.O_RDONLY | os.O_DIRECTORY)
+            with (server.path / "file").open("r+b", buffering=0) as file:
+                for _ in ways:
+                    met.wait()
+                    met.wait()
+                    assert os.pread(file.fileno(), 100, 0) == b"content of the file"
+                    assert os.pwrite(file.fileno(), b"c", 0) == 1
+                    assert os.listdir(directory) == ["below"]
+                    assert os.stat("below", dir_fd=directory).st_size == len(b"content of below")
+            os.close(directory)
+
+        child = Child(
+            client
+        )  # who starts a server must have no files open on the mount: exec closes them, and waits for it
+        for way in ways:
+            met.wait()
+            way()
+            met.wait()
+        child.result(PATIENCE)
         assert is_mounted(server.path)
 
 
