@@ -39,7 +39,7 @@ from handlefs.protocol.init import Negotiated
 from handlefs.removed import PROMPT, Keeper
 from handlefs.slot import EXECUTED, EXECUTING, Slot, SlotMemory
 from handlefs.source import Source
-from handlefs.transport.backing import BackingFiles
+from handlefs.transport.backing import KEPT_FILES, KEPT_SECONDS, BackingFiles
 from handlefs.transport.backingtable import BackingTable
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.receiver import Receiver
@@ -306,9 +306,9 @@ def _serve_slot(
     read_only = assignment.config.options.read_only
     operations = Operations(source, read_only=read_only, open_files=open_files, peers=peers)
     required = assignment.config.passthrough == "on"
-    backing = BackingFiles(assignment.device, table, counters.backing, required=required)
+    backing = BackingFiles(assignment.device, table, counters.backing, required=required, keep=KEPT_FILES)
     dispatcher = Dispatcher(operations, negotiated, backing, assignment.config)
-    attendant = Attendant(commands, operations, drops)
+    attendant = Attendant(commands, operations, drops, backing)
     source.cache.more_room = attendant.make_room
     attendant.start()
     replay = Replay(operations, negotiated, dispatcher.answer)
@@ -324,10 +324,11 @@ def share(total: int, index: int, count: int) -> int:
 class Attendant:
     """Beside the requests: answers the supervisor's commands, and drops what other processes say is not needed any more."""
 
-    def __init__(self, commands: socket.socket, operations: Operations, drops: DropLog) -> None:
+    def __init__(self, commands: socket.socket, operations: Operations, drops: DropLog, backing: BackingFiles) -> None:
         self._commands = commands
         self._operations = operations
         self._drops = drops
+        self._backing = backing
         self._started = threading.Event()
 
     def start(self) -> None:
@@ -351,6 +352,7 @@ class Attendant:
         """Until the supervisor is dead."""
         poll = select.poll()
         poll.register(self._commands, select.POLLIN)
+        self._backing.let_go_of_others()
         dropped = time.monotonic()
         while True:
             if poll.poll(DROP_INTERVAL * 1000):
@@ -360,6 +362,7 @@ class Attendant:
                 self._obey(json.loads(line))
             if time.monotonic() - dropped >= DROP_INTERVAL:
                 self._drop()
+                self._backing.let_go(KEPT_SECONDS)
                 dropped = time.monotonic()
 
     def make_room(self) -> int:
@@ -373,6 +376,7 @@ class Attendant:
         for nodeid, fh in events:
             if fh == FORGOTTEN:
                 operations.source.cache.forget(nodeid)
+                self._backing.forgotten((nodeid,))
             else:
                 operations.open_files.remove(nodeid, fh)
         return len(events)
@@ -380,6 +384,7 @@ class Attendant:
     def _obey(self, command: dict[str, Any]) -> None:
         self._drop()
         if command["op"] == "evict":
+            self._backing.let_go()
             source, count = self._operations.source, command["count"]
             evicted = source.evict_all() if count is None else source.cache.evict(count)
             send(self._commands, {"evicted": evicted, "number": command["number"]})

@@ -44,6 +44,9 @@ of free pages."""
 _TRANSACTIONS = 8
 """As often there is a look at how much room is left, since that takes a quarter of the time of a transaction."""
 
+KEPT = 0
+"""Stands for the `fh` of an open that is none: the inode's backing ID is kept for the next."""
+
 _KEY = struct.Struct(">QQ")  # node ID, fh: the opens of an inode are neighbours
 _NODEID = struct.Struct(">Q")
 _VALUE = struct.Struct("=I")  # backing ID
@@ -87,9 +90,10 @@ class BackingTable:
         self._env.close()
         os.close(self._file)
 
-    def opened(self, nodeid: int, fh: int, register: Callable[[], int]) -> int:
+    def opened(self, nodeid: int, fh: int, register: Callable[[], int], *, keep: bool = False) -> int:
         """Record that `nodeid` is opened as `fh`. Returns the backing ID that all its opens have, or `NO_BACKING` if they
-        have none: what `register` returns, which is called if it is the first. Raises OSError, nothing recorded."""
+        have none: what `register` returns, which is called if it is the first. With `keep` there is one of `KEPT` too, then.
+        Raises OSError, nothing recorded."""
         try:
             with self._env.begin(write=True) as transaction:
                 backing_id = _backing_id(transaction, nodeid)
@@ -97,6 +101,8 @@ class BackingTable:
                     return NO_BACKING if backing_id is None else backing_id
                 if backing_id is None:
                     backing_id = register()
+                    if keep and backing_id != NO_BACKING:
+                        transaction.put(_KEY.pack(nodeid, KEPT), _VALUE.pack(backing_id))
                 transaction.put(_KEY.pack(nodeid, fh), _VALUE.pack(backing_id))
                 return backing_id
         except lmdb.Error as error:

@@ -208,7 +208,7 @@ class Dispatcher:
         return self._entry(self._operations.lookup(request.nodeid, name)) if reply is None else reply
 
     def _forget(self, request: Request) -> Reply:
-        self._operations.forget((request.nodeid,))
+        self._forgotten((request.nodeid,))
         return None
 
     def _batch_forget(self, request: Request) -> Reply:
@@ -218,8 +218,12 @@ class Dispatcher:
         if len(request.body) < start + size:
             raise MalformedError("fewer nodes than it says")
         nodes = abi.fuse_forget_one.iter_unpack(request.body[start : start + size])
-        self._operations.forget(nodeid for nodeid, _ in nodes)
+        self._forgotten([nodeid for nodeid, _ in nodes])
         return None
+
+    def _forgotten(self, nodeids: Sequence[int]) -> None:
+        self._operations.forget(nodeids)
+        self._backing.forgotten(nodeids)
 
     def _getattr(self, request: Request) -> Reply:
         return self._attributes(self._operations.getattr(request.nodeid))
