@@ -583,8 +583,7 @@ static PyObject *native_inline_entry(PyObject *module, PyObject *args)
         return NULL;
     switch (look_inline(directory, name, &rule, &nodeid, &found)) {
     case ABSENT:
-        errno = ENOENT;
-        return error_about(name);
+        Py_RETURN_FALSE;
     case FOUND:
         if (S_ISDIR(found.st_mode))
             Py_RETURN_NONE;
@@ -724,7 +723,7 @@ static PyMethodDef methods[] = {
      "direntplus([(entry, node or None)], size, entry timeout, attr timeout) -> as many struct fuse_direntplus as fit"},
     {"inline_entry", native_inline_entry, METH_VARARGS,
      "inline_entry(dir_fd, name, rule, before, generation of a node ID, entry timeout, attr timeout) -> struct "
-     "fuse_entry_out, None if that is not certain or a directory; FileNotFoundError"},
+     "fuse_entry_out, None if that is not certain or a directory, False for no entry"},
     {"inline_direntplus", native_inline_direntplus, METH_VARARGS,
      "inline_direntplus(directory fd, offset, bytes to list, bytes of reply, inode number of .. or 0, rule, before, "
      "generation of a node ID, entry timeout, attr timeout) -> struct fuse_direntplus for each up to one that is not certain, "

@@ -87,7 +87,7 @@ class Native(Protocol):
         entry_timeout: Timeout,
         attr_timeout: Timeout,
         /,
-    ) -> bytes | None: ...
+    ) -> bytes | Literal[False] | None: ...
     def inline_direntplus(
         self,
         dir_fd: int,
