@@ -210,7 +210,11 @@ def answer_eio(device: int, message: memoryview) -> None:
 class MountPeers:
     """The other workers and the supervisor: the `Peers` of this process's operations."""
 
-    def __init__(self, slot: Slot, drops: DropLog, keeper: Keeper, table: BackingTable | None) -> None:
+    def __init__(
+        self, slot: Slot, drops: DropLog, keeper: Keeper, table: BackingTable | None, *, alone: bool = False
+    ) -> None:
+        """`alone`: there is but one worker."""
+        self._alone = alone
         self._slot = slot
         self._drops = drops
         self._keeper = keeper
@@ -231,7 +235,8 @@ class MountPeers:
 
     def released(self, nodeid: int, fh: int) -> None:
         """Have the others close what they have opened for `fh`."""
-        self._drops.released(nodeid, fh)
+        if not self._alone:
+            self._drops.released(nodeid, fh)
 
     def forgotten(self, nodeids: Sequence[int]) -> None:
         """Have the others drop these nodes, too."""
@@ -300,7 +305,8 @@ def _serve_slot(
     slot, negotiated, drops = memory[index], assignment.negotiated, DropLog(assignment.drops)
     counters = Counters(slot.counters)
     source.cache = InodeCache(share(assignment.cache_size, index, assignment.slot_count), counters.cache)
-    peers = MountPeers(slot, drops, Keeper(socket.socket(fileno=assignment.removed)), table)
+    alone = assignment.slot_count == 1
+    peers = MountPeers(slot, drops, Keeper(socket.socket(fileno=assignment.removed)), table, alone=alone)
     # Numbered by their requests: a successor that repeats one opens the same file, not a second.
     open_files = OpenFiles(iter(lambda: slot.unique, None), counters.files)
     read_only = assignment.config.options.read_only
@@ -313,7 +319,7 @@ def _serve_slot(
     attendant.start()
     replay = Replay(operations, negotiated, dispatcher.answer)
     gc.freeze()  # what is here by now stays; the collector need not look at it again and again
-    Worker(assignment.device, slot, dispatcher, replay, counters, busy=assignment.slot_count == 1).run()
+    Worker(assignment.device, slot, dispatcher, replay, counters, busy=alone).run()
 
 
 def share(total: int, index: int, count: int) -> int:
