@@ -319,8 +319,11 @@ class Operations:
             self._keep_removed(self._peers, nodeid)
 
     def _before_removal(self, peers: Peers, directory: Inode, name: bytes) -> int | None:
-        """Hand the object over; or return its node ID, if no peer wants it now."""
-        handle, mount_id, stat = look_at(directory.fd, name)
+        """Hand the object over; or return its node ID, if no peer wants it now. None if there is no object."""
+        looked = look_at(directory.fd, name)
+        if looked is None:
+            return None
+        handle, mount_id, stat = looked
         # Others are held without being opened here: a working directory, a fifo, a bound socket.
         if st.S_ISREG(stat.st_mode):
             nodeid = self._nodeid(handle, mount_id)

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from handlefs.handle import FileHandle, name_to_handle_at
+from handlefs.handle import FileHandle, look_at, name_to_handle_at
 from handlefs.operations import Operations
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated
@@ -216,7 +216,7 @@ def _vacancy(operations: Operations, request: _Request) -> bytes:
     # No clock of ours: the file system's own tells, with the granularity that the time of a new object will have.
     directory = operations.inode(request.nodeid)
     changed = os.fstat(directory.fd).st_ctime_ns
-    return b"" if _handle_at(operations, request.nodeid, request.name) else _TIME.pack(changed)
+    return b"" if look_at(directory.fd, request.name) else _TIME.pack(changed)
 
 
 def _new_attribute(operations: Operations, request: _Request) -> bytes:
