@@ -27,6 +27,7 @@ from handlefs.daemon import set_up_logging
 from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
 from handlefs.filesystem import FileSystem
+from handlefs.handle import FileHandle
 from handlefs.inodecache import InodeCache
 from handlefs.layout import LAYOUT, check_layout
 from handlefs.metrics import Counters
@@ -43,8 +44,8 @@ from handlefs.transport.backing import KEPT_FILES, KEPT_SECONDS, BackingFiles
 from handlefs.transport.backingtable import BackingTable
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.receiver import Receiver
-from handlefs.transport.replay import RECORDED, Replay, failure, size_intent
-from handlefs.volumes import OpenedSource
+from handlefs.transport.replay import RECORDED, Replay, failure, identity, size_intent
+from handlefs.volumes import OpenedSource, Volume
 
 log = logging.getLogger(__name__)
 
@@ -228,6 +229,10 @@ class MountPeers:
     def removing(self, nodeid: int, fd: int, *, is_new: bool = False) -> None:
         """Have the supervisor keep the object."""
         self._keeper.hand_over(nodeid, self._slot.unique, fd, is_new=is_new)
+
+    def unlinking(self, volume: Volume, handle: FileHandle) -> None:
+        """Have the successor know."""
+        self._slot.executing(identity(volume, handle))
 
     def appending(self, size: int) -> None:
         """Have the successor know."""
