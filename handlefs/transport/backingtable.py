@@ -42,7 +42,7 @@ _ROOM = 128 << 10
 """Bytes, more than the pages that a transaction may add with two records: twice the depth of the tree for each, and the list
 of free pages."""
 _TRANSACTIONS = 8
-"""As often there is a look at how much room is left, since that takes a quarter of the time of a transaction."""
+"""From one look at how much room is left to the next one, which takes a quarter of the time of a transaction."""
 
 KEPT = 0
 """Stands for the `fh` of an open that is none: the inode's backing ID is kept for the next."""
