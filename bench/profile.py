@@ -30,7 +30,7 @@ from handlefs.accelerator import native
 
 BATCHES = 100
 BATCHES_AT_A_TIME = 10
-"""With one accelerator, then with the other: what the machine is like changes."""
+"""With the accelerator and without, by turns, and each of them first every other time: what the machine is like changes."""
 CHILD_SECONDS = 300
 COLUMNS = {"in the server": "auto", "without the accelerator": "off"}
 """Column → HANDLEFS_ACCELERATOR."""
@@ -47,7 +47,7 @@ def measure(plan: Plan) -> Part:
     found = {CLIENT: _waited(plan, batches)} | {column: dict[str, list[float]]() for column in COLUMNS}
     for number in range(repeats):
         plan.steps.step(f"in the server, {number + 1} of {repeats}")
-        for column, accelerator in COLUMNS.items():
+        for column, accelerator in sorted(COLUMNS.items(), reverse=bool(number % 2)):
             for row, samples in _in_process(plan.work, BATCHES_AT_A_TIME, accelerator).items():
                 found[column].setdefault(row, []).extend(samples)
     figures = [

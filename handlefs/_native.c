@@ -213,6 +213,8 @@ static PyObject *native_look(PyObject *module, PyObject *args)
         return NULL;
     SYSTEM_CALL(result, name_to_handle_at(directory, name, &handle.head, &mount_id, 0) ||
                             fstatat(directory, name, &found, AT_SYMLINK_NOFOLLOW));
+    if (result && errno == ENOENT)
+        Py_RETURN_NONE;
     if (result)
         return error_about(name);
     stat = new_stat(&found);
@@ -583,8 +585,7 @@ static PyObject *native_inline_entry(PyObject *module, PyObject *args)
         return NULL;
     switch (look_inline(directory, name, &rule, &nodeid, &found)) {
     case ABSENT:
-        errno = ENOENT;
-        return error_about(name);
+        Py_RETURN_FALSE;
     case FOUND:
         if (S_ISDIR(found.st_mode))
             Py_RETURN_NONE;
@@ -711,7 +712,7 @@ static PyMethodDef methods[] = {
     {"open_by_handle_at", native_open_by_handle_at, METH_VARARGS,
      "open_by_handle_at(mount_fd, handle type, handle bytes, flags) -> descriptor, close-on-exec"},
     {"look", native_look, METH_VARARGS,
-     "look(dir_fd, name) -> (handle type, handle bytes, mount ID, Stat), the Stat taken last"},
+     "look(dir_fd, name) -> (handle type, handle bytes, mount ID, Stat), the Stat taken last; None for no entry"},
     {"find_inline", native_find_inline, METH_VARARGS,
      "find_inline(dir_fd, names, rule, before) -> list of (nodeid, Stat), None where that is not certain, False for no entry"},
     {"attr_out", native_attr_out, METH_VARARGS, "attr_out(timeout, ino, Stat) -> struct fuse_attr_out"},
@@ -724,7 +725,7 @@ static PyMethodDef methods[] = {
      "direntplus([(entry, node or None)], size, entry timeout, attr timeout) -> as many struct fuse_direntplus as fit"},
     {"inline_entry", native_inline_entry, METH_VARARGS,
      "inline_entry(dir_fd, name, rule, before, generation of a node ID, entry timeout, attr timeout) -> struct "
-     "fuse_entry_out, None if that is not certain or a directory; FileNotFoundError"},
+     "fuse_entry_out, None if that is not certain or a directory, False for no entry"},
     {"inline_direntplus", native_inline_direntplus, METH_VARARGS,
      "inline_direntplus(directory fd, offset, bytes to list, bytes of reply, inode number of .. or 0, rule, before, "
      "generation of a node ID, entry timeout, attr timeout) -> struct fuse_direntplus for each up to one that is not certain, "

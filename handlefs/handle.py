@@ -97,14 +97,17 @@ def handle_of(fd: int) -> tuple[FileHandle, int]:
     return name_to_handle_at(fd, b"", AT_EMPTY_PATH)
 
 
-def look_at(dir_fd: int, name: bytes) -> tuple[FileHandle, int, Stat]:
+def look_at(dir_fd: int, name: bytes) -> tuple[FileHandle, int, Stat] | None:
     """The handle of `name` in the directory `dir_fd`, its mount ID and, asked for after that, its attributes: of another
-    object if `name` was given to one in between. Errors as `name_to_handle_at`."""
+    object if `name` was given to one in between. None if there is nothing; other errors as `name_to_handle_at`."""
     if native is not None:
-        kind, data, mount_id, stat = native.look(dir_fd, name)
-        return FileHandle(kind, data), mount_id, stat
-    handle, mount_id = name_to_handle_at(dir_fd, name)
-    return handle, mount_id, os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        found = native.look(dir_fd, name)
+        return None if found is None else (FileHandle(found[0], found[1]), found[2], found[3])
+    try:
+        handle, mount_id = name_to_handle_at(dir_fd, name)
+        return handle, mount_id, os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
 
 
 def open_by_handle_at(mount_fd: int, handle: FileHandle, flags: int) -> int:

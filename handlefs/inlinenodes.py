@@ -60,11 +60,12 @@ class InlineNodes:
 
     def _find(self, directory_fd: int, name: bytes, before: tuple[int, int]) -> Found | Literal[False] | None:
         try:
-            handle, mount_id, stat = look_at(directory_fd, name)
-        except FileNotFoundError:
-            return ABSENT
+            looked = look_at(directory_fd, name)
         except OSError:  # whoever looks closer will meet it again
             return None
+        if looked is None:
+            return ABSENT
+        handle, mount_id, stat = looked
         nodeid = self._form.encode(handle)
         if nodeid is None or nodeid >> 32 != stat.st_ino or stat.st_ino == self.rule.root_ino:
             return None

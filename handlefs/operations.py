@@ -46,6 +46,7 @@ from handlefs.syscalls import (
     syncfs,
     utimens,
 )
+from handlefs.volumes import Volume
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,9 @@ class Peers(Protocol):
     def removing(self, nodeid: int, fd: int, *, is_new: bool = False) -> None:
         """The object of `nodeid`, open as `fd` (maybe O_PATH), is about to lose a name, or has none since it `is_new`. A client
         may have it open, or get it open, so it has to live on."""
+
+    def unlinking(self, volume: Volume, handle: FileHandle) -> None:
+        """The request that is being served takes away a name of this object: it must not be done twice."""
 
     def appending(self, size: int) -> None:
         """The WRITE that is being served goes to the end of a file of `size` bytes, so it must not be done twice."""
@@ -276,7 +280,7 @@ class Operations:
         self._check_writable()
         check_name(name)
         directory = self.inode(parent)
-        with self._removing(directory, name):
+        with self._removing(directory, name, unlinking=True):
             os.unlink(name, dir_fd=directory.fd)
 
     def rmdir(self, parent: int, name: bytes) -> None:
@@ -284,7 +288,7 @@ class Operations:
         self._check_writable()
         check_name(name)
         directory = self.inode(parent)
-        with self._removing(directory, name):
+        with self._removing(directory, name, unlinking=True):
             os.rmdir(name, dir_fd=directory.fd)
 
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
@@ -299,8 +303,9 @@ class Operations:
             renameat2(old.fd, name, new.fd, new_name, flags)
 
     @contextlib.contextmanager
-    def _removing(self, directory: Inode, name: bytes) -> Iterator[None]:
-        """The block takes this name away: tell the peers of what loses it, if that can matter to anybody.
+    def _removing(self, directory: Inode, name: bytes, *, unlinking: bool = False) -> Iterator[None]:
+        """The block takes this name away, and does nothing else if it is `unlinking`: tell the peers of what loses it, if that
+        can matter to anybody.
 
         Another process may be at an OPEN of it, and have told nobody yet. It looks at the names when it has (`opened_here`),
         and here is looked again when the name has gone: so one of the two sees the other."""
@@ -309,7 +314,7 @@ class Operations:
             return
         nodeid = None
         try:
-            nodeid = self._before_removal(self._peers, directory, name)
+            nodeid = self._before_removal(self._peers, directory, name, unlinking=unlinking)
         except OSError as error:
             # There is no object, or none with a node ID, and no room for one.
             if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ESTALE, errno.ENOSPC, errno.EDQUOT):
@@ -318,9 +323,14 @@ class Operations:
         if nodeid is not None and self._peers.wants(nodeid, 0):
             self._keep_removed(self._peers, nodeid)
 
-    def _before_removal(self, peers: Peers, directory: Inode, name: bytes) -> int | None:
-        """Hand the object over; or return its node ID, if no peer wants it now."""
-        handle, mount_id, stat = look_at(directory.fd, name)
+    def _before_removal(self, peers: Peers, directory: Inode, name: bytes, *, unlinking: bool) -> int | None:
+        """Hand the object over; or return its node ID, if no peer wants it now. None if there is no object."""
+        looked = look_at(directory.fd, name)
+        if looked is None:
+            return None
+        handle, mount_id, stat = looked
+        if unlinking:
+            peers.unlinking(self.source.volumes.of_mount(mount_id), handle)
         # Others are held without being opened here: a working directory, a fifo, a bound socket.
         if st.S_ISREG(stat.st_mode):
             nodeid = self._nodeid(handle, mount_id)

@@ -352,7 +352,10 @@ class Source:
         """
         try:
             for _ in range(3):
-                handle, mount_id, stat = look_at(directory_fd, name)
+                looked = look_at(directory_fd, name)
+                if looked is None:
+                    return None
+                handle, mount_id, stat = looked
                 if name_to_handle_at(directory_fd, name) == (handle, mount_id):
                     return _Found(self.volumes.of_mount(mount_id), handle, stat)
         except OSError:

@@ -27,6 +27,7 @@ from handlefs.daemon import set_up_logging
 from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
 from handlefs.filesystem import FileSystem
+from handlefs.handle import FileHandle
 from handlefs.inodecache import InodeCache
 from handlefs.layout import LAYOUT, check_layout
 from handlefs.metrics import Counters
@@ -39,12 +40,12 @@ from handlefs.protocol.init import Negotiated
 from handlefs.removed import PROMPT, Keeper
 from handlefs.slot import EXECUTED, EXECUTING, Slot, SlotMemory
 from handlefs.source import Source
-from handlefs.transport.backing import BackingFiles
+from handlefs.transport.backing import KEPT_FILES, KEPT_SECONDS, BackingFiles
 from handlefs.transport.backingtable import BackingTable
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.receiver import Receiver
-from handlefs.transport.replay import RECORDED, Replay, failure, size_intent
-from handlefs.volumes import OpenedSource
+from handlefs.transport.replay import RECORDED, Replay, failure, identity, size_intent
+from handlefs.volumes import OpenedSource, Volume
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +211,11 @@ def answer_eio(device: int, message: memoryview) -> None:
 class MountPeers:
     """The other workers and the supervisor: the `Peers` of this process's operations."""
 
-    def __init__(self, slot: Slot, drops: DropLog, keeper: Keeper, table: BackingTable | None) -> None:
+    def __init__(
+        self, slot: Slot, drops: DropLog, keeper: Keeper, table: BackingTable | None, *, alone: bool = False
+    ) -> None:
+        """`alone`: there is but one worker."""
+        self._alone = alone
         self._slot = slot
         self._drops = drops
         self._keeper = keeper
@@ -225,13 +230,18 @@ class MountPeers:
         """Have the supervisor keep the object."""
         self._keeper.hand_over(nodeid, self._slot.unique, fd, is_new=is_new)
 
+    def unlinking(self, volume: Volume, handle: FileHandle) -> None:
+        """Have the successor know."""
+        self._slot.executing(identity(volume, handle))
+
     def appending(self, size: int) -> None:
         """Have the successor know."""
         self._slot.executing(size_intent(size))
 
     def released(self, nodeid: int, fh: int) -> None:
         """Have the others close what they have opened for `fh`."""
-        self._drops.released(nodeid, fh)
+        if not self._alone:
+            self._drops.released(nodeid, fh)
 
     def forgotten(self, nodeids: Sequence[int]) -> None:
         """Have the others drop these nodes, too."""
@@ -300,20 +310,21 @@ def _serve_slot(
     slot, negotiated, drops = memory[index], assignment.negotiated, DropLog(assignment.drops)
     counters = Counters(slot.counters)
     source.cache = InodeCache(share(assignment.cache_size, index, assignment.slot_count), counters.cache)
-    peers = MountPeers(slot, drops, Keeper(socket.socket(fileno=assignment.removed)), table)
+    alone = assignment.slot_count == 1
+    peers = MountPeers(slot, drops, Keeper(socket.socket(fileno=assignment.removed)), table, alone=alone)
     # Numbered by their requests: a successor that repeats one opens the same file, not a second.
     open_files = OpenFiles(iter(lambda: slot.unique, None), counters.files)
     read_only = assignment.config.options.read_only
     operations = Operations(source, read_only=read_only, open_files=open_files, peers=peers)
     required = assignment.config.passthrough == "on"
-    backing = BackingFiles(assignment.device, table, counters.backing, required=required)
+    backing = BackingFiles(assignment.device, table, counters.backing, required=required, keep=KEPT_FILES)
     dispatcher = Dispatcher(operations, negotiated, backing, assignment.config)
-    attendant = Attendant(commands, operations, drops)
+    attendant = Attendant(commands, operations, drops, backing)
     source.cache.more_room = attendant.make_room
     attendant.start()
     replay = Replay(operations, negotiated, dispatcher.answer)
     gc.freeze()  # what is here by now stays; the collector need not look at it again and again
-    Worker(assignment.device, slot, dispatcher, replay, counters, busy=assignment.slot_count == 1).run()
+    Worker(assignment.device, slot, dispatcher, replay, counters, busy=alone).run()
 
 
 def share(total: int, index: int, count: int) -> int:
@@ -324,10 +335,11 @@ def share(total: int, index: int, count: int) -> int:
 class Attendant:
     """Beside the requests: answers the supervisor's commands, and drops what other processes say is not needed any more."""
 
-    def __init__(self, commands: socket.socket, operations: Operations, drops: DropLog) -> None:
+    def __init__(self, commands: socket.socket, operations: Operations, drops: DropLog, backing: BackingFiles) -> None:
         self._commands = commands
         self._operations = operations
         self._drops = drops
+        self._backing = backing
         self._started = threading.Event()
 
     def start(self) -> None:
@@ -351,6 +363,7 @@ class Attendant:
         """Until the supervisor is dead."""
         poll = select.poll()
         poll.register(self._commands, select.POLLIN)
+        self._backing.let_go_of_others()
         dropped = time.monotonic()
         while True:
             if poll.poll(DROP_INTERVAL * 1000):
@@ -360,6 +373,7 @@ class Attendant:
                 self._obey(json.loads(line))
             if time.monotonic() - dropped >= DROP_INTERVAL:
                 self._drop()
+                self._backing.let_go(KEPT_SECONDS)
                 dropped = time.monotonic()
 
     def make_room(self) -> int:
@@ -373,6 +387,7 @@ class Attendant:
         for nodeid, fh in events:
             if fh == FORGOTTEN:
                 operations.source.cache.forget(nodeid)
+                self._backing.forgotten((nodeid,))
             else:
                 operations.open_files.remove(nodeid, fh)
         return len(events)
@@ -380,6 +395,7 @@ class Attendant:
     def _obey(self, command: dict[str, Any]) -> None:
         self._drop()
         if command["op"] == "evict":
+            self._backing.let_go()
             source, count = self._operations.source, command["count"]
             evicted = source.evict_all() if count is None else source.cache.evict(count)
             send(self._commands, {"evicted": evicted, "number": command["number"]})

@@ -13,6 +13,11 @@ between is an ID that nobody uses and that is closed with the connection:
                                             it makes anew, it removes the old one: `abandoned`)
     release:  commit │ close                killed at the │: the ID is nowhere; the successor finds no record and does nothing
 
+An inode that was opened for reading keeps its ID for a second, as if this process had it open too (`KEPT`): it is likely to be
+opened again, and to register it takes as long as all else of an open. The kernel then holds the source's inode as well, so an
+ID is let go of as soon as the node is forgotten, as that of a removed file is. Not so what was opened for writing: an execve(2)
+on the source would fail.
+
 The kernel does such I/O with the credentials of this process, not the client's. So that a write clears set-id bits, the
 backing file is registered without CAP_FSETID; and since that would clear them for root too, a file that has set-id bits
 when it is opened goes through the server.
@@ -21,33 +26,54 @@ when it is opened goes through the server.
 import errno
 import fcntl
 import logging
+import os
 import stat as st
 import struct
+import threading
+import time
+from collections.abc import Iterable
 
 from handlefs.accelerator import fstat
 from handlefs.credentials import CAP_FSETID, ioctl_without
 from handlefs.metrics import CLOSED, REGISTERED, Counts
+from handlefs.openfiles import number_of, reopen_flags
 from handlefs.protocol import abi
-from handlefs.transport.backingtable import NO_BACKING, BackingTable
+from handlefs.transport.backingtable import KEPT, NO_BACKING, BackingTable
 
 log = logging.getLogger(__name__)
 
 _NOT_POSSIBLE = (errno.EPERM, errno.ELOOP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOMEM, errno.ENOSPC)
 
 
+KEPT_SECONDS = 1.0
+"""For how long an ID is kept, at least, once it was registered."""
+KEPT_FILES = 512
+"""IDs that a worker keeps at most; each holds some 2 KiB of the kernel's memory."""
+
+
 class BackingFiles:
     """The backing IDs of one connection; safe to use from several threads and in several processes."""
 
     def __init__(
-        self, device: int, table: BackingTable | None, counts: Counts | None = None, *, required: bool = False
+        self,
+        device: int,
+        table: BackingTable | None,
+        counts: Counts | None = None,
+        *,
+        required: bool = False,
+        keep: int = 0,
     ) -> None:
         """For the connection of the /dev/fuse descriptor `device`; without a `table` no file gets a backing ID. `counts`: where
-        backing IDs are counted. `required`: that the kernel refuses one is a warning."""
+        backing IDs are counted. `required`: that the kernel refuses one is a warning. `keep`: how many are kept at most, if
+        somebody calls `let_go` now and then."""
         self._device = device
         self._table = table
         self._counts: Counts = [0, 0] if counts is None else counts
+        self._lock = threading.Lock()  # of the counts
         self._level = logging.WARNING if required else logging.INFO
         self._refused: set[int | None] = set()
+        self._room = keep
+        self._kept: dict[int, float] = {}  # node ID → when its ID was registered; a hint, the table has the truth
 
     @property
     def are_possible(self) -> bool:
@@ -58,7 +84,18 @@ class BackingFiles:
         """`nodeid` has been opened as `fh`, with the descriptor `fd`: the backing ID for the reply, or `NO_BACKING`."""
         if self._table is None:
             return NO_BACKING
-        return self._table.opened(nodeid, fh, lambda: self._register(fd))
+        if fstat(fd).st_mode & (st.S_ISUID | st.S_ISGID):
+            self.released(nodeid, KEPT)  # from before it had these bits
+            return self._table.opened(nodeid, fh, lambda: NO_BACKING)
+        keep = len(self._kept) < self._room and reopen_flags(fh) & os.O_ACCMODE == os.O_RDONLY
+
+        def register() -> int:
+            backing_id = self._register(fd)
+            if keep and backing_id != NO_BACKING:
+                self._kept[nodeid] = time.monotonic()
+            return backing_id
+
+        return self._table.opened(nodeid, fh, register, keep=keep)
 
     def released(self, nodeid: int, fh: int) -> None:
         """The open `fh` of `nodeid` has come to its end; what is not known is ignored."""
@@ -68,6 +105,21 @@ class BackingFiles:
         if backing_id != NO_BACKING:
             self._close(backing_id)
 
+    def forgotten(self, nodeids: Iterable[int]) -> None:
+        """The kernel has dropped these nodes: keep nothing for them."""
+        for nodeid in nodeids:
+            if self._kept.pop(nodeid, None) is not None:
+                self.released(nodeid, KEPT)
+
+    def let_go(self, age: float = 0.0) -> None:
+        """Keep nothing any more that was registered `age` seconds ago."""
+        latest = time.monotonic() - age
+        self.forgotten([nodeid for nodeid, registered in tuple(self._kept.items()) if registered <= latest])
+
+    def let_go_of_others(self) -> None:
+        """Keep nothing of what processes have kept that may be dead by now; what others of them keep will be kept anew."""
+        self.abandoned(number_of(KEPT))
+
     def abandoned(self, request: int) -> None:
         """Nobody will release what the request of that number has opened, if anything."""
         if self._table is not None:
@@ -76,11 +128,10 @@ class BackingFiles:
 
     def _close(self, backing_id: int) -> None:
         fcntl.ioctl(self._device, abi.FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))
-        self._counts[CLOSED] += 1
+        with self._lock:
+            self._counts[CLOSED] += 1
 
     def _register(self, fd: int) -> int:
-        if fstat(fd).st_mode & (st.S_ISUID | st.S_ISGID):
-            return NO_BACKING
         request = bytearray(abi.fuse_backing_map.pack(fd, 0, 0))
         try:
             backing_id = ioctl_without(CAP_FSETID, self._device, abi.FUSE_DEV_IOC_BACKING_OPEN, request)
@@ -89,7 +140,8 @@ class BackingFiles:
                 raise
             self._log_refusal(error)
             return NO_BACKING
-        self._counts[REGISTERED] += 1
+        with self._lock:
+            self._counts[REGISTERED] += 1
         return backing_id
 
     def _log_refusal(self, error: OSError) -> None:

@@ -22,7 +22,6 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import lmdb
 
@@ -30,8 +29,6 @@ from handlefs.openfiles import number_of
 from handlefs.statedir import SHARED_MEMORY, allocate_lock_file
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 NO_BACKING = 0
 """Not a backing ID: the file's data goes through the server."""
@@ -41,8 +38,14 @@ _MAP_SIZE = 512 << 20
 """Bytes of address space; room for some 8 million open files. The same for all: LMDB cuts the file to it."""
 _STEP = 1 << 20
 """Bytes allocated at a time: some 17,000 open files more."""
-_ROOM = 256 << 10
-"""Bytes, more than the pages that two records may add: twice the depth of the tree each, and the list of free pages."""
+_ROOM = 128 << 10
+"""Bytes, more than the pages that a transaction may add with two records: twice the depth of the tree for each, and the list
+of free pages."""
+_TRANSACTIONS = 8
+"""From one look at how much room is left to the next one, which takes a quarter of the time of a transaction."""
+
+KEPT = 0
+"""Stands for the `fh` of an open that is none: the inode's backing ID is kept for the next."""
 
 _KEY = struct.Struct(">QQ")  # node ID, fh: the opens of an inode are neighbours
 _NODEID = struct.Struct(">Q")
@@ -79,6 +82,7 @@ class BackingTable:
             self._env.close()
             raise
         self._allocated = 0
+        self._has_room_until = 0
         self._env.reader_check()  # killed processes have left their places: there are not many
 
     def close(self) -> None:
@@ -86,33 +90,36 @@ class BackingTable:
         self._env.close()
         os.close(self._file)
 
-    def opened(self, nodeid: int, fh: int, register: Callable[[], int]) -> int:
+    def opened(self, nodeid: int, fh: int, register: Callable[[], int], *, keep: bool = False) -> int:
         """Record that `nodeid` is opened as `fh`. Returns the backing ID that all its opens have, or `NO_BACKING` if they
-        have none: what `register` returns, which is called if it is the first. Raises OSError, nothing recorded."""
-
-        def record(transaction: lmdb.Transaction) -> int:
-            backing_id = _backing_id(transaction, nodeid)
-            if not self._writable(transaction):
-                return NO_BACKING if backing_id is None else backing_id
-            if backing_id is None:
-                backing_id = register()
-            transaction.put(_KEY.pack(nodeid, fh), _VALUE.pack(backing_id))
-            return backing_id
-
-        return self._run(record)
+        have none: what `register` returns, which is called if it is the first. With `keep` there is one of `KEPT` too, then.
+        Raises OSError, nothing recorded."""
+        try:
+            with self._env.begin(write=True) as transaction:
+                backing_id = _backing_id(transaction, nodeid)
+                if not self._writable(transaction):
+                    return NO_BACKING if backing_id is None else backing_id
+                if backing_id is None:
+                    backing_id = register()
+                    if keep and backing_id != NO_BACKING:
+                        transaction.put(_KEY.pack(nodeid, KEPT), _VALUE.pack(backing_id))
+                transaction.put(_KEY.pack(nodeid, fh), _VALUE.pack(backing_id))
+                return backing_id
+        except lmdb.Error as error:
+            raise _as_oserror(error) from error
 
     def released(self, nodeid: int, fh: int) -> int:
         """Forget the open `fh` of `nodeid`. Returns the backing ID to close if it was the last one, else `NO_BACKING`."""
-
-        def forget(transaction: lmdb.Transaction) -> int:
-            if not self._writable(transaction):
-                return NO_BACKING
-            value = transaction.pop(_KEY.pack(nodeid, fh))
-            if value is None or _backing_id(transaction, nodeid) is not None:
-                return NO_BACKING
-            return int(_VALUE.unpack(value)[0])
-
-        return self._run(forget)
+        try:
+            with self._env.begin(write=True) as transaction:
+                if not self._writable(transaction):
+                    return NO_BACKING
+                value = transaction.pop(_KEY.pack(nodeid, fh))
+                if value is None or _backing_id(transaction, nodeid) is not None:
+                    return NO_BACKING
+                return int(_VALUE.unpack(value)[0])
+        except lmdb.Error as error:
+            raise _as_oserror(error) from error
 
     def needs_server(self, nodeid: int) -> bool:
         """Whether `nodeid` is open, or may be, without a backing ID: its data goes through a process of ours."""
@@ -121,16 +128,16 @@ class BackingTable:
 
     def opened_by(self, request: int) -> list[tuple[int, int]]:
         """Node ID and `fh` of what the request of that number has opened. All records are looked at."""
-
-        def find(transaction: lmdb.Transaction) -> list[tuple[int, int]]:
-            keys = [_KEY.unpack(key) for key in transaction.cursor().iternext(values=False)]
-            return [(nodeid, fh) for nodeid, fh in keys if number_of(fh) == request]
-
-        return self._run(find)
+        try:
+            with self._env.begin() as transaction:
+                keys = [_KEY.unpack(key) for key in transaction.cursor().iternext(values=False)]
+        except lmdb.Error as error:
+            raise _as_oserror(error) from error
+        return [(nodeid, fh) for nodeid, fh in keys if number_of(fh) == request]
 
     def make_room(self) -> None:
-        """Make sure that there is memory for two records more; every change does so. OSError: ENOSPC, also when it is full."""
-        needed = (self._env.info()["last_pgno"] + 1) * _PAGE_SIZE + _ROOM
+        """Make sure that there is memory for `_TRANSACTIONS` changes more. OSError: ENOSPC, also when it is full."""
+        needed = (self._env.info()["last_pgno"] + 1) * _PAGE_SIZE + _TRANSACTIONS * _ROOM
         if needed <= self._allocated:
             return
         self._env.reader_check()  # the slot of a process that was killed while it opened the table keeps pages from reuse
@@ -140,23 +147,20 @@ class BackingTable:
         os.posix_fallocate(self._file, 0, size)
         self._allocated = size
 
-    def _run(self, work: Callable[[lmdb.Transaction], T]) -> T:
-        try:
-            with self._env.begin(write=True) as transaction:
-                return work(transaction)
-        except lmdb.Error as error:
-            raise _as_oserror(error) from error
-
     def _writable(self, transaction: lmdb.Transaction) -> bool:
         """Whether `transaction` may change something."""
         if transaction.get(_FROZEN) is not None:
             return False
+        number = transaction.id()  # those of all processes count
+        if number < self._has_room_until:
+            return True
         try:
             self.make_room()
         except OSError as error:
             transaction.put(_FROZEN, b"")  # the record before this one has left room for it
             log.error("no passthrough for files that are not open now, until the next mount: %s", error.strerror)
             return False
+        self._has_room_until = number + _TRANSACTIONS
         return True
 
 
@@ -166,9 +170,9 @@ _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")  # LMDB's too, in a new file
 def _backing_id(transaction: lmdb.Transaction, nodeid: int) -> int | None:
     """What the opens of `nodeid` have; None if there are none."""
     prefix = _NODEID.pack(nodeid)
-    with transaction.cursor() as cursor:
-        if cursor.set_range(prefix) and bytes(cursor.key()).startswith(prefix):
-            return int(_VALUE.unpack(cursor.value())[0])
+    cursor = transaction.cursor()
+    if cursor.set_range(prefix) and bytes(cursor.key()).startswith(prefix):
+        return int(_VALUE.unpack(cursor.value())[0])
     return None
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from handlefs.config import Config
 from handlefs.credentials import Caller
 from handlefs.errors import StartupError
+from handlefs.inlinenodes import ABSENT
 from handlefs.mount import mount_fuse, unmount
 from handlefs.operations import Changes, Operations, is_group_member
 from handlefs.protocol import abi
@@ -34,8 +35,9 @@ log = logging.getLogger(__name__)
 LARGEST_REQUEST = MAX_WRITE + 4096
 """Bytes that any request fits into, whatever is negotiated."""
 
-Reply = bytes | None
-"""The payload of a reply; None for requests that have none."""
+Reply = bytes | int | None
+"""The payload of a reply; None for requests that have none. Or the errno of a failure that is so frequent (before each creation
+there is a look-up that finds nothing) that an exception, which takes as long as the rest of the request, is avoided."""
 
 
 class Request(NamedTuple):
@@ -188,6 +190,8 @@ class Dispatcher:
             return _error(unique, errno.EIO, opcode)
         if payload is None:
             return None
+        if isinstance(payload, int):
+            return _error(unique, payload, opcode)
         return abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique), payload
 
     def close(self) -> None:
@@ -212,10 +216,12 @@ class Dispatcher:
     def _lookup(self, request: Request) -> Reply:
         name = _name(request.body)
         reply = inlinereplies.entry(self._operations, request.nodeid, name, self._entry_timeout, self._attr_timeout)
+        if reply is ABSENT:
+            return errno.ENOENT
         return self._entry(self._operations.lookup(request.nodeid, name)) if reply is None else reply
 
     def _forget(self, request: Request) -> Reply:
-        self._operations.forget((request.nodeid,))
+        self._forgotten((request.nodeid,))
         return None
 
     def _batch_forget(self, request: Request) -> Reply:
@@ -225,8 +231,12 @@ class Dispatcher:
         if len(request.body) < start + size:
             raise MalformedError("fewer nodes than it says")
         nodes = abi.fuse_forget_one.iter_unpack(request.body[start : start + size])
-        self._operations.forget(nodeid for nodeid, _ in nodes)
+        self._forgotten([nodeid for nodeid, _ in nodes])
         return None
+
+    def _forgotten(self, nodeids: Sequence[int]) -> None:
+        self._operations.forget(nodeids)
+        self._backing.forgotten(nodeids)
 
     def _getattr(self, request: Request) -> Reply:
         return self._attributes(self._operations.getattr(request.nodeid))

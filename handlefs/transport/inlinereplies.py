@@ -4,6 +4,8 @@
 None where something is not certain, or there is no accelerator: then it has to be done step by step.
 """
 
+from typing import Literal
+
 from handlefs.accelerator import Timeout, native
 from handlefs.inlinenodes import InlineNodes
 from handlefs.nodeid import MAPPED_BIT, ROOT_NODEID
@@ -13,9 +15,9 @@ from handlefs.source import check_name
 
 def entry(
     operations: Operations, parent: int, name: bytes, entry_timeout: Timeout, attr_timeout: Timeout
-) -> bytes | None:
-    """struct fuse_entry_out for what is under `name` in `parent`; None for directories too, which are kept open once they
-    are found. Raises OSError."""
+) -> bytes | Literal[False] | None:
+    """struct fuse_entry_out for what is under `name` in `parent`, `ABSENT` if nothing is; None for directories too, which are
+    kept open once they are found. Raises OSError."""
     nodes = _inline_nodes(operations, parent)
     if native is None or nodes is None or name in (b".", b".."):
         return None

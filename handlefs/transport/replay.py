@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from handlefs.handle import FileHandle, name_to_handle_at
+from handlefs.handle import FileHandle, look_at, name_to_handle_at
 from handlefs.operations import Operations
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated
@@ -97,8 +97,9 @@ class _Once(NamedTuple):
     """How an opcode is done only once."""
 
     head_size: int
-    look: Callable[[Operations, _Request], bytes]
-    """The intent, before the system call; empty if the request may be repeated."""
+    look: Callable[[Operations, _Request], bytes] | None
+    """The intent, before the system call; empty if the request may be repeated. None: the operation looks anyway, and has it
+    recorded (`Peers.unlinking`)."""
     was_done: Callable[[Operations, _Request, bytes], bool]
     """Whether the system call was made, given the intent. Raises OSError."""
     rest: Callable[[Answer, _Request], Reply]
@@ -113,8 +114,8 @@ class Replay:
         self._answer = answer
         setxattr_in = abi.fuse_setxattr_in if negotiated.has(abi.FUSE_SETXATTR_EXT) else abi.fuse_setxattr_in_compat
         self._once = {
-            abi.FUSE_UNLINK: _Once(0, _victim, _victim_is_gone, _success),
-            abi.FUSE_RMDIR: _Once(0, _victim, _victim_is_gone, _success),
+            abi.FUSE_UNLINK: _Once(0, None, _victim_is_gone, _success),
+            abi.FUSE_RMDIR: _Once(0, None, _victim_is_gone, _success),
             abi.FUSE_RENAME: _Once(abi.fuse_rename_in.size, _victim, _victim_is_gone, _success),
             abi.FUSE_RENAME2: _Once(abi.fuse_rename2_in.size, _victim, _victim_is_gone, _success),
             abi.FUSE_MKDIR: _Once(abi.fuse_mkdir_in.size, _vacancy, _is_new(_directory), _entry),
@@ -130,7 +131,7 @@ class Replay:
         """What to record before the request `message` is executed; empty if it may be repeated as it is, be it because it
         will fail: of that, its execution tells. Raises OSError if that cannot be found out: it must not be executed then."""
         once = self._once.get(opcode)
-        if once is None:
+        if once is None or once.look is None:
             return b""
         try:
             return once.look(self._operations, _Request.parse(message, once.head_size))
@@ -185,6 +186,11 @@ def failure(message: memoryview, number: int) -> Reply:
     return (abi.fuse_out_header.pack(abi.fuse_out_header.size, -number, unique),)
 
 
+def identity(volume: Volume, handle: FileHandle) -> bytes:
+    """What stands for an object in an intent; that of an UNLINK or RMDIR is what its name stands for."""
+    return volume.id + _HANDLE_TYPE.pack(handle.type) + handle.data
+
+
 def size_intent(size: int) -> bytes:
     """The intent of a WRITE to the end of a file of `size` bytes. `Replay.intent` has none, since it would have to open each
     file before it is written to."""
@@ -201,11 +207,7 @@ def _handle_at(operations: Operations, parent: int, name: bytes) -> bytes:
         handle, mount_id = name_to_handle_at(directory.fd, name)
     except FileNotFoundError:
         return b""
-    return _identity(operations.source.volumes.of_mount(mount_id), handle)
-
-
-def _identity(volume: Volume, handle: FileHandle) -> bytes:
-    return volume.id + _HANDLE_TYPE.pack(handle.type) + handle.data
+    return identity(operations.source.volumes.of_mount(mount_id), handle)
 
 
 def _victim(operations: Operations, request: _Request) -> bytes:
@@ -216,7 +218,7 @@ def _vacancy(operations: Operations, request: _Request) -> bytes:
     # No clock of ours: the file system's own tells, with the granularity that the time of a new object will have.
     directory = operations.inode(request.nodeid)
     changed = os.fstat(directory.fd).st_ctime_ns
-    return b"" if _handle_at(operations, request.nodeid, request.name) else _TIME.pack(changed)
+    return b"" if look_at(directory.fd, request.name) else _TIME.pack(changed)
 
 
 def _new_attribute(operations: Operations, request: _Request) -> bytes:
@@ -243,7 +245,7 @@ def _victim_is_gone(operations: Operations, request: _Request, intent: bytes) ->
 def _is_linked(operations: Operations, request: _Request, _intent: bytes) -> bool:
     (nodeid,) = abi.fuse_link_in.unpack(request.head)
     volume, handle = operations.source.handle_of_node(nodeid)
-    return _handle_at(operations, request.nodeid, request.name) == _identity(volume, handle)
+    return _handle_at(operations, request.nodeid, request.name) == identity(volume, handle)
 
 
 def _has_value(operations: Operations, request: _Request, _intent: bytes) -> bool:

@@ -167,6 +167,7 @@ CASES = {
     "create-read-only": Case("create", lambda base: create_and_write(base, os.O_EXCL, 0o400)),
     "tmpfile": Case("tmpfile", unnamed),
     "open-truncate": Case("open", lambda base: opened(base, os.O_RDWR | os.O_TRUNC, os.fstat) and None, file, ROOT),
+    "open-to-read": Case("open", lambda base: (base / "file").read_bytes(), file, ROOT),
     "truncate": Case("setattr", lambda base: os.truncate(base / "file", 3), file, ROOT),
     "chmod": Case("setattr", lambda base: (base / "file").chmod(0o604), file, ROOT),
     "chown": Case("setattr", lambda base: os.chown(base / "file", 77, 88), file, ROOT),
@@ -244,7 +245,7 @@ def descriptors(pid: int) -> Iterator[Path]:
             yield link.readlink()
 
 
-@pytest.mark.parametrize("name", ["create", "open-truncate", "release", "tmpfile"])
+@pytest.mark.parametrize("name", ["create", "open-truncate", "open-to-read", "release", "tmpfile"])
 def test_a_killed_open_leaves_no_backing_id(kind: str, filesystems: FileSystems, name: str) -> None:
     """Whoever opens or closes a file with passthrough dies at every point: there is no record left in the end."""
     with serving(filesystems[kind], "auto") as ground:

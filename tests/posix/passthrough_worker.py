@@ -1,7 +1,8 @@
 """A process that serves a connection together with others: it has the connection's device and its table of backing IDs from
-its parent. With DIES_AT it is killed (SIGKILL, by itself) at that step of an open or a release.
+its parent. It keeps up to KEEP backing IDs, and lets go of none because of their age. With DIES_AT it is killed (SIGKILL, by
+itself) at that step of an open or a release.
 
-python -m tests.posix.passthrough_worker SOURCE STATE DEVICE TABLE MINOR FLAGS MAX_WRITE [DIES_AT]
+python -m tests.posix.passthrough_worker SOURCE STATE DEVICE TABLE MINOR FLAGS MAX_WRITE KEEP [DIES_AT]
 """
 
 from __future__ import annotations
@@ -55,12 +56,13 @@ class Dying(BackingFiles):
 
 
 def main() -> None:
-    path, state, *numbers = sys.argv[1:8]
-    device, directory, minor, flags, max_write = map(int, numbers)
+    path, state, *numbers = sys.argv[1:9]
+    device, directory, minor, flags, max_write, keep = map(int, numbers)
     source = Source(path, cache_size=100)
     source.attach_map(HandleMap(Path(state), source.identity))
-    backing = Dying(device, BackingTable(directory))
-    backing.dies_at = sys.argv[8] if len(sys.argv) > 8 else ""
+    backing = Dying(device, BackingTable(directory), keep=keep)
+    backing.dies_at = sys.argv[9]
+    backing.let_go_of_others()
     # Names and attributes are asked for each time, so that every step of a test meets a live worker.
     config = Config(path, "", entry_timeout=0, attr_timeout=0)
     negotiated = Negotiated(minor, flags, max_write)

@@ -8,22 +8,25 @@ import os
 import random
 import re
 import stat
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
+from handlefs.metrics import CLOSED, REGISTERED, Counts
 from handlefs.mount import MountOptions, mount_fuse
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated
-from handlefs.transport.backingtable import NO_BACKING, BackingTable, table_directory
+from handlefs.transport.backing import BackingFiles
+from handlefs.transport.backingtable import KEPT, NO_BACKING, BackingTable, table_directory
 from handlefs.transport.direct import _answer_init
 
 from ..support.filesystems import FileSystems, filesystem, run, scratch_directory
@@ -65,10 +68,10 @@ class Connection:
             assert tuple(map(int, release.split(".")[:2])) < (6, 9), f"Linux {release} did not agree on passthrough"
             pytest.skip(f"Linux {release} has no passthrough (6.9 or newer)")
 
-    def worker(self, dies_at: str = "") -> subprocess.Popen[str]:
+    def worker(self, dies_at: str = "", keep: int = 0) -> subprocess.Popen[str]:
         """Start one; it serves when this returns."""
         agreed = self.negotiated
-        numbers = (self._device, self.table, agreed.minor, agreed.flags, agreed.max_write)
+        numbers = (self._device, self.table, agreed.minor, agreed.flags, agreed.max_write, keep)
         argv = [sys.executable, "-m", "tests.posix.passthrough_worker", self.source, self._state, *numbers, dies_at]
         process = subprocess.Popen(
             [str(word) for word in argv],
@@ -86,6 +89,10 @@ class Connection:
     def kill(process: subprocess.Popen[str]) -> None:
         process.kill()
         process.communicate(timeout=TIMEOUT)
+
+    def backing_files(self, counts: Counts, keep: int) -> BackingFiles:
+        """As a worker has them."""
+        return BackingFiles(self._device, BackingTable(self.table), counts, keep=keep)
 
     def resend(self) -> None:
         """Have the kernel repeat the requests that were read and not answered."""
@@ -234,6 +241,68 @@ def test_processes_are_killed_all_the_time(connection: Connection) -> None:
     assert contents(connection) == CONTENTS
 
 
+def backing_ids(table: BackingTable) -> dict[tuple[int, int], int]:
+    """All records: node ID and `fh` → backing ID."""
+    with table._env.begin() as transaction:
+        return {struct.unpack(">QQ", key): struct.unpack("=I", value)[0] for key, value in transaction.cursor()}
+
+
+def test_an_id_is_kept_for_the_next_open(connection: Connection) -> None:
+    """If it was opened to be read; until the kernel forgets the node, or the process that keeps it has a successor."""
+    keeper = connection.worker(keep=8)
+    table = BackingTable(connection.table)
+    assert connection.content("0") == CONTENTS[0]
+    wait_for_releases(table, left=1)
+    kept = backing_ids(table)
+    assert [fh for _, fh in kept] == [KEPT]
+    # The kernel gives no number twice in a row: it was not registered again.
+    file = connection.open("0", os.O_RDWR)
+    assert set(backing_ids(table).values()) == set(kept.values())
+    connection.do(os.close, file)
+    assert connection.content("0") == CONTENTS[0]
+    wait_for_releases(table, left=1)
+    assert backing_ids(table) == kept
+    connection.do(os.close, connection.open("1", os.O_WRONLY))
+    wait_for_releases(table, left=1)
+    connection.do((connection.path / "0").unlink)
+    wait_for_releases(table)
+    assert connection.content("2") == CONTENTS[2]
+    connection.kill(keeper)
+    connection.worker()
+    wait_for_releases(table)
+    assert connection.content("2") == CONTENTS[2]
+    table.close()
+
+
+def test_a_kept_id_is_not_for_a_file_with_set_id_bits(connection: Connection) -> None:
+    """The kernel writes with the server's credentials, and would clear them for root, too."""
+    connection.worker(keep=8)
+    assert connection.content("0") == CONTENTS[0]
+    (connection.source / "0").chmod(0o4755)
+    file = connection.open("0", os.O_WRONLY)
+    connection.do(os.pwrite, file, b"c", 0)
+    connection.do(os.close, file)
+    assert stat.S_IMODE((connection.source / "0").stat().st_mode) == 0o4755
+    assert connection.content("0") == b"c" + CONTENTS[0][1:]
+
+
+def test_no_more_ids_are_kept_than_wanted(connection: Connection) -> None:
+    counts = [0, 0]
+    files = connection.backing_files(counts, keep=3)
+    with ExitStack() as stack:
+        for number in range(1, 6):
+            file = stack.enter_context((connection.source / f"{number}").open("rb"))
+            assert files.opened(number, number << 4, file.fileno()) != NO_BACKING
+            files.released(number, number << 4)
+    assert (counts[REGISTERED], counts[CLOSED]) == (5, 2)
+    files.let_go(age=3600.0)
+    assert counts[CLOSED] == 2
+    files.forgotten([1, 5])
+    assert counts[CLOSED] == 3
+    files.let_go()
+    assert counts[CLOSED] == 5
+
+
 def test_closed_files_are_let_go(tmp_path: Path) -> None:
     """A backing file keeps its file system busy, also when no process is there."""
     with ExitStack() as stack:
@@ -329,6 +398,22 @@ def test_every_connection_has_a_table_of_its_own(direct: TestTree) -> None:
         again()
         assert not table.exists()
     assert len(set(seen)) == len(seen)
+
+
+def test_an_eviction_lets_go_of_kept_ids(direct: TestTree) -> None:
+    """So that a file system below the source can be unmounted."""
+    server = direct.server
+    assert isinstance(server, Mounted)
+    (direct.path / "file").write_bytes(b"data")
+    (direct.path / "file").read_bytes()
+    direct_table = os.open(table_of(server), os.O_RDONLY)
+    try:
+        with closing(BackingTable(direct_table)) as table:
+            assert in_the_end(lambda: [fh for _, fh in backing_ids(table)], [KEPT]) == [KEPT]
+            server.evict()
+            assert records(table) == 0
+    finally:
+        os.close(direct_table)
 
 
 def test_a_table_in_use_is_no_leftover(direct: TestTree, tmp_path: Path) -> None:

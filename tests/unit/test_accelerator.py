@@ -47,11 +47,17 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FIELDS = [name for name in dir(accelerator.Stat) if name.startswith("st_")]
 
 
+def _looked(native: Native, tree: Path, name: str) -> accelerator.Stat:
+    looked = native.look(_directory(tree), os.fsencode(name))
+    assert looked is not None
+    return looked[3]
+
+
 @pytest.mark.parametrize("name", OBJECTS)
 def test_stat(native: Native, tree: Path, name: str) -> None:
     fd = os.open(tree / name, os.O_PATH | os.O_NOFOLLOW)
     expected = os.fstat(fd)
-    for stat in (native.fstat(fd), native.look(os.open(tree, os.O_PATH), os.fsencode(name))[3]):
+    for stat in (native.fstat(fd), _looked(native, tree, name)):
         assert {field: getattr(stat, field) for field in FIELDS} == {
             field: getattr(expected, field) for field in FIELDS
         }
@@ -73,7 +79,7 @@ def test_attributes(
     ino: int,
 ) -> None:
     stat = os.lstat(tree / name)
-    compiled = native.look(_directory(tree), os.fsencode(name))[3]
+    compiled = _looked(native, tree, name)
     assert native.attr_out(timeout, ino, compiled) == attributes._attr_out(timeout, ino, stat)
     assert native.entry_out(nodeid, generation, timeout, other, ino, compiled) == attributes._entry_out(
         nodeid, generation, timeout, other, ino, stat
@@ -126,12 +132,14 @@ def test_handles(native: Native, tree: Path, name: str, monkeypatch: pytest.Monk
     for implementation in (native, None):
         monkeypatch.setattr(handle, "native", implementation)
         found = handle.name_to_handle_at(_directory(tree), os.fsencode(name))
-        *looked, stat = handle.look_at(_directory(tree), os.fsencode(name))
-        assert tuple(looked) == found
+        assert handle.look_at(_directory(tree), b"nothing") is None
+        looked = handle.look_at(_directory(tree), os.fsencode(name))
+        assert looked is not None
+        assert looked[:2] == found
         opened = handle.open_by_handle_at(mount, found[0], os.O_PATH)
         assert not os.get_inheritable(opened)
         assert os.path.samestat(os.fstat(opened), (tree / name).lstat())
-        assert stat.st_ino == os.fstat(opened).st_ino
+        assert looked[2].st_ino == os.fstat(opened).st_ino
         results.append(found)
         os.close(opened)
     assert results[0] == results[1]

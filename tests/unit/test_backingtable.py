@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from handlefs.transport.backingtable import NO_BACKING, BackingTable, table_directory
+from handlefs.transport.backingtable import KEPT, NO_BACKING, BackingTable, table_directory
 from tests.support.filesystems import filesystem
 from tests.unit.serving import code
 
@@ -62,6 +62,18 @@ def test_an_open_that_fails_leaves_nothing(table: BackingTable) -> None:
     assert code(lambda: table.opened(5, 1, fail)) == "ENFILE"
     assert table.opened(5, 2, lambda: 77) == 77
     assert table.released(5, 2) == 77
+
+
+def test_an_id_is_kept(table: BackingTable) -> None:
+    """As one open more; not if there is none."""
+    assert table.opened(5, 16, lambda: 77, keep=True) == 77
+    assert table.released(5, 16) == NO_BACKING
+    assert table.opened(5, 32, refuse, keep=True) == 77
+    assert table.released(5, KEPT) == NO_BACKING
+    assert [table.released(5, 32) for _ in range(2)] == [77, NO_BACKING]
+    assert table.opened(6, 16, lambda: NO_BACKING, keep=True) == NO_BACKING
+    table.released(6, 16)
+    assert table.opened(6, 32, lambda: 78) == 78
 
 
 def test_many_inodes(table: BackingTable) -> None:

@@ -7,11 +7,12 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 
 from handlefs.accelerator import native
+from handlefs.inlinenodes import ABSENT
 from handlefs.nodeid import ROOT_NODEID
 from handlefs.operations import Operations
 from handlefs.protocol import abi
@@ -66,7 +67,7 @@ def last_offset(listing: bytes) -> int:
     return int(offset)
 
 
-def entry(operations: Operations, parent: int, name: bytes) -> bytes | None:
+def entry(operations: Operations, parent: int, name: bytes) -> bytes | Literal[False] | None:
     return inlinereplies.entry(operations, parent, name, *TIMEOUTS)
 
 
@@ -78,7 +79,7 @@ def test_the_same_entry_as_step_by_step(operations: Operations, name: bytes) -> 
 
 
 def test_entries_that_are_left_to_the_other_way(operations: Operations) -> None:
-    def entry_of_new() -> bytes | None:
+    def entry_of_new() -> bytes | Literal[False] | None:
         (Path(operations.source.path) / "new").touch()
         return entry(operations, ROOT_NODEID, b"new")
 
@@ -89,7 +90,7 @@ def test_entries_that_are_left_to_the_other_way(operations: Operations) -> None:
 
 def test_names_that_are_none(operations: Operations) -> None:
     file = operations.lookup(ROOT_NODEID, b"0").nodeid
-    assert code(lambda: entry(operations, ROOT_NODEID, b"nothing")) == "ENOENT"
+    assert entry(operations, ROOT_NODEID, b"nothing") is ABSENT
     assert code(lambda: entry(operations, ROOT_NODEID, b"directory/inner")) == "EINVAL"
     assert code(lambda: entry(operations, ROOT_NODEID, b"")) == "EINVAL"
     assert code(lambda: entry(operations, file + (1 << 32), b"x")) == "ESTALE"
