@@ -20,7 +20,7 @@ from handlefs.loopcalls import LoopCalls
 from handlefs.protocol import abi
 from handlefs.slot import Slot
 from handlefs.worker import Assignment, answer_eio
-from handlefs.workforce import ProcessGroups, Template, WorkerProcess, how_it_ended
+from handlefs.workforce import REPLY_TIMEOUT, ProcessGroups, Template, WorkerProcess, how_it_ended
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ KILL_TIMEOUT = 1.0
 START_TIMEOUT = 20.0
 """Seconds after which a worker that has been ordered must be ready."""
 
+_LEAST_TIME = 1.0
 _POLL_INTERVAL = 0.002
 _SHORTEST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
@@ -104,10 +105,11 @@ class Crew:
         return sorted(found, key=lambda pair: pair[0])
 
     def evict(self, count: int | None) -> int:
-        """Have the workers drop `count` cached inodes, or all of them (None); returns how many they dropped."""
-        evicted = 0
+        """Have the workers drop `count` cached inodes, or all of them (None); returns how many they dropped in time."""
+        evicted, deadline = 0, time.monotonic() + REPLY_TIMEOUT
         for _, worker in self.serving():
-            reply = worker.ask({"op": "evict", "count": None if count is None else count - evicted})
+            left = max(deadline - time.monotonic(), _LEAST_TIME)  # after one that hangs the others are still asked
+            reply = worker.ask({"op": "evict", "count": None if count is None else count - evicted}, left)
             evicted += reply["evicted"] if reply is not None else 0
         return evicted
 

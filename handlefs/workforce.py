@@ -88,11 +88,13 @@ class WorkerProcess:
             finally:
                 self._lock.release()
 
-    def ask(self, command: Mapping[str, object]) -> dict[str, Any] | None:
-        """Have a serving worker execute `command`; None if it does not answer: it dies just now, or hangs. For any thread."""
+    def ask(self, command: Mapping[str, object], seconds: float = REPLY_TIMEOUT) -> dict[str, Any] | None:
+        """Have a serving worker execute `command`; None if it does not answer in time: it dies just now, or hangs. For any
+        thread."""
         with self._lock:
             number = next(self._numbers)
             try:
+                self.commands.settimeout(seconds)
                 self.tell({**command, "number": number})
                 while message := self.commands.recv(_LONGEST_REPLY):
                     reply: dict[str, Any] = json.loads(message)

@@ -345,18 +345,33 @@ def test_the_supervisor_has_nothing_of_its_mount(server: Mounted) -> None:
             assert Path(f"/proc/{pid}/cwd").stat().st_dev != device
 
 
-def test_status_needs_no_worker(server: Mounted) -> None:
-    """It tells all, and what a stopped worker is doing, though none of them could be asked."""
+@contextmanager
+def stopped_workers(server: Mounted) -> Iterator[list[int]]:
+    """Nobody serves until the end of the block."""
     settled(server.pid)
     pids = workers(server)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
-        waiting = Child(outcome, os.mkdir, server.path / "while-stopped")
-        status = server.status()
+        yield pids
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
+
+
+def test_evict_does_not_wait_for_each_worker_that_hangs(server: Mounted) -> None:
+    with stopped_workers(server):
+        assert server.evict() == 0
+    (server.path / "after-evict").mkdir()
+    os.listdir(server.path / "after-evict")
+    assert server.evict() > 0
+
+
+def test_status_needs_no_worker(server: Mounted) -> None:
+    """It tells all, and what a stopped worker is doing, though none of them could be asked."""
+    with stopped_workers(server) as pids:
+        waiting = Child(outcome, os.mkdir, server.path / "while-stopped")
+        status = server.status()
     assert [worker["pid"] for worker in status["workers"]] == pids
     assert status["operations_total"] > 0
     assert status["cache"]["capacity"] > 0
