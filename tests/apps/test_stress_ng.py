@@ -93,7 +93,8 @@ def stress(place: Place, stressors: dict[str, tuple[str, ...]], timeout: int) ->
 
 
 def alone(place: Place, stressor: str, options: tuple[str, ...], timeout: int) -> None:
-    assert stress(place, {stressor: options}, timeout)[stressor] > 0
+    # On a busy machine some do not come as far as to count within the first time.
+    assert any(stress(place, {stressor: options}, seconds)[stressor] > 0 for seconds in (timeout, 20 * timeout))
     assert list(place.source.iterdir()) == [], "left behind"
 
 
