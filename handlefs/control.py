@@ -13,6 +13,7 @@ removes both when it ends; the files of one that was killed stay, so that `handl
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -152,6 +153,12 @@ def _locked_runtime_dir() -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def check() -> None:
+    """Raise StartupError if the runtime directory cannot be used."""
+    with _locked_runtime_dir():
+        pass
 
 
 @contextlib.contextmanager
@@ -302,7 +309,9 @@ class ControlServer:
             undo.callback(temporary.unlink, missing_ok=True)
             file = undo.enter_context(temporary.open("wb", buffering=0))
             temporary.chmod(0o600)
-            file.write(json.dumps(content).encode())
+            record = json.dumps(content).encode()
+            if file.write(record) < len(record):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             temporary.replace(path)  # readers never see half a record
             undo.pop_all()
         return file

@@ -33,7 +33,7 @@ KILL_TIMEOUT = 1.0
 START_TIMEOUT = 20.0
 """Seconds after which a worker that has been ordered must be ready."""
 
-_LEAST_TIME = 1.0
+_LEAST_TIME = 0.1
 _POLL_INTERVAL = 0.002
 _SHORTEST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
@@ -159,7 +159,7 @@ class Crew:
         if self._template is None:
             self._use_template(self._new_template())
         assert self._template is not None
-        while len(self._workers) <= self._count:
+        while sum(not worker.is_retired for worker in self._workers) <= self._count:
             worker = WorkerProcess(self._template.fork_worker())
             self._selector.register(worker.commands, selectors.EVENT_READ, functools.partial(self._came_up, worker))
             with self._lock:
@@ -319,18 +319,27 @@ class Crew:
     def start_new_code(self) -> list[WorkerProcess]:
         """While `changing`: have the next workers forked by a new template, once a first worker of it is ready. Returns the
         workers that serve with the old code. Raises ReloadError if the new code does not start; then nothing has changed."""
-        template = self._calls.call(self._new_template)
-        first = WorkerProcess(template.fork_worker())
-        if first.is_heard_within(START_TIMEOUT):
-            failure = first.listen()
-        else:
-            failure = f"a worker is not ready after {START_TIMEOUT:.0f} s"
-        if failure is not None:
-            first.close()
-            how = template.end()
-            why = failure or how.splitlines()[-1]  # of a traceback
-            raise ReloadError(f"the new code does not start, and the old workers go on: {why}")
-        return self._calls.call(lambda: self._use_new_code(template, first))
+        with contextlib.ExitStack() as undo:
+            try:
+                template = self._calls.call(self._new_template)
+                undo.callback(template.end)
+                first = WorkerProcess(template.fork_worker())
+            except OSError as error:
+                raise ReloadError(f"no new worker can be started, and the old ones go on: {error.strerror}") from error
+            undo.callback(first.close)
+            if first.is_heard_within(START_TIMEOUT):
+                failure = first.listen()
+            else:
+                failure = f"a worker is not ready after {START_TIMEOUT:.0f} s"
+            if failure is not None:
+                undo.pop_all()
+                first.close()
+                how = template.end()
+                why = failure or how.splitlines()[-1]  # of a traceback
+                raise ReloadError(f"the new code does not start, and the old workers go on: {why}")
+            outdated = self._calls.call(lambda: self._use_new_code(template, first))
+            undo.pop_all()
+            return outdated
 
     def _use_new_code(self, template: Template, first: WorkerProcess) -> list[WorkerProcess]:
         old, self._template = self._template, None

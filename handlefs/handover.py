@@ -102,10 +102,10 @@ class State:
 
 
 def check(state: State) -> None:
-    """Have the code on disk show that it can take over from `state`: it reads it, opens what a worker opens, and closes that
-    again, in a process of its own. Raises HandoverError."""
-    with _memory_of(state) as fd:
-        try:
+    """Have the code on disk show that it can take over from `state`: it reads it, opens what a server and a worker open, and
+    closes that again, in a process of its own. Raises HandoverError."""
+    try:
+        with _memory_of(state) as fd:
             done = subprocess.run(
                 interpreter.command("takeover", "check", str(fd)),
                 env=interpreter.environment(),
@@ -117,8 +117,8 @@ def check(state: State) -> None:
                 timeout=CHECK_TIMEOUT,
                 check=False,
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise HandoverError(str(error)) from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise HandoverError(str(error)) from error
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
         raise HandoverError(said[-1] if said else f"it ended with status {done.returncode}")

@@ -89,16 +89,18 @@ def remove(names: Iterable[str]) -> None:
         notify("FDSTOREREMOVE=1", f"FDNAME={name}")
 
 
-def wait() -> None:
-    """Return when the manager has taken in all that it was told (sd_notify_barrier(3))."""
+def wait() -> bool:
+    """Return when the manager has taken in all that it was told (sd_notify_barrier(3)); False if it does not answer."""
     reader, writer = os.pipe()
     try:
         with contextlib.closing(os.fdopen(writer, "wb")):
             notify("BARRIER=1", descriptors=[writer])
         poll = select.poll()
         poll.register(reader, 0)  # POLLHUP alone, when the manager has closed its end
-        if not poll.poll(TIMEOUT * 1000):
+        answers = bool(poll.poll(TIMEOUT * 1000))
+        if not answers:
             log.warning("the service manager does not answer")
+        return answers
     finally:
         os.close(reader)
 
@@ -110,10 +112,10 @@ def has_kept_all() -> bool:
     try:
         with contextlib.closing(os.fdopen(writer, "wb")):
             store("probe", writer)
-        wait()
+        answers = wait()
         poll = select.poll()
         poll.register(reader, 0)  # POLLHUP alone
-        has_kept = not poll.poll(0)
+        has_kept = answers and not poll.poll(0)
         remove(["probe"])
         return has_kept
     finally:

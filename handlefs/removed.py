@@ -79,6 +79,8 @@ class KeptFile(NamedTuple):
     fd: int
     is_stored: bool = False
     """Whether it is in the store."""
+    is_new: bool = False
+    """Whether the kernel had not known it yet when it was handed over."""
 
 
 class Store(Protocol):
@@ -150,7 +152,9 @@ class RemovedFiles:
 
     def keep(self, file: KeptFile) -> None:
         """Take over what a predecessor has kept. To be called before `start`."""
-        self._kept[file.nodeid] = _Kept(file)
+        self._kept[file.nodeid] = _Kept(file, file.is_new)
+        if file.is_new:
+            self._new[file.unique] = file.nodeid
         self._stored += file.is_stored
         self._look_in(_ROUND, file.nodeid)
 
@@ -162,7 +166,7 @@ class RemovedFiles:
         try:
             for kept in self._kept.values():
                 self._keep_in_store(kept)
-            yield tuple(kept.file for kept in self._kept.values())
+            yield tuple(kept.file._replace(is_new=kept.is_new) for kept in self._kept.values())
         finally:
             self.start()
 

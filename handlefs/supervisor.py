@@ -147,10 +147,10 @@ class Supervisor:
         )
         stack.callback(self._removed.close)
         self._selector.register(self._calls.fd, selectors.EVENT_READ, lambda: None)
-        stack.callback(self._calls.close)
         stack.callback(self._selector.close)
         self._crew.assign(assignment, self._slots)
         stack.callback(self._crew.end)
+        stack.callback(self._calls.close)  # first of all: who starts new processes has to end them
         if state is not None:
             self._take_over(state)
         self._removed.start()

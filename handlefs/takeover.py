@@ -7,7 +7,7 @@ import os
 import sys
 from typing import NoReturn
 
-from handlefs import __version__
+from handlefs import __version__, control
 from handlefs.daemon import set_up_logging, unmount_on_signals
 from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.handover import State
@@ -23,7 +23,7 @@ def main() -> NoReturn:
     try:
         state = State.from_memory(int(number))
         if action == "check":
-            rehearse(state.assignment)
+            _check(state)
             sys.exit(0)
     except StartupError as error:
         sys.exit(str(error))
@@ -31,15 +31,22 @@ def main() -> NoReturn:
     sys.exit(_serve(state))
 
 
+def _check(state: State) -> None:
+    """Raise StartupError if `_serve` would."""
+    control.check()
+    set_up_logging(state.assignment.config.log_file, foreground=state.assignment.foreground)
+    rehearse(state.assignment)
+
+
 def _serve(state: State) -> int:
     config = state.assignment.config
-    set_up_logging(config.log_file, foreground=state.assignment.foreground)
 
     def on_ready() -> None:
         unmount_on_signals(config.mountpoint)  # the predecessor has held signals back
         log.info("handlefs %s has taken over %s", __version__, config.mountpoint)
 
     try:
+        set_up_logging(config.log_file, foreground=state.assignment.foreground)
         Server(config, foreground=state.assignment.foreground, inherited=state).serve(on_ready)
     except ConnectionAborted:  # logged by then
         return 1

@@ -270,18 +270,20 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
 
 
 def rehearse(assignment: Assignment) -> None:
-    """Open what a worker opens before it serves, and close it again. Raises StartupError."""
+    """Open what a worker opens before it serves, the map with the key file as the supervisor does, and close it again. Raises
+    StartupError."""
     SlotMemory(assignment.slots, assignment.slot_count, assignment.negotiated.buffer_size)
     table = _open_table(assignment)
     if table is not None:
         table.close()
-    _close_map(_open_source(assignment))
+    key_file = assignment.config.key_file
+    _close_map(_open_source(assignment, Path(key_file) if key_file else None))
 
 
-def _open_source(assignment: Assignment) -> Source:
+def _open_source(assignment: Assignment, key_file: Path | None = None) -> Source:
     config = assignment.config
     source = open_source(config.source, 0, config, assignment.opened_source)
-    source.attach_map(open_map(assignment.state_path, source))
+    source.attach_map(open_map(assignment.state_path, source, key_file))
     return source
 
 

@@ -39,7 +39,7 @@ class WorkerProcess:
         self.is_retired = False
         """Whether its end is wanted, since newer code takes its place."""
         self._lock = threading.Lock()  # held by who uses `commands` in another thread than that which closes it
-        self._numbers = itertools.count()
+        self._numbers = itertools.count(time.monotonic_ns())  # none of a predecessor's, whose answers may still come
 
     @classmethod
     def inherited(cls, serving: ServingWorker) -> "WorkerProcess":

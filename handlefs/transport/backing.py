@@ -109,7 +109,7 @@ class BackingFiles:
         """The kernel has dropped these nodes: keep nothing for them."""
         for nodeid in nodeids:
             if self._kept.pop(nodeid, None) is not None:
-                self.released(nodeid, KEPT)
+                self._drop(nodeid)
 
     def let_go(self, age: float = 0.0) -> None:
         """Keep nothing any more that was registered `age` seconds ago."""
@@ -118,7 +118,21 @@ class BackingFiles:
 
     def let_go_of_others(self) -> None:
         """Keep nothing of what processes have kept that may be dead by now; what others of them keep will be kept anew."""
-        self.abandoned(number_of(KEPT))
+        if self._table is not None:
+            try:
+                kept = self._table.opened_by(number_of(KEPT))
+            except OSError as error:
+                log.error("backing IDs that dead workers have kept stay until the end of the mount: %s", error.strerror)
+                return
+            for nodeid, _ in kept:
+                self._drop(nodeid)
+
+    def _drop(self, nodeid: int) -> None:
+        """No longer keep the ID of `nodeid`; nobody waits for this, so a failure is only logged."""
+        try:
+            self.released(nodeid, KEPT)
+        except OSError as error:
+            log.error("a backing ID stays until the end of the mount: %s", error.strerror)
 
     def abandoned(self, request: int) -> None:
         """Nobody will release what the request of that number has opened, if anything."""

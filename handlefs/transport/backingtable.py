@@ -130,10 +130,10 @@ class BackingTable:
         """Node ID and `fh` of what the request of that number has opened. All records are looked at."""
         try:
             with self._env.begin() as transaction:
-                keys = [_KEY.unpack(key) for key in transaction.cursor().iternext(values=False)]
+                keys = map(_KEY.unpack, transaction.cursor().iternext(values=False))
+                return [(nodeid, fh) for nodeid, fh in keys if number_of(fh) == request]
         except lmdb.Error as error:
             raise _as_oserror(error) from error
-        return [(nodeid, fh) for nodeid, fh in keys if number_of(fh) == request]
 
     def make_room(self) -> None:
         """Make sure that there is memory for `_TRANSACTIONS` changes more. OSError: ENOSPC, also when it is full."""

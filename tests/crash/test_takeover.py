@@ -86,6 +86,37 @@ def test_an_upgrade_needs_no_room_in_the_runtime_directory(ext4: Path, monkeypat
         assert sorted(path.name for path in runtime.iterdir()) == ["fill", "starting"]
 
 
+def test_what_would_stop_the_new_server_is_found_before(
+    ext4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime directory that others may enter, another key, no place for the log: the old server goes on."""
+    with filesystem("tmpfs", "1M") as runtime, scratch_directory("log-") as logs:
+        runtime.chmod(0o700)
+        monkeypatch.setenv("HANDLEFS_RUNTIME_DIR", str(runtime))
+        key_file, log = tmp_path / "key", logs / "here" / "log"
+        log.parent.mkdir()
+        with serving(ext4, "--key-file", str(key_file), "--log-file", str(log)) as server:
+            ok("upgrade", server.path)
+
+            runtime.chmod(0o755)
+            fails("upgrade", server.path)
+            runtime.chmod(0o700)
+
+            key = key_file.read_text()
+            key_file.write_text("0" * len(key.strip()) + "\n")
+            assert "key" in fails("upgrade", server.path)
+            key_file.write_text(key)
+
+            log.parent.rename(logs / "elsewhere")
+            assert "cannot log" in fails("upgrade", server.path)
+            (logs / "elsewhere").rename(log.parent)
+
+            (server.path / "file").write_bytes(b"content")
+            assert server.status()["upgrades"] == 1
+            ok("upgrade", server.path)
+            ok("umount", server.path)
+
+
 @contextmanager
 def workload(directory: Path, seconds: float, model: type[Model] = Model) -> Iterator[threading.Event]:
     """Clients that check each of their results, from before the block until after it; the event tells that they are done."""
