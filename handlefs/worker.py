@@ -263,8 +263,12 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
     set_name("handlefs-spare")
     send(commands, {"ready": os.getpid()})
     line = _receive(commands)
-    if line:
-        _serve_slot(assignment, source, table, json.loads(line)["slot"], commands)
+    try:
+        if line:
+            _serve_slot(assignment, source, table, json.loads(line)["slot"], commands)
+    except StartupError as error:
+        log.error("%s", error)
+        return 1
     _close_map(source)
     return 0
 
@@ -323,7 +327,10 @@ def _serve_slot(
     dispatcher = Dispatcher(operations, negotiated, backing, assignment.config)
     attendant = Attendant(commands, operations, drops, backing)
     source.cache.more_room = attendant.make_room
-    attendant.start()
+    try:
+        attendant.start()
+    except RuntimeError as error:  # of threading, as above
+        raise StartupError(f"cannot start a worker: {error}") from error
     replay = Replay(operations, negotiated, dispatcher.answer)
     gc.freeze()  # what is here by now stays; the collector need not look at it again and again
     Worker(assignment.device, slot, dispatcher, replay, counters, busy=alone).run()
