@@ -19,8 +19,10 @@ ID is let go of as soon as the node is forgotten, as that of a removed file is. 
 on the source would fail.
 
 The kernel does such I/O with the credentials of this process, not the client's. So that a write clears set-id bits, the
-backing file is registered without CAP_FSETID; and since that would clear them for root too, a file that has set-id bits
-when it is opened goes through the server.
+backing file is registered without CAP_FSETID; and since that would clear them for root too, the writes of a file that has
+set-id bits when it is opened go through the server. If its inode has a backing ID already, because it is open from before it
+had these bits, or was a moment ago (nobody waits for a RELEASE), the kernel is told to use the server all the same:
+FOPEN_DIRECT_IO overrides FOPEN_PASSTHROUGH (fuse_file_write_iter in fs/fuse/file.c).
 """
 
 import errno
@@ -32,6 +34,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from handlefs.accelerator import fstat
 from handlefs.credentials import CAP_FSETID, ioctl_without
@@ -49,6 +52,21 @@ KEPT_SECONDS = 1.0
 """For how long an ID is kept, at least, once it was registered."""
 KEPT_FILES = 512
 """IDs that a worker keeps at most; each holds some 2 KiB of the kernel's memory."""
+
+
+class Backing(NamedTuple):
+    """What struct fuse_open_out says of it."""
+
+    backing_id: int
+    """`NO_BACKING`: the file's data goes through the server."""
+    open_flags: int
+
+
+NOT_BACKED = Backing(NO_BACKING, 0)
+
+
+def _backing(backing_id: int, also: int = 0) -> Backing:
+    return Backing(backing_id, abi.FOPEN_PASSTHROUGH | also) if backing_id != NO_BACKING else NOT_BACKED
 
 
 class BackingFiles:
@@ -80,14 +98,16 @@ class BackingFiles:
         """Whether any file may get one."""
         return self._table is not None
 
-    def opened(self, nodeid: int, fh: int, fd: int) -> int:
-        """`nodeid` has been opened as `fh`, with the descriptor `fd`: the backing ID for the reply, or `NO_BACKING`."""
+    def opened(self, nodeid: int, fh: int, fd: int) -> Backing:
+        """`nodeid` has been opened as `fh`, with the descriptor `fd`. Raises OSError, nothing recorded."""
         if self._table is None:
-            return NO_BACKING
+            return NOT_BACKED
+        read_only = reopen_flags(fh) & os.O_ACCMODE == os.O_RDONLY
         if fstat(fd).st_mode & (st.S_ISUID | st.S_ISGID):
             self.released(nodeid, KEPT)  # from before it had these bits
-            return self._table.opened(nodeid, fh, lambda: NO_BACKING)
-        keep = len(self._kept) < self._room and reopen_flags(fh) & os.O_ACCMODE == os.O_RDONLY
+            backing_id = self._table.opened(nodeid, fh, lambda: NO_BACKING)
+            return _backing(backing_id, 0 if read_only else abi.FOPEN_DIRECT_IO)
+        keep = len(self._kept) < self._room and read_only
 
         def register() -> int:
             backing_id = self._register(fd)
@@ -95,7 +115,7 @@ class BackingFiles:
                 self._kept[nodeid] = time.monotonic()
             return backing_id
 
-        return self._table.opened(nodeid, fh, register, keep=keep)
+        return _backing(self._table.opened(nodeid, fh, register, keep=keep))
 
     def released(self, nodeid: int, fh: int) -> None:
         """The open `fh` of `nodeid` has come to its end; what is not known is ignored."""

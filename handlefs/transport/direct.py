@@ -26,7 +26,7 @@ from handlefs.protocol.listing import direntplus, dirents
 from handlefs.source import Attributes, Entry
 from handlefs.syscalls import Moment
 from handlefs.transport import inlinereplies
-from handlefs.transport.backing import BackingFiles
+from handlefs.transport.backing import NOT_BACKED, Backing, BackingFiles
 from handlefs.transport.backingtable import NO_BACKING
 from handlefs.transport.failures import Failures
 
@@ -334,25 +334,25 @@ class Dispatcher:
         flags, open_flags = decode(abi.fuse_open_in, request.body)
         kill = bool(open_flags & abi.FUSE_OPEN_KILL_SUIDGID) if self._kernel_says_kill else request.uid != 0
         fh = self._operations.open(request.nodeid, flags, kill_suidgid=kill)
-        backing_id = self._backing_id(request.nodeid, fh)
-        if not backing_id and self._backing.are_possible:
+        backing = self._back(request.nodeid, fh)
+        if backing.backing_id == NO_BACKING and self._backing.are_possible:
             self._operations.opened_here(request.nodeid, fh)
-        return self._open_out(request.nodeid, fh, flags, backing_id)
+        return self._open_out(request.nodeid, fh, flags, backing)
 
     def _opened(self, nodeid: int, fh: int, flags: int) -> bytes:
         """struct fuse_open_out for a new regular file, opened with the open(2) `flags`."""
-        return self._open_out(nodeid, fh, flags, self._backing_id(nodeid, fh))
+        return self._open_out(nodeid, fh, flags, self._back(nodeid, fh))
 
-    def _backing_id(self, nodeid: int, fh: int) -> int:
+    def _back(self, nodeid: int, fh: int) -> Backing:
         file = self._operations.open_files.get(nodeid, fh)
         try:
-            return NO_BACKING if file is None else self._backing.opened(nodeid, fh, file.fd)
+            return NOT_BACKED if file is None else self._backing.opened(nodeid, fh, file.fd)
         except OSError:
             self._operations.release(nodeid, fh)  # the kernel will not: for it the file was never opened
             raise
 
-    def _open_out(self, nodeid: int, fh: int, flags: int, backing_id: int) -> bytes:
-        open_flags = abi.FOPEN_PASSTHROUGH if backing_id else 0
+    def _open_out(self, nodeid: int, fh: int, flags: int, backing: Backing) -> bytes:
+        backing_id, open_flags = backing
         # FLUSH writes back what a mapping has made dirty in the kernel's cache: nothing, with passthrough or read-only.
         if (backing_id or flags & os.O_ACCMODE == os.O_RDONLY) and self._operations.close_says_nothing(nodeid):
             open_flags |= abi.FOPEN_NOFLUSH

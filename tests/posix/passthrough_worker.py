@@ -19,7 +19,7 @@ from handlefs.operations import Operations
 from handlefs.protocol.init import Negotiated
 from handlefs.slot import SlotMemory
 from handlefs.source import Source
-from handlefs.transport.backing import BackingFiles
+from handlefs.transport.backing import Backing, BackingFiles
 from handlefs.transport.backingtable import BackingTable
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.replay import Replay
@@ -41,10 +41,10 @@ class Dying(BackingFiles):
         self._dies_if("registered")
         return backing_id
 
-    def opened(self, nodeid: int, fh: int, fd: int) -> int:
-        backing_id = super().opened(nodeid, fh, fd)
+    def opened(self, nodeid: int, fh: int, fd: int) -> Backing:
+        backing = super().opened(nodeid, fh, fd)
         self._dies_if("recorded")
-        return backing_id
+        return backing
 
     def released(self, nodeid: int, fh: int) -> None:
         super().released(nodeid, fh)

@@ -4,6 +4,7 @@ error, nor another file's data, and reads its open files while no process is the
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import random
 import re
@@ -287,13 +288,33 @@ def test_a_kept_id_is_not_for_a_file_with_set_id_bits(connection: Connection) ->
     assert connection.content("0") == b"c" + CONTENTS[0][1:]
 
 
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_WRONLY | os.O_APPEND])
+def test_set_id_bits_of_a_file_that_is_open_from_before_it_had_them(connection: Connection, flags: int) -> None:
+    """As above; the kernel allows no open without a backing file beside one with."""
+    connection.worker()
+    before = connection.open("0", os.O_RDWR)
+    (connection.source / "0").chmod(0o6755)
+    file, reader = connection.open("0", flags), connection.open("0")
+    connection.do(os.write, file, b"more")
+    assert stat.S_IMODE((connection.source / "0").stat().st_mode) == 0o6755
+    expected = CONTENTS[0] + b"more" if flags & os.O_APPEND else b"more" + CONTENTS[0][4:]
+    assert connection.do(os.pread, reader, 100, 0) == connection.do(os.pread, before, 100, 0) == expected
+    for descriptor in (before, reader):
+        connection.do(os.close, descriptor)
+    if flags & os.O_RDWR:
+        assert connection.do(os.pread, file, 100, 0) == expected
+        with mmap.mmap(file, 0) as mapped:
+            assert connection.do(lambda: mapped[:]) == expected
+    connection.do(os.close, file)
+
+
 def test_no_more_ids_are_kept_than_wanted(connection: Connection) -> None:
     counts = [0, 0]
     files = connection.backing_files(counts, keep=3)
     with ExitStack() as stack:
         for number in range(1, 6):
             file = stack.enter_context((connection.source / f"{number}").open("rb"))
-            assert files.opened(number, number << 4, file.fileno()) != NO_BACKING
+            assert files.opened(number, number << 4, file.fileno()).backing_id != NO_BACKING
             files.released(number, number << 4)
     assert (counts[REGISTERED], counts[CLOSED]) == (5, 2)
     files.let_go(age=3600.0)
