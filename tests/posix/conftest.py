@@ -4,7 +4,7 @@ the control."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,10 @@ from ..support.users import root_again
 T = TypeVar("T")
 
 STORM_INTERVAL = 0.004
-# The first file system gets more, btrfs (mapped node IDs) the two ends of the scale for each way to serve, the others
-# less: each mode takes a minute for each.
+# The first file system gets more, btrfs (mapped node IDs) the ends of the scale, the others less: each mode takes a minute
+# for each.
 MODES_OF = {
-    "ext4": ("default", "nopass", "storm", "nopass-storm", "pyfuse3", "pyfuse3-storm", *CLIENT_MODES),
+    "ext4": ("default", "storm", "nopass-storm", "pyfuse3-storm", *CLIENT_MODES),
     "btrfs": ("default", "nopass-storm", "pyfuse3-storm", "client-storm"),
 }
 OTHER_MODES = ("default", "nopass-storm")
@@ -98,14 +98,18 @@ class Ground:
 
 def matrix(config: pytest.Config) -> list[str]:
     """The trees to test: "ext4-native", "ext4-default", …"""
-    kinds = [kind for kind in config.getoption("--fs").split(",") if kind in KINDS]
-    modes = {kind: () if config.getoption("--native") else MODES_OF.get(kind, OTHER_MODES) for kind in kinds}
-    return [f"{kind}-{mode}" for kind in kinds for mode in (NATIVE, *modes[kind])]
+    return _names(config, lambda kind: MODES_OF.get(kind, OTHER_MODES))
 
 
 def restart_matrix(config: pytest.Config) -> list[str]:
-    """For tests that restart the server: each file system natively, and served with each transport."""
-    return [name for name in matrix(config) if name.endswith(("-native", "-default", "-pyfuse3"))]
+    """For tests that restart the server: each file system natively and served, and one with the other transport."""
+    return _names(config, lambda kind: ("default", "pyfuse3") if kind == "ext4" else ("default",))
+
+
+def _names(config: pytest.Config, modes: Callable[[str], Sequence[str]]) -> list[str]:
+    kinds = [kind for kind in config.getoption("--fs").split(",") if kind in KINDS]
+    served = (lambda kind: ()) if config.getoption("--native") else modes
+    return [f"{kind}-{mode}" for kind in kinds for mode in (NATIVE, *served(kind))]
 
 
 def direct_matrix(config: pytest.Config) -> list[str]:
@@ -123,22 +127,35 @@ GROUNDS = {"ground": matrix, "restart_ground": restart_matrix, "direct_ground": 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "served: about the server alone, with nothing to compare on the control")
     config.addinivalue_line("markers", "kinds(names): only on these file systems")
+    config.addinivalue_line("markers", "many_cases: in all modes on ext4 alone, elsewhere in the default one")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for fixture in GROUNDS.keys() & set(metafunc.fixturenames):
         names = [name for name in GROUNDS[fixture](metafunc.config) if _is_meant(name, metafunc.definition)]
         metafunc.parametrize(fixture, names, indirect=True, scope="package")
-    if "kind" in metafunc.fixturenames:
-        metafunc.parametrize("kind", served_kinds(metafunc.config), scope="session")
-    if "transport" in metafunc.fixturenames:
+    kinds = [kind for kind in served_kinds(metafunc.config) if _is_meant_for(kind, metafunc.definition)]
+    if {"kind", "transport"} <= set(metafunc.fixturenames):  # the other transport has the same operations
+        ways = [(kind, "direct") for kind in kinds] + [(kind, "pyfuse3") for kind in kinds[:1]]
+        metafunc.parametrize(("kind", "transport"), ways, scope="session")
+    elif "kind" in metafunc.fixturenames:
+        metafunc.parametrize("kind", kinds, scope="session")
+    elif "transport" in metafunc.fixturenames:
         metafunc.parametrize("transport", TRANSPORTS, scope="session")
 
 
 def _is_meant(name: str, test: pytest.Item) -> bool:
     kind, mode = name.split("-", 1)
+    if mode == NATIVE and test.get_closest_marker("served") is not None:
+        return False
+    if test.get_closest_marker("many_cases") is not None and kind != "ext4" and mode not in (NATIVE, "default"):
+        return False
+    return _is_meant_for(kind, test)
+
+
+def _is_meant_for(kind: str, test: pytest.Item) -> bool:
     kinds = test.get_closest_marker("kinds")
-    return (mode != NATIVE or test.get_closest_marker("served") is None) and (kinds is None or kind in kinds.args)
+    return kinds is None or kind in kinds.args
 
 
 @contextmanager

@@ -205,6 +205,7 @@ def listing(base: Path) -> dict[str, object]:
     return seen
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("flags", [0, RENAME_NOREPLACE, RENAME_EXCHANGE], ids=["plain", "noreplace", "exchange"])
 @pytest.mark.parametrize("same_directory", [True, False])
 def test_rename_of_everything_over_everything(tree: TestTree, flags: int, same_directory: bool) -> None:

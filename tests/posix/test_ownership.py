@@ -44,6 +44,7 @@ def create_all(base: Path) -> dict[str, Any]:
     return {name: outcome(make, name) for name in CREATORS}
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("user", USERS)
 @pytest.mark.parametrize("parent", [0o777, 0o1777, 0o2777, 0o2770, 0o3775, 0o755])
 def test_new_objects_belong_to_the_caller(tree: TestTree, user: str, parent: int) -> None:
@@ -78,6 +79,7 @@ ACLS = {
 }
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 @pytest.mark.parametrize("default", ACLS)
 def test_default_acls_under_a_umask(tree: TestTree, default: str, umask: int) -> None:
@@ -270,6 +272,7 @@ def change_set_id_files(base: Path, actor: str, change: str, modes: tuple[int, .
     return [(path.name, result, path) for path, result in zip(paths, results, strict=True)]
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("actor", ACTORS)
 def test_set_id_bits(tree: TestTree, actor: str, change: str) -> None:
@@ -291,6 +294,7 @@ def test_set_id_bits(tree: TestTree, actor: str, change: str) -> None:
         assert attributes(path) == attributes(tree.source / path.name)
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("change", [name for name in CHANGES if name != "chown to nobody"])
 @pytest.mark.parametrize("actor", ACTORS)
 def test_set_gid_without_group_execute(tree: TestTree, actor: str, change: str) -> None:

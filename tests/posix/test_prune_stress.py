@@ -269,8 +269,13 @@ def snapshot(base: Path) -> tuple[dict[str, bytes], set[str]]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("mode", [NATIVE, "cache1", "nopass-storm", "pyfuse3-storm"])
-@pytest.mark.parametrize("where", KINDS)
+@pytest.mark.parametrize(
+    ("where", "mode"),
+    [
+        *((kind, mode) for kind in KINDS for mode in (NATIVE, "cache1")),
+        *((kind, mode) for kind in ("ext4", "btrfs") for mode in ("nopass-storm", "pyfuse3-storm")),
+    ],
+)
 def test_checked_workload_under_pruning(
     where: str, mode: str, filesystems: FileSystems, pytestconfig: pytest.Config
 ) -> None:

@@ -50,6 +50,7 @@ def test_everything_looks_the_same_to_the_next_server(restartable: TestTree, how
     assert after == before
 
 
+@pytest.mark.kinds("ext4", "btrfs")  # inline and mapped node IDs
 @pytest.mark.parametrize("order", [("direct", "pyfuse3"), ("pyfuse3", "direct")], ids="-to-".join)
 def test_the_next_server_has_the_other_transport(kind: str, order: tuple[str, str], filesystems: FileSystems) -> None:
     """Handles that a client holds, inode numbers, attributes and the offsets of a listing do not change."""
@@ -110,6 +111,7 @@ def source(kind: str, filesystems: FileSystems, request: pytest.FixtureRequest) 
     yield path
 
 
+@pytest.mark.kinds("ext4", "btrfs")  # inline and mapped node IDs
 def test_several_mounts_of_one_source(source: Path) -> None:
     """Servers that share a state directory give out the same node IDs, whatever their transports: a handle from one opens on
     the other."""
@@ -133,6 +135,7 @@ def test_several_mounts_of_one_source(source: Path) -> None:
             assert identities(third.path, names) == seen
 
 
+@pytest.mark.kinds("ext4", "btrfs")  # inline and mapped node IDs
 def test_a_shared_key_gives_the_same_node_ids(source: Path) -> None:
     """A lost map heals: with the same key, a server with an empty map computes the same node IDs as it walks."""
     with scratch_directory() as scratch:
@@ -146,6 +149,7 @@ def test_a_shared_key_gives_the_same_node_ids(source: Path) -> None:
             assert identities(other.path, names) != seen
 
 
+@pytest.mark.kinds("ext4", "btrfs")  # inline and mapped node IDs
 def test_the_state_of_another_source_is_refused(source: Path) -> None:
     """A map belongs to one source; the message names both and says what to do."""
     for name in ("one", "two"):
@@ -164,6 +168,7 @@ def test_the_state_of_another_source_is_refused(source: Path) -> None:
         assert "--state-dir" in refused.stderr
 
 
+@pytest.mark.kinds("ext4", "btrfs")  # inline and mapped node IDs
 def test_a_renamed_source_is_still_the_same(source: Path) -> None:
     """The source is known by its file handle, not by its path."""
     (source / "before").mkdir()

@@ -17,7 +17,8 @@ from ..support.server import Mounted, mounted
 from ..support.syscalls import Handle, drop_caches, name_to_handle, open_handle, read_directory
 from .compare import in_the_end, outcome
 
-OTHERS = ("tmpfs", "btrfs", "ext4")  # ext4 below ext4: the same inode numbers and generations on both
+# What is mounted below the source, and the transport. ext4 below ext4: the same inode numbers and generations on both.
+BORDERS = (("tmpfs", "direct"), ("btrfs", "direct"), ("ext4", "direct"), ("ext4", "pyfuse3"))
 
 
 @dataclass
@@ -38,18 +39,19 @@ class Border:
         return self.stack.enter_context(mounted(self.source, None, *args, state_dir=state_dir))
 
 
-@pytest.fixture(params=OTHERS)
-def border(request: pytest.FixtureRequest, transport: str, filesystems: FileSystems) -> Iterator[Border]:
+@pytest.fixture(params=BORDERS, ids="-".join)
+def border(request: pytest.FixtureRequest, filesystems: FileSystems) -> Iterator[Border]:
     if request.config.getoption("--native"):
         pytest.skip("only the control was asked for")
+    other, transport = request.param
     source = filesystems["ext4"] / f"submounts-{request.node.name}"
     (source / "sub").mkdir(parents=True)
     (source / "sub" / "covered").write_bytes(b"covered")
     (source / "beside").write_bytes(b"beside")
     with ExitStack() as stack:
-        stack.enter_context(filesystem(request.param, "512M", at=source / "sub"))
+        stack.enter_context(filesystem(other, "512M", at=source / "sub"))
         fill(source / "sub")
-        yield Border(source, request.param, transport, stack)
+        yield Border(source, other, transport, stack)
 
 
 def fill(base: Path) -> None:
