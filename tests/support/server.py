@@ -108,9 +108,9 @@ class Mounted:
             )
 
     def stop(self) -> None:
-        """Unmount with the command line and wait until the server has gone."""
+        """Unmount and wait until the server has gone."""
         with self._exit_awaited():
-            run(sys.executable, "-m", "handlefs", "umount", self.path)
+            run("umount", self.path)
 
     def restart(self) -> None:
         """A clean restart: unmount, then a fresh server process with the same state."""
