@@ -438,7 +438,14 @@ def test_an_eviction_lets_go_of_kept_ids(direct: TestTree) -> None:
     direct_table = os.open(table_of(server), os.O_RDONLY)
     try:
         with closing(BackingTable(direct_table)) as table:
-            assert in_the_end(lambda: [fh for _, fh in backing_ids(table)], [KEPT]) == [KEPT]
+
+            def kept() -> object:
+                (direct.path / "file").read_bytes()
+                return in_the_end(
+                    lambda: [fh for _, fh in backing_ids(table)], [KEPT], seconds=0.5
+                )  # it is for a second only
+
+            assert in_the_end(kept, [KEPT]) == [KEPT]
             server.evict()
             assert records(table) == 0
     finally:
