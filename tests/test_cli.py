@@ -912,7 +912,7 @@ def test_evict(place: Place) -> None:
         def cached() -> bool:
             for number in range(20):
                 os.listdir(place.path / f"new{number}")
-            return json.loads(ok("status", place.path, "--json"))["cache"]["size"] >= 20
+            return bool(json.loads(ok("status", place.path, "--json"))["cache"]["size"] >= 20)
 
         assert in_the_end(cached, True) is True  # before it was held, another test may have emptied the kernel's caches
         assert ok("evict", place.path, "--count", "3") == "3 evicted\n"
