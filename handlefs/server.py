@@ -103,6 +103,7 @@ class Server:
             self.state_dir = state_dir_of(self.source, config.state_dir)
         else:  # by a descriptor of our own: it is needed until the map is closed
             self.state_dir = Path(f"/proc/self/fd/{os.dup(inherited.assignment.state_dir)}")
+        self._map_in_use = threading.Lock()  # by a thread that asks it, or that closes it
         self._open_map()
         self._metrics = self._metrics_server()
         self.serving: Serving
@@ -154,6 +155,7 @@ class Server:
             self._control.stop(keep_record=aborted)
             if self._metrics is not None:
                 self._metrics.close()
+            self._map_in_use.acquire()  # for good: who still asks for the status hears that the server has ended
             close_map(self.source)
         if aborted:
             message = f"the connection to {self.config.mountpoint} was aborted: handlefs restart brings it back"
@@ -195,8 +197,10 @@ class Server:
 
     def status(self) -> dict[str, object]:
         """What `handlefs status` shows; docs/control.md lists the keys."""
+        with self._map_in_use:
+            identity = status.identity(self.config, self.source)
         return {
-            **status.identity(self.config, self.source),
+            **identity,
             "transport": self.transport,
             "nodeids": "mapped" if self.source.inline is None else "inline (ino, generation)",
             "metrics": None if self._metrics is None else self._metrics.url,
@@ -241,16 +245,15 @@ class Server:
     @contextlib.contextmanager
     def _left_to_a_successor(self) -> Iterator[None]:
         """Cut off no client of the metrics, and let go of the map meanwhile: of a process that just goes on as another program,
-        LMDB would take readers for alive."""
-        if self._metrics is not None:
-            self._metrics.pause()
-        close_map(self.source)
-        try:
-            yield
-        finally:
-            self._open_map()
+        LMDB would take readers for alive. Who asks for the status waits, and asks the successor when the connection ends."""
+        with contextlib.ExitStack() as undo:
             if self._metrics is not None:
-                self._metrics.start()
+                self._metrics.pause()
+                undo.callback(self._metrics.start)
+            undo.enter_context(self._map_in_use)
+            close_map(self.source)
+            undo.callback(self._open_map)
+            yield
 
     def _finish_upgrade(self, client: int) -> None:
         """Replace the workers with the old code, and answer the `client` that waits."""

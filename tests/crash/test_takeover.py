@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from handlefs.layout import LAYOUT
 from ..posix.compare import in_the_end, outcome
 from ..support.cli import fails, ok
 from ..support.filesystems import FileSystems, filesystem, fill, is_mounted, scratch_directory
+from ..support.meanwhile import meanwhile
 from ..support.server import Mounted, mounted
 from ..support.users import Child
 from .conftest import TIMEOUT
@@ -340,6 +341,14 @@ def test_one_at_a_time(ext4: Path, command: str) -> None:
         for process, message in zip(both, said, strict=True):
             assert process.returncode == 0 or "is under way already" in message
         assert 0 in [process.returncode for process in both]
+
+
+def test_the_status_is_there_all_the_time(ext4: Path) -> None:
+    with serving(ext4) as server, ExitStack() as clients:
+        for _ in range(4):
+            clients.enter_context(meanwhile(server.status, lambda: 0.0))
+        for _ in range(3):
+            ok("upgrade", server.path)
 
 
 def test_upgrades_while_workers_are_killed(kind: str, filesystems: FileSystems, pytestconfig: pytest.Config) -> None:
