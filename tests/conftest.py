@@ -20,6 +20,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fs", default=",".join(KINDS), help="file systems to test on (default: %(default)s)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kinds(names): only on these file systems")
+
+
 @pytest.fixture(scope="session")
 def filesystems() -> Iterator[FileSystems]:
     """`filesystems["xfs"]` is the root of a scratch file system of that kind."""

@@ -13,7 +13,7 @@ from typing import TypeVar
 import pytest
 
 from ..posix.compare import in_the_end
-from ..support.filesystems import FileSystems, run, scratch_directory
+from ..support.filesystems import FileSystems, is_meant_for, run, scratch_directory
 from ..support.server import Mounted, mounted
 from ..support.users import ROOT, Child, User
 
@@ -94,5 +94,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kind" in metafunc.fixturenames:
         asked = [] if metafunc.config.getoption("--native") else metafunc.config.getoption("--fs").split(",")
         # tmpfs has mapped node IDs, as btrfs has, and nothing that is its own here: it is left out for the time it takes.
-        kinds = [kind for kind in asked if kind != "tmpfs"]
+        kinds = [kind for kind in asked if kind != "tmpfs" and is_meant_for(kind, metafunc.definition)]
         metafunc.parametrize("kind", kinds, scope="module")

@@ -198,6 +198,7 @@ def test_random_kills_under_a_checked_workload(server: Mounted, seed: int, pytes
     server.check_log()
 
 
+@pytest.mark.kinds("ext4")  # the file system does not matter
 def test_requests_as_large_as_can_be(server: Mounted) -> None:
     """The kernel copies them into a worker's memory, which SIGKILL must not interrupt: the client would get EIO."""
 
@@ -300,6 +301,7 @@ def test_a_removed_file_is_let_go_of(server: Mounted) -> None:
     assert in_the_end(lambda: before - free() < half, True, seconds=TIMEOUT) is True
 
 
+@pytest.mark.kinds("ext4")  # the file system does not matter
 def test_a_request_that_kills_its_workers_gets_eio(ground: Ground) -> None:
     ground.server.expected_log = f"a request for mkdir has killed {ATTEMPTS} workers: it is answered with EIO"
     served, _ = ground.directories()
@@ -360,6 +362,7 @@ def stopped_workers(server: Mounted) -> Iterator[list[int]]:
             os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.kinds("ext4")  # the file system does not matter
 def test_evict_does_not_wait_for_each_worker_that_hangs(server: Mounted) -> None:
     with stopped_workers(server):
         assert server.evict() == 0
@@ -403,6 +406,7 @@ def kill_one_after_the_other(pids: list[int], stop: threading.Event) -> None:
             kill(pid)
 
 
+@pytest.mark.kinds("ext4")  # the file system does not matter
 def test_unmounting_with_dying_workers(kind: str, filesystems: FileSystems) -> None:
     source = filesystems[kind] / "dying"
     source.mkdir()
@@ -420,6 +424,7 @@ def test_unmounting_with_dying_workers(kind: str, filesystems: FileSystems) -> N
         assert all_gone(before)
 
 
+@pytest.mark.kinds("ext4")  # the file system does not matter
 def test_a_killed_supervisor_takes_its_workers_along(kind: str, filesystems: FileSystems) -> None:
     source = filesystems[kind] / "supervisor"
     source.mkdir()

@@ -35,6 +35,7 @@ def append_only_log(base: Path) -> list[object]:
         set_flags(path, 0)
 
 
+@pytest.mark.kinds("ext4", "btrfs")  # inline and mapped node IDs
 @pytest.mark.parametrize("passthrough", ["auto", "off"])
 def test_a_file_that_becomes_append_only(kind: str, filesystems: FileSystems, passthrough: str) -> None:
     base = filesystems[kind] / f"append-{passthrough}"
@@ -71,6 +72,7 @@ def immutable_document(base: Path, meanwhile: Callable[[], object]) -> list[obje
         os.close(fd)
 
 
+@pytest.mark.kinds("ext4", "btrfs")  # inline and mapped node IDs
 @pytest.mark.parametrize("passthrough", ["auto", "off"])
 def test_a_file_that_becomes_immutable(kind: str, filesystems: FileSystems, passthrough: str) -> None:
     """Workers that have not opened it do all that does not change it, and the next may write again when it has become
@@ -89,6 +91,7 @@ def test_a_file_that_becomes_immutable(kind: str, filesystems: FileSystems, pass
         assert Child(immutable_document, server.path, forget).result(TIMEOUT) == expected
 
 
+@pytest.mark.kinds("ext4")  # the file system does not matter
 def test_removing_without_descriptors(kind: str, filesystems: FileSystems) -> None:
     """A worker that has no descriptor left closes what it can open again, and removes."""
     source = filesystems[kind] / "no-descriptors"

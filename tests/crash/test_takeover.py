@@ -145,6 +145,7 @@ def workload(directory: Path, seconds: float, model: type[Model] = Model) -> Ite
         assert result > 0
 
 
+@pytest.mark.kinds("ext4", "btrfs")  # inline and mapped node IDs
 @pytest.mark.parametrize("command", ["reload", "upgrade"])
 def test_in_a_loop(kind: str, filesystems: FileSystems, command: str, pytestconfig: pytest.Config) -> None:
     """No client notices, and nothing is left over: descriptors and processes are as before."""
@@ -168,6 +169,7 @@ def test_in_a_loop(kind: str, filesystems: FileSystems, command: str, pytestconf
         assert in_the_end(lambda: server.descriptors() <= descriptors, True, seconds=TIMEOUT) is True
 
 
+@pytest.mark.kinds("ext4", "btrfs")  # inline and mapped node IDs
 @pytest.mark.parametrize("passthrough", ["off", "auto"])
 def test_what_is_open_survives_an_upgrade(kind: str, filesystems: FileSystems, passthrough: str) -> None:
     """Also what is removed and open, as a file or as a working directory."""
@@ -351,6 +353,7 @@ def test_the_status_is_there_all_the_time(ext4: Path) -> None:
             ok("upgrade", server.path)
 
 
+@pytest.mark.kinds("ext4", "btrfs")  # inline and mapped node IDs
 def test_upgrades_while_workers_are_killed(kind: str, filesystems: FileSystems, pytestconfig: pytest.Config) -> None:
     with serving(filesystems[kind], "--passthrough=off") as server:
         with (

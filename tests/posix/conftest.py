@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import pytest
 
-from ..support.filesystems import KINDS, FileSystems
+from ..support.filesystems import KINDS, FileSystems, is_meant_for
 from ..support.meanwhile import meanwhile
 from ..support.modes import CLIENT_MODES, MODES, NATIVE, TRANSPORTS
 from ..support.server import Bridged, Mounted, Native, mounted
@@ -126,7 +126,6 @@ GROUNDS = {"ground": matrix, "restart_ground": restart_matrix, "direct_ground": 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "served: about the server alone, with nothing to compare on the control")
-    config.addinivalue_line("markers", "kinds(names): only on these file systems")
     config.addinivalue_line("markers", "many_cases: in all modes on ext4 alone, elsewhere in the default one")
 
 
@@ -134,7 +133,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for fixture in GROUNDS.keys() & set(metafunc.fixturenames):
         names = [name for name in GROUNDS[fixture](metafunc.config) if _is_meant(name, metafunc.definition)]
         metafunc.parametrize(fixture, names, indirect=True, scope="package")
-    kinds = [kind for kind in served_kinds(metafunc.config) if _is_meant_for(kind, metafunc.definition)]
+    kinds = [kind for kind in served_kinds(metafunc.config) if is_meant_for(kind, metafunc.definition)]
     if {"kind", "transport"} <= set(metafunc.fixturenames):  # the other transport has the same operations
         ways = [(kind, "direct") for kind in kinds] + [(kind, "pyfuse3") for kind in kinds[:1]]
         metafunc.parametrize(("kind", "transport"), ways, scope="session")
@@ -150,12 +149,7 @@ def _is_meant(name: str, test: pytest.Item) -> bool:
         return False
     if test.get_closest_marker("many_cases") is not None and kind != "ext4" and mode not in (NATIVE, "default"):
         return False
-    return _is_meant_for(kind, test)
-
-
-def _is_meant_for(kind: str, test: pytest.Item) -> bool:
-    kinds = test.get_closest_marker("kinds")
-    return kinds is None or kind in kinds.args
+    return is_meant_for(kind, test)
 
 
 @contextmanager

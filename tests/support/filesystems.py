@@ -20,12 +20,18 @@ KINDS = ("ext4", "xfs", "btrfs", "tmpfs")
 DEFAULT_SIZE = "2G"
 
 MKFS: Mapping[str, tuple[str, ...]] = {
-    # -i: the tests of descriptors make 10,000 files in every mode.
+    # -i: the tests of descriptors make thousands of files in every mode.
     "ext4": ("mkfs.ext4", "-q", "-F", "-i", "4096", "-O", "ea_inode", "-E", "lazy_itable_init=1,lazy_journal_init=1"),
     "xfs": ("mkfs.xfs", "-q", "-f"),
     "btrfs": ("mkfs.btrfs", "-q", "-f"),
 }
 MOUNT_OPTIONS: Mapping[str, str] = {"ext4": "acl,user_xattr", "xfs": "", "btrfs": "", "tmpfs": ""}
+
+
+def is_meant_for(kind: str, test: pytest.Item) -> bool:
+    """Whether `test` is to run on that file system, by its mark `kinds` if it has one."""
+    kinds = test.get_closest_marker("kinds")
+    return kinds is None or kind in kinds.args
 
 
 class UnavailableError(Exception):
