@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
+
 from bench import kernel
 from bench.children import environment
 from bench.errors import BenchError, UnavailableError
@@ -132,7 +134,7 @@ def _probed(mountpoint: Path, event: Callable[[Path], None]) -> tuple[float, int
 
 
 def _command_if_known(name: str, mountpoint: Path) -> None:
-    if name not in cli.commands:
+    if name not in cli.list_commands(click.Context(cli)):
         raise UnavailableError(f"this version has no handlefs {name}")
     _handlefs(name, str(mountpoint))
 

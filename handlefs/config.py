@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, cast, get_args
 
 from handlefs.mount import MountOptions, OptionError
-from handlefs.volumes import Submounts
 
+Submounts = Literal["cross", "hide"]
 Transport = Literal["auto", "direct", "pyfuse3"]
 Passthrough = Literal["auto", "on", "off"]
 

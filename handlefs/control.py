@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 
 from handlefs import notify
 from handlefs.config import Config
-from handlefs.errors import StartupError
+from handlefs.errors import StartupError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ Action = Callable[[socket.socket], Mapping[str, object]]
 itself if it does not return."""
 
 
-class ControlError(Exception):
+class ControlError(UserError):
     """A server could not be asked, or said no; the text is meant for the user."""
 
 

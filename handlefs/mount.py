@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from handlefs.errors import UserError
+
 MS_RDONLY = 1 << 0
 MS_NOSUID = 1 << 1
 MS_NODEV = 1 << 2
@@ -70,7 +72,7 @@ _IGNORED = frozenset(
 _IGNORED_WITH_VALUE = frozenset({"comment", "user", "helper", "uhelper"})
 
 
-class OptionError(ValueError):
+class OptionError(UserError, ValueError):
     """A mount option that is not known or has a bad value; the text is meant for the user."""
 
 

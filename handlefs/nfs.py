@@ -4,11 +4,11 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from handlefs.errors import UserError
 
 NFSD = Path("/proc/fs/nfsd")
 ETAB = Path("/var/lib/nfs/etab")
@@ -16,7 +16,7 @@ ETAB = Path("/var/lib/nfs/etab")
 _SYSTEM_PATH = os.pathsep.join(["/usr/sbin", "/sbin", "/usr/bin", "/bin"])
 
 
-class NfsError(Exception):
+class NfsError(UserError):
     """knfsd or its tools refuse; the text is meant for the user."""
 
 
@@ -132,6 +132,8 @@ def _set_threads(count: int) -> None:
 
 def tool(name: str) -> str | None:
     """The path of a tool of nfs-kernel-server, or None; sbin is searched even where it is not in PATH."""
+    import shutil  # noqa: PLC0415 - few commands run a tool
+
     return shutil.which(name) or shutil.which(name, path=_SYSTEM_PATH)
 
 
@@ -145,6 +147,8 @@ def _attempt(name: str, *arguments: str) -> str | None:
     path = tool(name)
     if path is None:
         return f"{name} is not installed: apt-get install nfs-kernel-server"
+    import subprocess  # noqa: PLC0415 - as above
+
     done = subprocess.run([path, *arguments], capture_output=True, text=True, errors="replace", check=False)
     if done.returncode == 0:
         return None

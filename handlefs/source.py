@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 from handlefs.accelerator import Stat, fstat
+from handlefs.config import Submounts
 from handlefs.filesystem import SourceIdentity
 from handlefs.handle import FileHandle, handle_of, look_at, name_to_handle_at, open_by_handle_at
 from handlefs.handlemap import HandleMap, MappedHandle
@@ -26,7 +27,7 @@ from handlefs.nodeid import (
     has_wildcard_generation,
     inline_format,
 )
-from handlefs.volumes import OpenedSource, Submounts, Volume, Volumes
+from handlefs.volumes import OpenedSource, Volume, Volumes
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _LONGEST_ASSIGNMENT = 128 * 1024
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Fork workers until the supervisor closes its end of the socket."""
     orders = socket.socket(fileno=int(sys.argv[1]))
     supervisor = int(sys.argv[2])
@@ -40,7 +40,7 @@ def main() -> None:
     while True:
         order, descriptors, _, _ = socket.recv_fds(orders, 1, 1)
         if not order:
-            return
+            os._exit(0)  # at once: who unmounts waits for this process, too
         with socket.socket(fileno=descriptors[0]) as commands:
             try:
                 child = os.fork()

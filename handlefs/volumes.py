@@ -10,13 +10,12 @@ import os
 import select
 import threading
 from hashlib import blake2b
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from handlefs.config import Submounts
 from handlefs.filesystem import FileSystem, identify
 from handlefs.handle import AT_EMPTY_PATH, FileHandle, handle_of
 from handlefs.mount import Mount, mounts_below
-
-Submounts = Literal["cross", "hide"]
 
 _SYS_OPEN_TREE = 428
 _OPEN_TREE_CLONE = 1

@@ -21,6 +21,7 @@ REPLY_TIMEOUT = 10.0
 """Seconds that a worker gets to answer a command."""
 
 _LONGEST_REPLY = 64 * 1024
+_POLL_INTERVAL = 0.002
 _ENDED = os.WEXITED | os.WNOHANG  # for waitid(2)
 
 
@@ -215,7 +216,7 @@ class ProcessGroups:
                     if os.waitid(os.P_PGID, group, _ENDED) is None:
                         if time.monotonic() > deadline:
                             return False
-                        time.sleep(0.01)
+                        time.sleep(_POLL_INTERVAL)
         return True
 
 

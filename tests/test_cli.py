@@ -25,7 +25,7 @@ import pytest
 from handlefs import control, nfs
 from handlefs.cli.check import _direct, _passthrough
 from handlefs.cli.fuseprobe import FuseProtocol, ask_kernel
-from handlefs.cli.main import cli
+from handlefs.cli.main import COMMANDS, cli
 from handlefs.handle import AT_FDCWD, name_to_handle_at, open_by_handle_at
 from handlefs.mount import mount_at, mounts, unmount
 
@@ -120,7 +120,10 @@ def commands(
     """All commands by their names, the group itself included."""
     yield path, command
     if isinstance(command, click.Group):
-        for name, below in command.commands.items():
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
             yield from commands(below, (*path, name))
 
 
@@ -129,6 +132,19 @@ def test_help_fits_one_screen() -> None:
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
     assert ok("-h") == ok("--help")
+
+
+@pytest.mark.parametrize("name", ["mount", "umount", "status", "evict"])
+def test_a_command_imports_neither_another_one_nor_what_draws(name: str) -> None:
+    program = (
+        "import sys; from handlefs.cli.main import cli\n"
+        "cli.main([sys.argv[1], '--help'], standalone_mode=False); print(*sys.modules)"
+    )
+    asked = [sys.executable, "-c", program, name]
+    done = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=60)
+    imported = set(done.stdout.splitlines()[-1].split())
+    assert f"handlefs.cli.{name}" in imported
+    assert not imported & {"rich", "subprocess", *(f"handlefs.cli.{other}" for other in COMMANDS if other != name)}
 
 
 def as_typed(path: tuple[str, ...], socket: str) -> str:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import click
-from rich.table import Table
-from rich.text import Text
 
 from handlefs import nfs
 from handlefs.accelerator import native
@@ -75,16 +73,14 @@ def examine(source: str) -> Iterator[Finding]:
 
 
 def _print(findings: list[Finding]) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
-    for finding in findings:
-        text = Text(finding.detail)
-        if finding.advice:
-            text.append(f"\n→ {finding.advice}", style="italic")
-        table.add_row(Text(finding.verdict, style=STYLES[finding.verdict]), finding.name, text)
-    print_table(table)
+    print_table(
+        (
+            [(finding.verdict, STYLES[finding.verdict])],
+            [(finding.name, "bold")],
+            [finding.detail, (f"\n→ {finding.advice}" if finding.advice else "", "italic")],
+        )
+        for finding in findings
+    )
 
 
 # --- the source -----------------------------------------------------------------------------------------------------

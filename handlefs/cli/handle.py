@@ -9,8 +9,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import click
-from rich.table import Table
-from rich.text import Text
 
 from handlefs import control
 from handlefs.cli.lookup import config_for, config_of_path, names, opened
@@ -235,14 +233,7 @@ LABELS = {
 
 
 def _print(facts: dict[str, object]) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for key, label in LABELS.items():
-        if facts[key] is not None:
-            table.add_row(label, Text(str(facts[key])))
-        elif key == "path" and facts["links"]:
-            table.add_row(label, "unknown: the kernel has no name for this file in its cache (see --search)")
-        elif key == "path":
-            table.add_row(label, "none: removed, but still open")
-    print_table(table)
+    if facts["path"] is None:
+        unknown = "unknown: the kernel has no name for this file in its cache (see --search)"
+        facts = facts | {"path": unknown if facts["links"] else "none: removed, but still open"}
+    print_table(([(label, "bold")], str(facts[key])) for key, label in LABELS.items() if facts[key] is not None)

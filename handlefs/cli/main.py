@@ -1,6 +1,7 @@
 """``handlefs``: the group of all commands, where the first word that is no command makes it a mount."""
 
 import difflib
+import importlib
 import logging
 import os
 import sys
@@ -11,45 +12,38 @@ import click
 from click.shell_completion import CompletionItem
 
 from handlefs import __version__
-from handlefs.cli import (
-    check,
-    client,
-    completion,
-    evict,
-    export,
-    handle,
-    maps,
-    mount,
-    reload,
-    restart,
-    serve,
-    status,
-    top,
-    umount,
-    upgrade,
-)
-from handlefs.control import ControlError
-from handlefs.errors import ConnectionAborted, StartupError
+from handlefs.errors import UserError
 from handlefs.mount import OptionError
-from handlefs.nfs import NfsError
+
+# By use. Each has its module here, which is imported when it is asked for: all of them take longer than most commands.
+COMMANDS = (
+    "mount", "umount", "reload", "upgrade", "restart", "status", "top", "evict", "check", "handle", "export", "map", "serve",
+    "client", "completion",
+)  # fmt: skip
 
 # What to tell the user in one line, without a traceback.
-EXPECTED = (click.ClickException, StartupError, ConnectionAborted, ControlError, NfsError, OptionError)
+EXPECTED = (click.ClickException, UserError)
 
 
 class Commands(click.Group):
     """Without a command name the arguments are those of ``mount``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
-            near = difflib.get_close_matches(args[0], self.commands, n=1)
+        if args and args[0] not in COMMANDS and args[0] not in ("-h", "--help", "--version"):
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
             if near and not os.path.lexists(args[0]):
                 raise click.UsageError(f"no command '{args[0]}'; did you mean 'handlefs {near[0]}'?", ctx)
             args = ["mount", *args]
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # by use, not by name
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"handlefs.cli.{cmd_name}").command
+        return command
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(incomplete, type="dir"), *super().shell_complete(ctx, incomplete)]
@@ -65,13 +59,6 @@ def cli() -> None:
     """Mirror SOURCE at MOUNTPOINT, for exports over NFS and restarts at any time."""
 
 
-_COMMANDS = (
-    mount, umount, reload, upgrade, restart, status, top, evict, check, handle, export, maps, serve, client, completion,
-)  # fmt: skip
-for module in _COMMANDS:
-    cli.add_command(module.command)
-
-
 def main() -> NoReturn:
     """The entry point ``handlefs``."""
     sys.exit(run(lambda: cli.main(prog_name="handlefs", standalone_mode=False)))
@@ -79,6 +66,8 @@ def main() -> NoReturn:
 
 def mount_helper() -> NoReturn:
     """The entry point ``mount.fuse.handlefs``, which mount(8) calls; its statuses are those of mount(8)."""
+    from handlefs.cli import mount  # noqa: PLC0415 - only here; and it is one of the COMMANDS
+
     status = run(lambda: mount.helper(sys.argv[1:]))
     sys.exit({0: 0, 1: 32, 2: 1}.get(status, status))
 

@@ -8,9 +8,8 @@ import click
 
 from handlefs.cli.launch import launch
 from handlefs.cli.params import DIRECTORY, word_option
-from handlefs.config import MOUNT_OPTIONS, Config, Passthrough, Transport
+from handlefs.config import MOUNT_OPTIONS, Config, Passthrough, Submounts, Transport
 from handlefs.mount import canonical, parse_options
-from handlefs.volumes import Submounts
 
 
 @click.command("mount", short_help="Mount (also without this word).")

@@ -4,15 +4,12 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 from click.types import StringParamType
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from handlefs import control
 
@@ -62,8 +59,26 @@ MOUNTPOINT = MountPoint()
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
 
 
-def print_table(table: Table) -> None:
-    """Print *table* as wide as the terminal; for a pipe never folded, and without blanks at the ends of lines."""
+Cell = str | Sequence[str | tuple[str, str]]
+"""A text; or pieces of one, each alone or with its style, as rich names it."""
+
+
+def print_table(rows: Iterable[Sequence[Cell]], header: Sequence[str] = ()) -> None:
+    """Print *rows* as wide as the terminal, where what is too long in the last column is folded, or below a *header* in any;
+    for a pipe never folded, and without blanks at the ends of lines."""
+    from rich.console import Console  # noqa: PLC0415 - rich takes longer to import than most commands to run
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(box=None, pad_edge=False, show_header=bool(header))
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else Text.assemble(*cell) for cell in row))
+    if not header:
+        for column in table.columns[:-1]:
+            column.no_wrap = True
+        table.columns[-1].overflow = "fold"
     if sys.stdout.isatty():
         Console(highlight=False).print(table)
         return
@@ -94,8 +109,19 @@ def doing(worker: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, if that is a terminal."""
-    columns = (SpinnerColumn(), TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not sys.stderr.isatty():
+        yield lambda _done: None
+        return
+    from rich import progress as bars  # noqa: PLC0415 - as above
+    from rich.console import Console  # noqa: PLC0415
+
+    columns = (
+        bars.SpinnerColumn(),
+        bars.TextColumn(what),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)

@@ -7,9 +7,8 @@ import click
 
 from handlefs.cli.launch import launch
 from handlefs.cli.params import DIRECTORY, word_option
-from handlefs.config import Config, NodeIds
+from handlefs.config import Config, NodeIds, Submounts
 from handlefs.mount import MountOptions
-from handlefs.volumes import Submounts
 
 
 @click.command("serve", short_help="Serve on a Unix socket (the LOOKUP_HANDLE dialect).")

@@ -4,8 +4,6 @@ import shlex
 from typing import Any
 
 import click
-from rich.table import Table
-from rich.text import Text
 
 from handlefs import control, nfs
 from handlefs.cli.params import MOUNTPOINT, doing, json_option, print_json, print_table, short_time
@@ -65,21 +63,11 @@ def _state(mountpoint: str, alive: bool, *, socket: bool) -> str:
 
 
 def _print_list(known: list[dict[str, Any]]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in ("mountpoint", "source", "pid", "state"):
-        table.add_column(name.upper(), overflow="fold")
-    for server in known:
-        table.add_row(*(Text(str(value)) for value in server.values()))
-    print_table(table)
+    print_table([[str(value) for value in server.values()] for server in known], [name.upper() for name in known[0]])
 
 
 def _print_details(details: dict[str, Any]) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in _rows(details):
-        table.add_row(name, Text(value))
-    print_table(table)
+    print_table(([(name, "bold")], value) for name, value in _rows(details))
 
 
 def _rows(details: dict[str, Any]) -> list[tuple[str, str]]:
