@@ -60,6 +60,7 @@ class Code:
 def code(monkeypatch: pytest.MonkeyPatch) -> Iterator[Code]:
     with scratch_directory("code-") as directory:
         monkeypatch.chdir(directory)  # where ``python -m`` looks first
+        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # it knows a file's change by seconds and size
         yield Code(directory)
 
 
