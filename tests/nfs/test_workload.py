@@ -46,7 +46,7 @@ def check(path: Path, expected: bytes) -> None:
         os.close(fd)
 
 
-@pytest.mark.exports("native-ext4", "direct-ext4", "pyfuse3-btrfs")
+@pytest.mark.exports("native-ext4", "direct-ext4", "direct-btrfs")
 def test_clients_at_work(export: Export, clients: dict[str, Client], place: Path) -> None:
     """Neither an error nor other content at any time, and all of it on the source at the end."""
     names = [f"{version}-{worker}" for version in clients for worker in "ab"]
