@@ -1,8 +1,8 @@
 """Runs tests in the lab: where a conftest imports `pytest_runtest_protocol` from here, the tests with an `export` are run
 by a second pytest in a guest, and its reports are shown as if they had run here.
 
-The tests that use one file system share one guest. When the guest dies or hangs, the test it was running fails with
-what the guest said last, and the tests that remain get a new guest.
+All of them share one guest. When the guest dies or hangs, the test it was running fails with what the guest said last, and
+the tests that remain get a new guest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -31,13 +31,13 @@ def tail(text: str, lines: int = LOG_LINES) -> str:
 class Run:
     """A guest that runs `items`, and the reports it has sent so far."""
 
-    def __init__(self, items: Sequence[pytest.Item], filesystem: str) -> None:
+    def __init__(self, items: Sequence[pytest.Item]) -> None:
         self.config = items[0].config
         root = self.config.rootpath
         options = ["-p", "tests.lab.reporter", "-p", "no:cacheprovider", f"--rootdir={root}", "--color=no", "-q"]
         limits = [f"--limit={TEST_TIME}", "--timeout=0"]
         command = [sys.executable, "-m", "pytest", *options, *limits, *(item.nodeid for item in items)]
-        self.guest = Guest(command, [filesystem], GUEST_TIME)
+        self.guest = Guest(command, sorted(set(map(filesystem_of, items))), GUEST_TIME)
         self.log_seen = 0
         self._buffer = b""
 
@@ -79,23 +79,20 @@ class Run:
 
 
 class Relay:
-    """The guest of the moment, and the file systems that no guest comes up for."""
+    """The guest of the moment, and why there can be none."""
 
-    def __init__(self, filesystem_of: Callable[[pytest.Item], str]) -> None:
-        self.filesystem_of = filesystem_of
+    def __init__(self) -> None:
         self.run: Run | None = None
-        self.filesystem = ""
-        self.broken: dict[str, str] = {}
+        self.broken = ""
 
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
-        filesystem = self.filesystem_of(item)
-        if filesystem in self.broken:
-            return [failure(item, self.broken[filesystem])]
+        if self.broken:
+            return [failure(item, self.broken)]
         try:
-            fresh = self._prepare(item, filesystem)
+            fresh = self._prepare(item)
         except LabError as error:
-            self.broken[filesystem] = f"the NFS lab cannot run: {error}"
-            return [failure(item, self.broken[filesystem])]
+            self.broken = f"the NFS lab cannot run: {error}"
+            return [failure(item, self.broken)]
         assert self.run is not None
         reports = self.run.reports(item.nodeid)
         for report in reports:
@@ -104,18 +101,15 @@ class Relay:
         if not reports or reports[-1].when != "teardown":
             reports.append(failure(item, self._obituary()))
             if fresh and len(reports) == 1:
-                self.broken[filesystem] = "the guest did not run the first test; see there"
+                self.broken = "the guest did not run the first test; see there"
         return reports
 
-    def _prepare(self, item: pytest.Item, filesystem: str) -> bool:
+    def _prepare(self, item: pytest.Item) -> bool:
         """Have a guest that runs `item` next; True when it is a new one."""
-        if self.run is not None and self.filesystem == filesystem:
+        if self.run is not None:
             return False
-        self.close()
         items = item.session.items
-        remaining = filter(runs_in_lab, items[items.index(item) :])
-        self.run = Run([i for i in remaining if self.filesystem_of(i) == filesystem], filesystem)
-        self.filesystem = filesystem
+        self.run = Run(list(filter(runs_in_lab, items[items.index(item) :])))
         return True
 
     def _obituary(self) -> str:
@@ -144,10 +138,15 @@ def runs_in_lab(item: pytest.Item) -> bool:
     return "export" in getattr(item, "fixturenames", ())
 
 
-def filesystem_of(item: pytest.Item) -> str:
-    """Which scratch file system the test needs in the guest: the one that its parameter `export` names."""
+def export_of(item: pytest.Item) -> str:
+    """The export that the test works on, TRANSPORT-FILESYSTEM."""
     assert isinstance(item, pytest.Function)
-    return str(item.callspec.params["export"]).split("-")[1]
+    return str(item.callspec.params["export"])
+
+
+def filesystem_of(item: pytest.Item) -> str:
+    """Which scratch file system the test needs in the guest."""
+    return export_of(item).split("-")[1]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -156,7 +155,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
         return None
     stash = item.config.stash
     if _relay not in stash:
-        stash[_relay] = relay = Relay(filesystem_of)
+        stash[_relay] = relay = Relay()
         item.config.add_cleanup(relay.close)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in stash[_relay].reports(item):

@@ -1,8 +1,9 @@
 """NFS tests. They run in the lab (see tests/lab/relay.py), where these fixtures do their work.
 
-Every test runs over NFSv3 and NFSv4.2, on handlefs over each file system, with the pyfuse3 transport too where node IDs are
+A test runs over NFSv3 and NFSv4.2, on handlefs over each file system, with the pyfuse3 transport too where node IDs are
 mapped (where they are inline, test_restart.py switches to it and back), and, as a control, on a native export of ext4.
-A test that asks for `server` is about handlefs alone, one that asks for `control` about the native export.
+A test that asks for `server` is about handlefs alone, one that asks for `control` about the native export. The mark `exports`
+names those on which a test that takes long can fail alone; EVENTS does so for test_restart.py.
 """
 
 from __future__ import annotations
@@ -12,28 +13,62 @@ from pathlib import Path
 
 import pytest
 
-from ..lab.relay import pytest_runtest_protocol
+from ..lab.relay import export_of, pytest_runtest_protocol, runs_in_lab
 from .knfsd import Client, Export, HandlefsExport, NativeExport, start_nfsd
+from .stories import EVICTION, OUTAGE, RESTART, SWITCH, UPGRADE
 
 __all__ = ["pytest_runtest_protocol"]
 
 CONTROL = "native-ext4"
 EXPORTS = ("direct-ext4", "direct-xfs", "direct-btrfs", "pyfuse3-btrfs")
 VERSIONS = ("3", "4.2")
+EVENTS = {
+    CONTROL: (EVICTION, RESTART, OUTAGE),
+    "direct-ext4": (EVICTION, UPGRADE, RESTART, SWITCH, OUTAGE),
+    "direct-xfs": (RESTART,),
+    "direct-btrfs": (EVICTION, UPGRADE, RESTART, SWITCH, OUTAGE),
+    "pyfuse3-btrfs": (EVICTION, OUTAGE),
+}
+"""What happens to each export: everything where node IDs are inline (ext4) and where they are mapped (btrfs). XFS has inline
+ones, too, of handles in another form, which a restarted server meets for the first time. The switch shows pyfuse3 at work on
+what direct has left; on an export of its own remain the loss of what pyfuse3 itself has cached, and its death."""
 
 
 # First, wherever this file is among the conftests: the guest must find the tests by the same IDs as the host.
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "export" in metafunc.fixturenames:
-        exports: tuple[str, ...] = () if "control" in metafunc.fixturenames else EXPORTS
-        if "direct" in metafunc.fixturenames:
-            exports = tuple(name for name in exports if name.startswith("direct"))
-        elif "server" not in metafunc.fixturenames:
-            exports = (CONTROL, *exports)
-        metafunc.parametrize("export", exports, indirect=True, scope="session")
+    if "event" in metafunc.fixturenames:
+        pairs = [(export, event) for export, events in EVENTS.items() for event in events]
+        metafunc.parametrize(("export", "event"), pairs, indirect=["export"], scope="session")
+    elif "export" in metafunc.fixturenames:
+        metafunc.parametrize("export", exports_for(metafunc), indirect=True, scope="session")
     if "version" in metafunc.fixturenames:
         metafunc.parametrize("version", VERSIONS, ids=lambda version: f"v{version}")
+
+
+def exports_for(metafunc: pytest.Metafunc) -> tuple[str, ...]:
+    if mark := metafunc.definition.get_closest_marker("exports"):
+        return mark.args
+    if "control" in metafunc.fixturenames:
+        return (CONTROL,)
+    return EXPORTS if "server" in metafunc.fixturenames else (CONTROL, *EXPORTS)
+
+
+# Last, after pytest's own sorting, which may put one event on all exports together; and the same in the guest as on the host.
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One export after the other, and on each one event after the other, so that everything is set up once."""
+    places = [place for place, item in enumerate(items) if runs_in_lab(item)]
+    for place, item in zip(places, sorted((items[place] for place in places), key=stage_of), strict=True):
+        items[place] = item
+
+
+def stage_of(item: pytest.Item) -> tuple[str, str, int]:
+    assert isinstance(item, pytest.Function)
+    event = item.callspec.params.get("event")
+    # Restarts come last: they free what knfsd keeps open when a client cannot close it, which would keep the mount busy.
+    order = (EVICTION, UPGRADE, RESTART, SWITCH, OUTAGE)
+    return export_of(item), item.path.name, order.index(event) if event else 0
 
 
 @pytest.fixture(scope="session")
@@ -53,13 +88,6 @@ def export(request: pytest.FixtureRequest, nfsd: None) -> Iterator[Export]:
 
 @pytest.fixture
 def server(export: Export) -> HandlefsExport:
-    assert isinstance(export, HandlefsExport)
-    return export
-
-
-@pytest.fixture(scope="session")
-def direct(export: Export) -> HandlefsExport:
-    """A server with the direct transport."""
     assert isinstance(export, HandlefsExport)
     return export
 

@@ -28,7 +28,7 @@ UNNOTICED = (EVICTION, UPGRADE)
 OLD, NEW = b"old content", b"new content"
 LOST = {errno.ESTALE, errno.EIO, errno.EBADF}  # the latter two for an open file that an NFSv4 client could not reclaim
 BLOCK = 1 << 16
-ENTRIES = 10_000
+ENTRIES = 3_000
 
 
 @dataclass(frozen=True)

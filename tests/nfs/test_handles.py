@@ -18,6 +18,7 @@ from . import nfs3
 from .knfsd import Client, Export, HandlefsExport, NativeExport
 
 
+@pytest.mark.exports("direct-ext4", "direct-xfs", "direct-btrfs")
 def test_the_fsid_belongs_to_the_source(server: HandlefsExport, name: str) -> None:
     """Another server over the same source gives the same one, with whatever state directory and at whatever mount point."""
     elsewhere = Path("/mnt/elsewhere")

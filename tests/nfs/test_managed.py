@@ -83,9 +83,9 @@ class Manager:
 
 
 @pytest.fixture
-def exported(direct: HandlefsExport, name: str) -> Iterator[tuple[Path, Path]]:
-    """A source and a mount point, which is exported once it is mounted, beside those of `direct`."""
-    source, path = direct.source / name, PSEUDO_ROOT / "managed"
+def exported(server: HandlefsExport, name: str) -> Iterator[tuple[Path, Path]]:
+    """A source and a mount point, which is exported once it is mounted, beside those of `server`."""
+    source, path = server.source / name, PSEUDO_ROOT / "managed"
     source.mkdir()
     path.mkdir(exist_ok=True)
     yield source, path
@@ -93,8 +93,9 @@ def exported(direct: HandlefsExport, name: str) -> Iterator[tuple[Path, Path]]:
     run("umount", "--lazy", path)  # knfsd keeps files open for a while
 
 
+@pytest.mark.exports("direct-btrfs")
 def test_other_options_wait_for_the_nfs_server(
-    direct: HandlefsExport, exported: tuple[Path, Path], tmp_path: Path
+    server: HandlefsExport, exported: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """With a new mount its clients would lose what they have open."""
     source, path = exported
@@ -103,7 +104,7 @@ def test_other_options_wait_for_the_nfs_server(
     words = (str(source), str(path), "--log-file", str(log))
     manager = Manager(tmp_path / "notify")
     manager.start(*words, "--workers=2")
-    direct.command("export", str(path), CLIENT, "-o", "no_root_squash", "--apply")
+    server.command("export", str(path), CLIENT, "-o", "no_root_squash", "--apply")
     run("mount", "-t", "nfs", "-o", "vers=4.2,proto=tcp,hard", f"{CLIENT}:/{path.name}", client)
     try:
         with (client / "file").open("w+b", buffering=0) as file:

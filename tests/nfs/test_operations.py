@@ -20,6 +20,10 @@ from .knfsd import Client, Export, HandlefsExport, NativeExport
 
 MIB = 1 << 20
 
+by_users = pytest.mark.exports("native-ext4", "direct-ext4", "pyfuse3-btrfs")
+"""For tests with processes of users, which take long in the guest: knfsd and the server's kernel check these users on every
+file system alike, and what makes their files is the transport."""
+
 
 def attributes(path: Path) -> dict[str, object]:
     st = path.lstat()
@@ -268,6 +272,7 @@ def setgid(directory: Path) -> None:
     directory.chmod(0o2777)
 
 
+@by_users
 @pytest.mark.parametrize("prepare", [plain, default_acl, setgid])
 @pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
 def test_new_files_are_as_on_the_source(there: Path, place: Path, prepare: Callable[[Path], None], umask: int) -> None:
@@ -281,6 +286,7 @@ def test_new_files_are_as_on_the_source(there: Path, place: Path, prepare: Calla
         assert permissions(place / "client" / name) == permissions(place / "source" / name), name
 
 
+@by_users
 def test_supplementary_groups(there: Path, place: Path) -> None:
     """The group that lets a user write may be any of his: knfsd checks it, the FUSE request does not carry it."""
     os.chown(place, 0, STAFF)
@@ -303,6 +309,7 @@ def test_supplementary_groups(there: Path, place: Path) -> None:
     assert (place / "file").stat().st_gid == STAFF
 
 
+@by_users
 def test_permissions_are_checked(there: Path, place: Path) -> None:
     place.chmod(0o1777)
     as_user(ALICE, make_files, there)
@@ -321,6 +328,7 @@ def test_permissions_are_checked(there: Path, place: Path) -> None:
     assert stat.S_IMODE((place / "0444").stat().st_mode) == 0o444
 
 
+@by_users
 @pytest.mark.parametrize("change", ["write", "chown"])
 def test_set_id_bits_are_cleared(there: Path, place: Path, change: str) -> None:
     """By another user's write and by a change of owner, as on the source. (NFS itself keeps them in a truncation.)"""

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from .knfsd import Client, Export, HandlefsExport
+from .knfsd import Client, Export
 from .stories import ENTRIES, EVICTION, OUTAGE, RESTART, STORIES, SWITCH, UPGRADE, Setting, Story
 
 Told = dict[tuple[type[Story], str], Story]
@@ -29,23 +29,13 @@ def many(export: Export) -> dict[bytes, int]:
         return {os.fsencode(entry.name): entry.inode() for entry in entries}
 
 
-@pytest.fixture(scope="module", params=[EVICTION, RESTART, SWITCH, OUTAGE])
-def told(
-    request: pytest.FixtureRequest, export: Export, clients: dict[str, Client], many: dict[bytes, int]
-) -> Iterator[Told]:
+@pytest.fixture(scope="module")
+def told(event: str, export: Export, clients: dict[str, Client], many: dict[bytes, int]) -> Iterator[Told]:
     """The stories, after the event."""
-    event = request.param
     with lived_through(event, export, clients, many) as told:
         yield told
     if event == SWITCH:
         export.switch()  # back
-
-
-@pytest.fixture(scope="module")
-def told_of_upgrade(direct: HandlefsExport, clients: dict[str, Client], many: dict[bytes, int]) -> Iterator[Told]:
-    """The stories, after all code of the server was replaced under them."""
-    with lived_through(UPGRADE, direct, clients, many) as told:
-        yield told
 
 
 @contextmanager
@@ -72,11 +62,6 @@ def happen(event: str, export: Export, stories: list[Story]) -> None:
         story.meanwhile()
     events = {EVICTION: export.forget, UPGRADE: export.upgrade, RESTART: export.restart, SWITCH: export.switch}
     events[event]()
-
-
-@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.name)
-def test_story_of_an_upgrade(told_of_upgrade: Told, story: type[Story], version: str) -> None:
-    told_of_upgrade[story, version].check()
 
 
 @pytest.mark.parametrize("story", STORIES, ids=lambda story: story.name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from ..torture.disturbances import DISTURBANCES, RENEWALS
 from ..torture.over_nfs import plan_over_nfs
 from ..torture.run import torture
@@ -12,8 +14,9 @@ from .knfsd import Client, HandlefsExport
 SEED = 20261121
 
 
-def test_clients_do_not_notice(direct: HandlefsExport, clients: dict[str, Client]) -> None:
-    figures = torture(replace(plan_over_nfs(direct, clients, SEED), disturbed=15, disturbances=tuple(DISTURBANCES)))
+@pytest.mark.exports("direct-ext4", "direct-btrfs")
+def test_clients_do_not_notice(server: HandlefsExport, clients: dict[str, Client]) -> None:
+    figures = torture(replace(plan_over_nfs(server, clients, SEED), disturbed=15, disturbances=tuple(DISTURBANCES)))
     print(*figures.lines(), sep="\n")
     assert figures.restarts > 0
     assert figures.finished > 0

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
+import pytest
+
 from .knfsd import Client, Export
 
 FILES = 5
@@ -44,6 +46,7 @@ def check(path: Path, expected: bytes) -> None:
         os.close(fd)
 
 
+@pytest.mark.exports("native-ext4", "direct-ext4", "direct-btrfs")
 def test_clients_at_work(export: Export, clients: dict[str, Client], place: Path) -> None:
     """Neither an error nor other content at any time, and all of it on the source at the end."""
     names = [f"{version}-{worker}" for version in clients for worker in "ab"]
