@@ -190,7 +190,7 @@ class Lock(Story):
 
 
 class Listing(Story):
-    """A directory that takes many requests to list, a third of it already read."""
+    """A directory that takes several requests to list, a third of it already read."""
 
     name = "listing"
 

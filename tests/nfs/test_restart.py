@@ -20,7 +20,7 @@ Told = dict[tuple[type[Story], str], Story]
 
 @pytest.fixture(scope="session")
 def many(export: Export) -> dict[bytes, int]:
-    """A directory with so many entries that it takes many requests to list: each name and its inode number."""
+    """A directory with so many entries that it takes several requests to list: each name and its inode number."""
     directory = export.source / "many"
     directory.mkdir()
     for number in range(ENTRIES):
