@@ -20,10 +20,13 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
+#include <time.h>
 #include <unistd.h>
 
 #define BILLION 1000000000LL
 #define MAX_HANDLE 128 /* include/linux/exportfs.h, MAX_HANDLE_SZ */
+
+static PyObject *name_fd, *name_ino_mask; /* of attributes */
 
 struct handle_buffer {
     struct file_handle head;
@@ -240,8 +243,7 @@ struct inline_rule {
     int mount_id, type;
     unsigned int size;
     unsigned long long device, root_ino;
-    long long before_seconds;
-    long before_nanoseconds;
+    struct timespec before; /* what has changed since then has changed just now */
 };
 
 enum finding { UNCERTAIN, ABSENT, FOUND };
@@ -261,8 +263,8 @@ static enum finding look_inline(int directory, const char *name, const struct in
     *nodeid = inline_nodeid(handle.data, rule->size);
     if (*nodeid >> 32 != found->st_ino || found->st_ino == rule->root_ino || found->st_dev != rule->device)
         return UNCERTAIN;
-    if (found->st_ctim.tv_nsec == 0 || found->st_ctim.tv_sec > rule->before_seconds ||
-        (found->st_ctim.tv_sec == rule->before_seconds && found->st_ctim.tv_nsec >= rule->before_nanoseconds))
+    if (found->st_ctim.tv_nsec == 0 || found->st_ctim.tv_sec > rule->before.tv_sec ||
+        (found->st_ctim.tv_sec == rule->before.tv_sec && found->st_ctim.tv_nsec >= rule->before.tv_nsec))
         return UNCERTAIN;
     return FOUND;
 }
@@ -281,11 +283,19 @@ static PyObject *find_inline(int directory, const char *name, const struct inlin
     }
 }
 
-static int parse_rule(PyObject *fields, PyObject *before, struct inline_rule *rule)
+/* Takes an InlineRule of inlinenodes.py apart. */
+static int parse_rule(PyObject *fields, struct inline_rule *rule)
 {
-    if (!PyArg_ParseTuple(fields, "iiIKK", &rule->mount_id, &rule->type, &rule->size, &rule->device, &rule->root_ino) ||
-        !PyArg_ParseTuple(before, "Ll", &rule->before_seconds, &rule->before_nanoseconds))
+    long just_now;
+    if (!PyArg_ParseTuple(fields, "iiIKKl", &rule->mount_id, &rule->type, &rule->size, &rule->device, &rule->root_ino,
+                          &just_now))
         return 0;
+    clock_gettime(CLOCK_REALTIME, &rule->before);
+    rule->before.tv_nsec -= just_now;
+    if (rule->before.tv_nsec < 0) {
+        rule->before.tv_nsec += BILLION;
+        rule->before.tv_sec--;
+    }
     if (rule->size == 8 || rule->size == 12)
         return 1;
     PyErr_SetString(PyExc_ValueError, "not the size of an inline handle");
@@ -296,10 +306,9 @@ static PyObject *native_find_inline(PyObject *module, PyObject *args)
 {
     int directory;
     struct inline_rule rule;
-    PyObject *names, *fields, *before, *result;
-    if (!PyArg_ParseTuple(args, "iO!O!O!", &directory, &PyList_Type, &names, &PyTuple_Type, &fields, &PyTuple_Type,
-                          &before) ||
-        !parse_rule(fields, before, &rule))
+    PyObject *names, *fields, *result;
+    if (!PyArg_ParseTuple(args, "iO!O!", &directory, &PyList_Type, &names, &PyTuple_Type, &fields) ||
+        !parse_rule(fields, &rule))
         return NULL;
     result = PyList_New(0);
     for (Py_ssize_t index = 0; result != NULL && index < PyList_GET_SIZE(names); index++) {
@@ -568,35 +577,6 @@ static int fill_inline(struct fuse_entry_out *out, uint64_t nodeid, const struct
     return 1;
 }
 
-static PyObject *native_inline_entry(PyObject *module, PyObject *args)
-{
-    int directory;
-    const char *name;
-    struct inline_rule rule;
-    struct reply reply = {0};
-    struct fuse_entry_out out;
-    struct stat found;
-    uint64_t nodeid;
-    PyObject *fields, *before, *generation_of;
-    if (!PyArg_ParseTuple(args, "iyO!O!O(KI)(KI)", &directory, &name, &PyTuple_Type, &fields, &PyTuple_Type, &before,
-                          &generation_of, &reply.entry.seconds, &reply.entry.nanoseconds, &reply.attr.seconds,
-                          &reply.attr.nanoseconds) ||
-        !parse_rule(fields, before, &rule))
-        return NULL;
-    switch (look_inline(directory, name, &rule, &nodeid, &found)) {
-    case ABSENT:
-        Py_RETURN_FALSE;
-    case FOUND:
-        if (S_ISDIR(found.st_mode))
-            Py_RETURN_NONE;
-        if (!fill_inline(&out, nodeid, &found, generation_of, &reply))
-            return NULL;
-        return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
-    default:
-        Py_RETURN_NONE;
-    }
-}
-
 static int is_dot(const char *name) { return name[0] == '.' && (!name[1] || (name[1] == '.' && !name[2])); }
 
 /* Looks one entry up and writes it; nothing if its node is not `certain`. */
@@ -624,13 +604,13 @@ static PyObject *native_inline_direntplus(PyObject *module, PyObject *args)
     unsigned long long parent_ino;
     struct inline_rule rule;
     struct reply reply = {0};
-    PyObject *fields, *before, *generation_of, *bytes;
+    PyObject *fields, *generation_of, *bytes;
     char *buffer;
     enum outcome outcome = WRITTEN;
-    if (!PyArg_ParseTuple(args, "iLnnKO!O!O(KI)(KI)", &directory, &offset, &wanted, &reply.room, &parent_ino,
-                          &PyTuple_Type, &fields, &PyTuple_Type, &before, &generation_of, &reply.entry.seconds,
-                          &reply.entry.nanoseconds, &reply.attr.seconds, &reply.attr.nanoseconds) ||
-        !parse_rule(fields, before, &rule))
+    if (!PyArg_ParseTuple(args, "iLnnKO!O(KI)(KI)", &directory, &offset, &wanted, &reply.room, &parent_ino,
+                          &PyTuple_Type, &fields, &generation_of, &reply.entry.seconds, &reply.entry.nanoseconds,
+                          &reply.attr.seconds, &reply.attr.nanoseconds) ||
+        !parse_rule(fields, &rule))
         return NULL;
     buffer = PyMem_Malloc(wanted);
     bytes = buffer == NULL ? PyErr_NoMemory() : PyBytes_FromStringAndSize(NULL, reply.room);
@@ -659,6 +639,94 @@ static PyObject *native_inline_direntplus(PyObject *module, PyObject *args)
     else
         _PyBytes_Resize(&bytes, reply.end - PyBytes_AS_STRING(bytes));
     return bytes;
+}
+
+/* -- from a request's body to the reply's payload --------------------------------------------------------------------- */
+
+/* The Inode that `inode_of` gives for `nodeid`, with its descriptor and mask (inodecache.py); NULL with an exception set. */
+static PyObject *open_inode(PyObject *inode_of, unsigned long long nodeid, int *fd, unsigned long long *ino_mask)
+{
+    PyObject *number = PyLong_FromUnsignedLongLong(nodeid);
+    PyObject *inode = number == NULL ? NULL : PyObject_CallOneArg(inode_of, number);
+    PyObject *descriptor = inode == NULL ? NULL : PyObject_GetAttr(inode, name_fd);
+    PyObject *mask = descriptor == NULL ? NULL : PyObject_GetAttr(inode, name_ino_mask);
+    if (mask != NULL) {
+        *fd = PyLong_AsLong(descriptor);
+        *ino_mask = PyLong_AsUnsignedLongLong(mask);
+    }
+    Py_XDECREF(number);
+    Py_XDECREF(descriptor);
+    Py_XDECREF(mask);
+    if (PyErr_Occurred())
+        Py_CLEAR(inode);
+    return inode;
+}
+
+static PyObject *native_getattr_payload(PyObject *module, PyObject *args)
+{
+    struct fuse_attr_out out = {0};
+    struct timeout timeout;
+    struct stat found;
+    Stat stat;
+    unsigned long long nodeid, ino_mask;
+    int fd, result;
+    PyObject *inode_of, *inode, *body;
+    if (!PyArg_ParseTuple(args, "O(KI)KO", &inode_of, &timeout.seconds, &timeout.nanoseconds, &nodeid, &body))
+        return NULL;
+    inode = open_inode(inode_of, nodeid, &fd, &ino_mask);
+    if (inode == NULL)
+        return NULL;
+    SYSTEM_CALL(result, fstat(fd, &found));
+    Py_DECREF(inode);
+    if (result < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    set_stat(&stat, &found);
+    out.attr_valid = timeout.seconds;
+    out.attr_valid_nsec = timeout.nanoseconds;
+    fill_attr(&out.attr, stat.ino ^ ino_mask, &stat);
+    return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
+}
+
+/* Whether `body` is the name of one directory entry with its NUL, and nothing else. */
+static int is_name(const Py_buffer *body)
+{
+    const char *name = body->buf;
+    return body->len > 1 && name[body->len - 1] == '\0' && strlen(name) == (size_t)body->len - 1 &&
+           strchr(name, '/') == NULL && !is_dot(name);
+}
+
+static PyObject *native_lookup_payload(PyObject *module, PyObject *args)
+{
+    struct fuse_entry_out out;
+    struct inline_rule rule;
+    struct reply reply = {0};
+    struct stat stat;
+    unsigned long long parent, ino_mask;
+    uint64_t nodeid;
+    int directory;
+    enum finding finding = UNCERTAIN;
+    PyObject *inode_of, *inode, *fields, *generation_of;
+    Py_buffer body;
+    if (!PyArg_ParseTuple(args, "OO!O(KI)(KI)Ky*", &inode_of, &PyTuple_Type, &fields, &generation_of,
+                          &reply.entry.seconds, &reply.entry.nanoseconds, &reply.attr.seconds, &reply.attr.nanoseconds,
+                          &parent, &body))
+        return NULL;
+    if (is_name(&body) && parse_rule(fields, &rule)) {
+        inode = open_inode(inode_of, parent, &directory, &ino_mask);
+        if (inode != NULL)
+            finding = look_inline(directory, body.buf, &rule, &nodeid, &stat);
+        Py_XDECREF(inode);
+    }
+    PyBuffer_Release(&body);
+    if (PyErr_Occurred())
+        return NULL;
+    if (finding == ABSENT)
+        return PyLong_FromLong(ENOENT);
+    if (finding == UNCERTAIN || S_ISDIR(stat.st_mode))
+        Py_RETURN_NONE;
+    if (!fill_inline(&out, nodeid, &stat, generation_of, &reply))
+        return NULL;
+    return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
 }
 
 /* -- credentials ------------------------------------------------------------------------------------------------------ */
@@ -714,7 +782,7 @@ static PyMethodDef methods[] = {
     {"look", native_look, METH_VARARGS,
      "look(dir_fd, name) -> (handle type, handle bytes, mount ID, Stat), the Stat taken last; None for no entry"},
     {"find_inline", native_find_inline, METH_VARARGS,
-     "find_inline(dir_fd, names, rule, before) -> list of (nodeid, Stat), None where that is not certain, False for no entry"},
+     "find_inline(dir_fd, names, rule) -> list of (nodeid, Stat), None where that is not certain, False for no entry"},
     {"attr_out", native_attr_out, METH_VARARGS, "attr_out(timeout, ino, Stat) -> struct fuse_attr_out"},
     {"entry_out", native_entry_out, METH_VARARGS,
      "entry_out(nodeid, generation, entry timeout, attr timeout, ino, Stat) -> struct fuse_entry_out"},
@@ -723,11 +791,13 @@ static PyMethodDef methods[] = {
     {"dirents", native_dirents, METH_VARARGS, "dirents(entries, size) -> as many struct fuse_dirent as fit"},
     {"direntplus", native_direntplus, METH_VARARGS,
      "direntplus([(entry, node or None)], size, entry timeout, attr timeout) -> as many struct fuse_direntplus as fit"},
-    {"inline_entry", native_inline_entry, METH_VARARGS,
-     "inline_entry(dir_fd, name, rule, before, generation of a node ID, entry timeout, attr timeout) -> struct "
-     "fuse_entry_out, None if that is not certain or a directory, False for no entry"},
+    {"getattr_payload", native_getattr_payload, METH_VARARGS,
+     "getattr_payload(Inode of a node ID, attr timeout, nodeid, body) -> struct fuse_attr_out"},
+    {"lookup_payload", native_lookup_payload, METH_VARARGS,
+     "lookup_payload(Inode of a node ID, rule, generation of a node ID, entry timeout, attr timeout, parent, body) -> struct "
+     "fuse_entry_out, ENOENT for no entry, None if that is not certain or a directory"},
     {"inline_direntplus", native_inline_direntplus, METH_VARARGS,
-     "inline_direntplus(directory fd, offset, bytes to list, bytes of reply, inode number of .. or 0, rule, before, "
+     "inline_direntplus(directory fd, offset, bytes to list, bytes of reply, inode number of .. or 0, rule, "
      "generation of a node ID, entry timeout, attr timeout) -> struct fuse_direntplus for each up to one that is not certain, "
      "None if that is the first"},
     {"ioctl_without", native_ioctl_without, METH_VARARGS,
@@ -745,7 +815,9 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__native(void)
 {
-    if (PyType_Ready(&StatType) < 0)
+    name_fd = PyUnicode_InternFromString("fd");
+    name_ino_mask = PyUnicode_InternFromString("ino_mask");
+    if (name_fd == NULL || name_ino_mask == NULL || PyType_Ready(&StatType) < 0)
         return NULL;
     return PyModule_Create(&definition);
 }

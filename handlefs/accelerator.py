@@ -46,6 +46,8 @@ class Stat(Protocol):
     def st_ctime_ns(self) -> int: ...
 
 
+Rule = tuple[int, int, int, int, int, int]
+"""An `InlineRule`."""
 Dirent = tuple[bytes, int, int, int]
 """A directory entry: name, inode number, DT_* of readdir(3), position after it."""
 Node = tuple[int, int, tuple[int, Stat]]
@@ -60,7 +62,7 @@ class Native(Protocol):
     def name_to_handle_at(self, dir_fd: int, name: bytes, flags: int, /) -> tuple[int, bytes, int]: ...
     def open_by_handle_at(self, mount_fd: int, kind: int, data: bytes, flags: int, /) -> int: ...
     def find_inline(
-        self, dir_fd: int, names: list[bytes], rule: tuple[int, int, int, int, int], before: tuple[int, int], /
+        self, dir_fd: int, names: list[bytes], rule: Rule, /
     ) -> list[tuple[int, Stat] | Literal[False] | None]: ...
     def ioctl_without(self, capability: int, fd: int, request: int, argument: bytearray, /) -> int: ...
     def getdents(self, fd: int, size: int, type: type[Tuple], /) -> list[Tuple]: ...
@@ -77,17 +79,20 @@ class Native(Protocol):
         attr_timeout: Timeout,
         /,
     ) -> bytes: ...
-    def inline_entry(
+    def getattr_payload(
+        self, inode: Callable[[int], object], attr_timeout: Timeout, nodeid: int, body: memoryview, /
+    ) -> bytes: ...
+    def lookup_payload(
         self,
-        dir_fd: int,
-        name: bytes,
-        rule: tuple[int, int, int, int, int],
-        before: tuple[int, int],
+        inode: Callable[[int], object],
+        rule: Rule,
         generation: Callable[[int], int],
         entry_timeout: Timeout,
         attr_timeout: Timeout,
+        parent: int,
+        body: memoryview,
         /,
-    ) -> bytes | Literal[False] | None: ...
+    ) -> bytes | int | None: ...
     def inline_direntplus(
         self,
         dir_fd: int,
@@ -95,8 +100,7 @@ class Native(Protocol):
         wanted: int,
         size: int,
         parent_ino: int,
-        rule: tuple[int, int, int, int, int],
-        before: tuple[int, int],
+        rule: Rule,
         generation: Callable[[int], int],
         entry_timeout: Timeout,
         attr_timeout: Timeout,

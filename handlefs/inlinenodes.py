@@ -23,12 +23,9 @@ Found = tuple[int, Stat]
 ABSENT: Final = False
 """There is no such name."""
 
-_JUST_NOW = 100_000_000
-"""Nanoseconds; the kernel's file times are up to a tick behind (current_time in fs/inode.c)."""
-
 
 class InlineRule(NamedTuple):
-    """What an object must be like to be found here; `find_inline` in _native.c knows these fields by their order."""
+    """What an object must be like to be found here; `parse_rule` in _native.c knows these fields by their order."""
 
     mount_id: int
     handle_type: int
@@ -36,6 +33,8 @@ class InlineRule(NamedTuple):
     device: int
     root_ino: int
     """The source's root, which has a node ID of its own."""
+    just_now: int = 100_000_000
+    """Nanoseconds; the kernel's file times are up to a tick behind (current_time in fs/inode.c)."""
 
 
 class InlineNodes:
@@ -48,17 +47,12 @@ class InlineNodes:
     def find(self, directory_fd: int, names: list[bytes]) -> list[Found | Literal[False] | None]:
         """What is found for each of `names`: `ABSENT` for what is not there, None where that is not certain or cannot be
         looked up."""
-        before = self.before()
         if native is not None:
-            return native.find_inline(directory_fd, names, self.rule, before)
+            return native.find_inline(directory_fd, names, self.rule)
+        before = time.time_ns() - self.rule.just_now
         return [self._find(directory_fd, name, before) for name in names]
 
-    @staticmethod
-    def before() -> tuple[int, int]:
-        """Seconds and nanoseconds: what has not changed since then has not changed just now."""
-        return divmod(time.time_ns() - _JUST_NOW, 10**9)
-
-    def _find(self, directory_fd: int, name: bytes, before: tuple[int, int]) -> Found | Literal[False] | None:
+    def _find(self, directory_fd: int, name: bytes, before: int) -> Found | Literal[False] | None:
         try:
             looked = look_at(directory_fd, name)
         except OSError:  # whoever looks closer will meet it again
@@ -71,7 +65,6 @@ class InlineNodes:
             return None
         if mount_id != self.rule.mount_id or stat.st_dev != self.rule.device:
             return None
-        seconds, nanoseconds = divmod(stat.st_ctime_ns, 10**9)
-        if (seconds, nanoseconds) >= before or nanoseconds == 0:
+        if stat.st_ctime_ns >= before or stat.st_ctime_ns % 10**9 == 0:
             return None
         return nodeid, stat

@@ -14,7 +14,6 @@ from typing import NamedTuple
 from handlefs.config import Config
 from handlefs.credentials import Caller
 from handlefs.errors import StartupError
-from handlefs.inlinenodes import ABSENT
 from handlefs.mount import mount_fuse, unmount
 from handlefs.operations import Changes, Operations, is_group_member
 from handlefs.protocol import abi
@@ -35,9 +34,8 @@ log = logging.getLogger(__name__)
 LARGEST_REQUEST = MAX_WRITE + 4096
 """Bytes that any request fits into, whatever is negotiated."""
 
-Reply = bytes | int | None
-"""The payload of a reply; None for requests that have none. Or the errno of a failure that is so frequent (before each creation
-there is a look-up that finds nothing) that an exception, which takes as long as the rest of the request, is avoided."""
+Reply = bytes | None
+"""The payload of a reply; None for requests that have none."""
 
 
 class Request(NamedTuple):
@@ -112,6 +110,7 @@ class Dispatcher:
         self._setxattr_in = (
             abi.fuse_setxattr_in if negotiated.has(abi.FUSE_SETXATTR_EXT) else abi.fuse_setxattr_in_compat
         )
+        self._compiled = inlinereplies.compiled(operations, self._entry_timeout, self._attr_timeout)
         self._handlers = self._by_opcode()
 
     def _by_opcode(self) -> dict[int, Callable[[Request], Reply]]:
@@ -178,8 +177,12 @@ class Dispatcher:
         if size != len(message) or end < abi.fuse_in_header.size:
             return _error(unique, errno.EINVAL, opcode)
         try:
-            groups = supplementary_groups(message[end:]) if extensions else self._no_groups
-            payload = handler(Request(nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end], groups))
+            body = message[abi.fuse_in_header.size : end]
+            compiled = self._compiled.get(opcode)
+            payload = None if compiled is None else compiled(nodeid, body)
+            if payload is None:
+                groups = supplementary_groups(message[end:]) if extensions else self._no_groups
+                payload = handler(Request(nodeid, uid, gid, pid, body, groups))
         except OSError as error:
             return _error(unique, self._failures.errno_for_reply(_name_of(opcode), error), opcode)
         except MalformedError as error:
@@ -214,11 +217,7 @@ class Dispatcher:
     # -- nodes -----------------------------------------------------------------------------------------------------------
 
     def _lookup(self, request: Request) -> Reply:
-        name = _name(request.body)
-        reply = inlinereplies.entry(self._operations, request.nodeid, name, self._entry_timeout, self._attr_timeout)
-        if reply is ABSENT:
-            return errno.ENOENT
-        return self._entry(self._operations.lookup(request.nodeid, name)) if reply is None else reply
+        return self._entry(self._operations.lookup(request.nodeid, _name(request.body)))
 
     def _forget(self, request: Request) -> Reply:
         self._forgotten((request.nodeid,))

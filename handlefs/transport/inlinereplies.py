@@ -1,30 +1,34 @@
-"""LOOKUP and READDIRPLUS in one compiled step each, where node IDs are inline (handlefs/inlinenodes.py): the same replies as
-`Operations` and `protocol` give together, without an object for each thing in between.
+"""Replies in one compiled step each: to GETATTR, and where node IDs are inline (handlefs/inlinenodes.py) to LOOKUP and
+READDIRPLUS. They are the same as `Operations` and `protocol` give together, without an object for each thing in between.
 
 None where something is not certain, or there is no accelerator: then it has to be done step by step.
 """
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from handlefs.accelerator import Timeout, native
 from handlefs.inlinenodes import InlineNodes
 from handlefs.nodeid import MAPPED_BIT, ROOT_NODEID
 from handlefs.operations import Operations
-from handlefs.source import check_name
+from handlefs.protocol import abi
+
+Compiled = Callable[[int, memoryview], bytes | int | None]
+"""From a request's node ID and body to the payload of its reply, or its errno; None: step by step. Raises OSError."""
 
 
-def entry(
-    operations: Operations, parent: int, name: bytes, entry_timeout: Timeout, attr_timeout: Timeout
-) -> bytes | Literal[False] | None:
-    """struct fuse_entry_out for what is under `name` in `parent`, `ABSENT` if nothing is; None for directories too, which are
-    kept open once they are found. Raises OSError."""
-    nodes = _inline_nodes(operations, parent)
-    if native is None or nodes is None or name in (b".", b".."):
-        return None
-    check_name(name)
-    directory = operations.inode(parent)
-    generation = operations.source.map.nodeids.generation
-    return native.inline_entry(directory.fd, name, nodes.rule, nodes.before(), generation, entry_timeout, attr_timeout)
+def compiled(operations: Operations, entry_timeout: Timeout, attr_timeout: Timeout) -> Mapping[int, Compiled]:
+    """What answers GETATTR and LOOKUP, by opcode: before a name is made, removed or changed the kernel asks for both, so what
+    they cost shows in each of these. A LOOKUP of a directory is not among them: it is kept open once it is found."""
+    if native is None:
+        return {}
+    found: dict[int, Compiled] = {abi.FUSE_GETATTR: partial(native.getattr_payload, operations.inode, attr_timeout)}
+    nodes = operations.source.inline_nodes
+    if nodes is not None:
+        generation = operations.source.map.nodeids.generation
+        arguments = operations.inode, nodes.rule, generation, entry_timeout, attr_timeout
+        found[abi.FUSE_LOOKUP] = partial(native.lookup_payload, *arguments)
+    return found
 
 
 def direntplus(
@@ -53,7 +57,6 @@ def direntplus(
             size,
             parent_ino,
             nodes.rule,
-            nodes.before(),
             generation,
             entry_timeout,
             attr_timeout,

@@ -207,7 +207,7 @@ def test_a_failure_of_ours_is_eio_with_a_traceback(
     def fail(_nodeid: int) -> None:
         raise error("a mistake")
 
-    monkeypatch.setattr(served.operations, "getattr", fail)
+    monkeypatch.setattr(served.operations.source, "resolve", fail)
     reply = served.ask(abi.FUSE_GETATTR, 1, bytes(16))
     seen, served.failures.seen = served.failures.seen, []
     assert len(seen) == 1

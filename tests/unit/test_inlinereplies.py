@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 from handlefs.accelerator import native
-from handlefs.inlinenodes import ABSENT
 from handlefs.nodeid import ROOT_NODEID
 from handlefs.operations import Operations
 from handlefs.protocol import abi
-from handlefs.protocol.attributes import entry_out
+from handlefs.protocol.attributes import attr_out, entry_out
 from handlefs.protocol.listing import direntplus
 from handlefs.transport import inlinereplies
 from tests.support.filesystems import FileSystems, run
@@ -67,8 +67,12 @@ def last_offset(listing: bytes) -> int:
     return int(offset)
 
 
-def entry(operations: Operations, parent: int, name: bytes) -> bytes | Literal[False] | None:
-    return inlinereplies.entry(operations, parent, name, *TIMEOUTS)
+def answered(operations: Operations, opcode: int, nodeid: int, body: bytes) -> bytes | int | None:
+    return inlinereplies.compiled(operations, *TIMEOUTS)[opcode](nodeid, memoryview(body))
+
+
+def entry(operations: Operations, parent: int, name: bytes) -> bytes | int | None:
+    return answered(operations, abi.FUSE_LOOKUP, parent, name + b"\0")
 
 
 @pytest.mark.parametrize("name", [b"0", b"link", b"again", b"device", b"socket"])
@@ -79,21 +83,58 @@ def test_the_same_entry_as_step_by_step(operations: Operations, name: bytes) -> 
 
 
 def test_entries_that_are_left_to_the_other_way(operations: Operations) -> None:
-    def entry_of_new() -> bytes | Literal[False] | None:
+    def entry_of_new() -> bytes | int | None:
         (Path(operations.source.path) / "new").touch()
         return entry(operations, ROOT_NODEID, b"new")
 
     assert promptly(entry_of_new) is None
-    for name in (b"directory", b".", b"..", b"x" * 256):
+    for name in (b"directory", b".", b"..", b"x" * 256, b"directory/inner", b"/0", b"", b"0\0"):
         assert entry(operations, ROOT_NODEID, name) is None
+    for body in (b"", b"0", b"nothing"):
+        assert answered(operations, abi.FUSE_LOOKUP, ROOT_NODEID, body) is None
 
 
 def test_names_that_are_none(operations: Operations) -> None:
     file = operations.lookup(ROOT_NODEID, b"0").nodeid
-    assert entry(operations, ROOT_NODEID, b"nothing") is ABSENT
-    assert code(lambda: entry(operations, ROOT_NODEID, b"directory/inner")) == "EINVAL"
-    assert code(lambda: entry(operations, ROOT_NODEID, b"")) == "EINVAL"
+    assert entry(operations, ROOT_NODEID, b"nothing") == errno.ENOENT
+    assert entry(operations, file, b"x") is None
+    assert code(lambda: operations.lookup(file, b"x")) == "ENOTDIR"
+    assert code(lambda: operations.lookup(ROOT_NODEID, b"directory/inner")) == "EINVAL"
+    assert code(lambda: operations.lookup(ROOT_NODEID, b"")) == "EINVAL"
     assert code(lambda: entry(operations, file + (1 << 32), b"x")) == "ESTALE"
+
+
+def attributes(operations: Operations, nodeid: int) -> bytes | int | None:
+    return answered(operations, abi.FUSE_GETATTR, nodeid, abi.fuse_getattr_in.pack(0, 0, 0))
+
+
+@pytest.mark.parametrize("name", [b"0", b"link", b"device", b"socket", b"directory"])
+def test_the_same_attributes_as_step_by_step(operations: Operations, name: bytes) -> None:
+    for nodeid in (ROOT_NODEID, operations.lookup(ROOT_NODEID, name).nodeid):
+        assert attributes(operations, nodeid) == attr_out(TIMEOUTS[1], *operations.getattr(nodeid))
+
+
+def test_inode_numbers_of_another_file_system(operations: Operations) -> None:
+    """They are not the source's."""
+    place = Path(operations.source.path) / "directory" / "inner"
+    run("mount", "-t", "tmpfs", "none", place)
+    try:
+        nodeid = operations.lookup(operations.lookup(ROOT_NODEID, b"directory").nodeid, b"inner").nodeid
+        found = operations.getattr(nodeid)
+        assert found.ino != found.stat.st_ino
+        assert attributes(operations, nodeid) == attr_out(TIMEOUTS[1], *found)
+        assert entry(operations, nodeid, b"nothing") == errno.ENOENT
+        (place / "file").touch()
+        assert entry(operations, nodeid, b"file") is None
+    finally:
+        run("umount", "--lazy", place)
+
+
+def test_attributes_of_what_is_gone(operations: Operations) -> None:
+    nodeid = operations.lookup(ROOT_NODEID, b"device").nodeid
+    (Path(operations.source.path) / "device").unlink()
+    operations.source.evict_all()
+    assert code(lambda: attributes(operations, nodeid)) == "ESTALE"
 
 
 @pytest.mark.parametrize("size", [1024, 4096, 1 << 16])
