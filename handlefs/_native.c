@@ -248,6 +248,16 @@ struct inline_rule {
 
 enum finding { UNCERTAIN, ABSENT, FOUND };
 
+/* Whether the handle and the attributes are of one object that `rule` holds for; its node ID then. */
+static int is_inline(const struct handle_buffer *handle, int mount_id, const struct stat *found,
+                     const struct inline_rule *rule, uint64_t *nodeid)
+{
+    if (mount_id != rule->mount_id || handle->head.handle_type != rule->type || handle->head.handle_bytes != rule->size)
+        return 0;
+    *nodeid = inline_nodeid(handle->data, rule->size);
+    return *nodeid >> 32 == found->st_ino && found->st_ino != rule->root_ino && found->st_dev == rule->device;
+}
+
 static enum finding look_inline(int directory, const char *name, const struct inline_rule *rule, uint64_t *nodeid,
                                 struct stat *found)
 {
@@ -257,11 +267,7 @@ static enum finding look_inline(int directory, const char *name, const struct in
                             fstatat(directory, name, found, AT_SYMLINK_NOFOLLOW));
     if (result && errno == ENOENT)
         return ABSENT;
-    if (result || mount_id != rule->mount_id || handle.head.handle_type != rule->type ||
-        handle.head.handle_bytes != rule->size)
-        return UNCERTAIN;
-    *nodeid = inline_nodeid(handle.data, rule->size);
-    if (*nodeid >> 32 != found->st_ino || found->st_ino == rule->root_ino || found->st_dev != rule->device)
+    if (result || !is_inline(&handle, mount_id, found, rule, nodeid))
         return UNCERTAIN;
     if (found->st_ctim.tv_nsec == 0 || found->st_ctim.tv_sec > rule->before.tv_sec ||
         (found->st_ctim.tv_sec == rule->before.tv_sec && found->st_ctim.tv_nsec >= rule->before.tv_nsec))
@@ -319,6 +325,24 @@ static PyObject *native_find_inline(PyObject *module, PyObject *args)
         Py_XDECREF(item);
     }
     return result;
+}
+
+static PyObject *native_inline_of(PyObject *module, PyObject *args)
+{
+    struct handle_buffer handle = {.head.handle_bytes = MAX_HANDLE};
+    struct inline_rule rule;
+    struct stat found;
+    uint64_t nodeid;
+    int fd, mount_id, result;
+    PyObject *fields;
+    if (!PyArg_ParseTuple(args, "iO!", &fd, &PyTuple_Type, &fields) || !parse_rule(fields, &rule))
+        return NULL;
+    SYSTEM_CALL(result, name_to_handle_at(fd, "", &handle.head, &mount_id, AT_EMPTY_PATH) || fstat(fd, &found));
+    if (result)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    if (!is_inline(&handle, mount_id, &found, &rule, &nodeid))
+        Py_RETURN_NONE;
+    return Py_BuildValue("KN", (unsigned long long)nodeid, new_stat(&found));
 }
 
 /* -- the wire format ------------------------------------------------------------------------------------------------- */
@@ -783,6 +807,8 @@ static PyMethodDef methods[] = {
      "look(dir_fd, name) -> (handle type, handle bytes, mount ID, Stat), the Stat taken last; None for no entry"},
     {"find_inline", native_find_inline, METH_VARARGS,
      "find_inline(dir_fd, names, rule) -> list of (nodeid, Stat), None where that is not certain, False for no entry"},
+    {"inline_of", native_inline_of, METH_VARARGS,
+     "inline_of(fd, rule) -> (nodeid, Stat) of what is open as fd, None if that has no inline node ID"},
     {"attr_out", native_attr_out, METH_VARARGS, "attr_out(timeout, ino, Stat) -> struct fuse_attr_out"},
     {"entry_out", native_entry_out, METH_VARARGS,
      "entry_out(nodeid, generation, entry timeout, attr timeout, ino, Stat) -> struct fuse_entry_out"},

@@ -10,11 +10,12 @@ They are taken to be of the same one if
 What is not certain is not found here, and has to be opened, or looked at twice.
 """
 
+import os
 import time
 from typing import Final, Literal, NamedTuple
 
 from handlefs.accelerator import Stat, native
-from handlefs.handle import look_at
+from handlefs.handle import FileHandle, handle_of, look_at
 from handlefs.nodeid import InlineFormat
 
 Found = tuple[int, Stat]
@@ -52,6 +53,15 @@ class InlineNodes:
         before = time.time_ns() - self.rule.just_now
         return [self._find(directory_fd, name, before) for name in names]
 
+    def of(self, fd: int) -> Found | None:
+        """What is found of the open object `fd`, in whose place no other can come."""
+        if native is not None:
+            return native.inline_of(fd, self.rule)
+        handle, mount_id = handle_of(fd)
+        stat = os.fstat(fd)
+        nodeid = self._nodeid(handle, mount_id, stat)
+        return None if nodeid is None else (nodeid, stat)
+
     def _find(self, directory_fd: int, name: bytes, before: int) -> Found | Literal[False] | None:
         try:
             looked = look_at(directory_fd, name)
@@ -59,12 +69,14 @@ class InlineNodes:
             return None
         if looked is None:
             return ABSENT
-        handle, mount_id, stat = looked
+        nodeid, stat = self._nodeid(*looked), looked[2]
+        if nodeid is None or stat.st_ctime_ns >= before or stat.st_ctime_ns % 10**9 == 0:
+            return None
+        return nodeid, stat
+
+    def _nodeid(self, handle: FileHandle, mount_id: int, stat: Stat) -> int | None:
+        """The inline node ID of the object with this handle and these attributes; None if it has none, or they are of two."""
         nodeid = self._form.encode(handle)
         if nodeid is None or nodeid >> 32 != stat.st_ino or stat.st_ino == self.rule.root_ino:
             return None
-        if mount_id != self.rule.mount_id or stat.st_dev != self.rule.device:
-            return None
-        if stat.st_ctime_ns >= before or stat.st_ctime_ns % 10**9 == 0:
-            return None
-        return nodeid, stat
+        return nodeid if (mount_id, stat.st_dev) == (self.rule.mount_id, self.rule.device) else None

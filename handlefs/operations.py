@@ -89,6 +89,9 @@ class Peers(Protocol):
     def wants(self, nodeid: int, size: int) -> bool:
         """Whether `removing` is needed for the regular file `nodeid`, with `size` bytes on the disk."""
 
+    def may_have_opened(self, nodeid: int) -> bool:
+        """Whether one of them may have opened it since `wants` said no."""
+
     def removing(self, nodeid: int, fd: int, *, is_new: bool = False) -> None:
         """The object of `nodeid`, open as `fd` (maybe O_PATH), is about to lose a name, or has none since it `is_new`. A client
         may have it open, or get it open, so it has to live on."""
@@ -267,8 +270,11 @@ class Operations:
         with acting_as(caller):
             make(directory.fd)
         made = name_to_handle_at(directory.fd, name)
-        with _undone_on_error(directory, name, made, undo):
+        try:
             return self._entry_of(made)
+        except OSError:
+            _undo(directory, name, made, undo)
+            raise
 
     def _entry_of(self, made: tuple[FileHandle, int]) -> Entry:
         """The entry of a new object, given its handle and mount ID."""
@@ -277,19 +283,19 @@ class Operations:
 
     def unlink(self, parent: int, name: bytes) -> None:
         """UNLINK."""
-        self._check_writable()
-        check_name(name)
-        directory = self.inode(parent)
-        with self._removing(directory, name, unlinking=True):
-            os.unlink(name, dir_fd=directory.fd)
+        self._remove(parent, name, os.unlink)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """RMDIR."""
+        self._remove(parent, name, os.rmdir)
+
+    def _remove(self, parent: int, name: bytes, remove: Callable[..., None]) -> None:
         self._check_writable()
         check_name(name)
         directory = self.inode(parent)
-        with self._removing(directory, name, unlinking=True):
-            os.rmdir(name, dir_fd=directory.fd)
+        nodeid = self._before_removal(directory, name, unlinking=True)
+        remove(name, dir_fd=directory.fd)
+        self._after_removal(nodeid)
 
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
         """RENAME2; of the flags RENAME_NOREPLACE and RENAME_EXCHANGE (EINVAL for others)."""
@@ -299,41 +305,40 @@ class Operations:
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
             raise OSError(errno.EINVAL, "rename flags not supported")
         old, new = self.inode(parent), self.inode(new_parent)
-        with nullcontext() if flags else self._removing(new, new_name):
-            renameat2(old.fd, name, new.fd, new_name, flags)
+        nodeid = None if flags else self._before_removal(new, new_name)
+        renameat2(old.fd, name, new.fd, new_name, flags)
+        self._after_removal(nodeid)
 
-    @contextlib.contextmanager
-    def _removing(self, directory: Inode, name: bytes, *, unlinking: bool = False) -> Iterator[None]:
-        """The block takes this name away, and does nothing else if it is `unlinking`: tell the peers of what loses it, if that
-        can matter to anybody.
-
-        Another process may be at an OPEN of it, and have told nobody yet. It looks at the names when it has (`opened_here`),
-        and here is looked again when the name has gone: so one of the two sees the other."""
+    def _before_removal(self, directory: Inode, name: bytes, *, unlinking: bool = False) -> int | None:
+        """This name will be taken away, and nothing else be done if it is `unlinking`: tell the peers of what loses it, if that
+        can matter to anybody. Returns what is for `_after_removal`: a node ID, if none of them wants the object now."""
         if self._peers is None:
-            yield
-            return
-        nodeid = None
+            return None
         try:
-            nodeid = self._before_removal(self._peers, directory, name, unlinking=unlinking)
+            return self._tell_of_removal(self._peers, directory, name, unlinking=unlinking)
         except OSError as error:
             # There is no object, or none with a node ID, and no room for one.
             if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ESTALE, errno.ENOSPC, errno.EDQUOT):
                 raise
-        yield
-        if nodeid is not None and self._peers.wants(nodeid, 0):
+            return None
+
+    def _after_removal(self, nodeid: int | None) -> None:
+        """Another process may have been at an OPEN of the object, and have told nobody yet. It looks at the names when it
+        has (`opened_here`), and here is looked again now that the name has gone: so one of the two sees the other."""
+        if nodeid is not None and self._peers is not None and self._peers.may_have_opened(nodeid):
             self._keep_removed(self._peers, nodeid)
 
-    def _before_removal(self, peers: Peers, directory: Inode, name: bytes, *, unlinking: bool) -> int | None:
-        """Hand the object over; or return its node ID, if no peer wants it now. None if there is no object."""
+    def _tell_of_removal(self, peers: Peers, directory: Inode, name: bytes, *, unlinking: bool) -> int | None:
         looked = look_at(directory.fd, name)
         if looked is None:
             return None
         handle, mount_id, stat = looked
+        volume = self.source.volumes.of_mount(mount_id)
         if unlinking:
-            peers.unlinking(self.source.volumes.of_mount(mount_id), handle)
+            peers.unlinking(volume, handle)
         # Others are held without being opened here: a working directory, a fifo, a bound socket.
         if st.S_ISREG(stat.st_mode):
-            nodeid = self._nodeid(handle, mount_id)
+            nodeid = self.source.nodeid(volume, handle)
             if not peers.wants(nodeid, stat.st_blocks * 512):
                 return nodeid
         self._hand_over(peers, directory, name)
@@ -366,12 +371,10 @@ class Operations:
                 return  # it dies with this process, if that is killed while a client has it open
             raise
         try:
-            peers.removing(self._nodeid(*handle_of(fd)), fd)
+            handle, mount_id = handle_of(fd)
+            peers.removing(self.source.nodeid(self.source.volumes.of_mount(mount_id), handle), fd)
         finally:
             os.close(fd)
-
-    def _nodeid(self, handle: FileHandle, mount_id: int) -> int:
-        return self.source.nodeid(self.source.volumes.of_mount(mount_id), handle)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -405,9 +408,11 @@ class Operations:
             # permission on it, so it must look up and open the file itself: ESTALE makes it (fs/namei.c, do_filp_open).
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
         file = OpenFile(fd, 0)
-        made = handle_of(fd)
-        with _undone_on_error(directory, name, made, os.unlink):
-            return self._opened(file, made, flags)
+        try:
+            return self._opened(file, flags)
+        except OSError:
+            _undo(directory, name, handle_of(fd), os.unlink)
+            raise
 
     def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Entry, int]:
         """TMPFILE: make a file without a name in `parent` and open it. Returns the entry and the `fh`."""
@@ -424,14 +429,14 @@ class Operations:
                 ),
             )
         file = OpenFile(fd, 0)
-        entry, fh = self._opened(file, handle_of(fd), flags)
+        entry, fh = self._opened(file, flags)
         if self._peers is not None:
             self._peers.removing(entry.nodeid, fd, is_new=True)
         return entry, fh
 
-    def _opened(self, file: OpenFile, made: tuple[FileHandle, int], flags: int) -> tuple[Entry, int]:
-        """The entry and the `fh` of the new `file` with the handle and mount ID `made`."""
-        entry = self.source.entry_of(file.fd, made)
+    def _opened(self, file: OpenFile, flags: int) -> tuple[Entry, int]:
+        """The entry and the `fh` of the new `file`."""
+        entry = self.source.entry_of(file.fd)
         file.nodeid = entry.nodeid
         return entry, self.open_files.add(file, flags)
 
@@ -692,19 +697,12 @@ def _as_unprivileged(caller: Caller) -> Iterator[None]:
             yield
 
 
-@contextlib.contextmanager
-def _undone_on_error(
-    directory: Inode, name: bytes, made: tuple[FileHandle, int], undo: Callable[..., None]
-) -> Iterator[None]:
+def _undo(directory: Inode, name: bytes, made: tuple[FileHandle, int], undo: Callable[..., None]) -> None:
     """An object that gets no node ID (the handle map's disk is full) must not stay behind a failed request. Under its name
     there may be somebody else's by now: only what has the handle and mount ID `made` is ours to remove."""
     try:
-        yield
-    except OSError:
-        try:
-            if name_to_handle_at(directory.fd, name) == made:
-                undo(name, dir_fd=directory.fd)
-        except OSError as failure:
-            if failure.errno != errno.ENOENT:
-                log.error("an object made by a request that failed stays behind: %s", failure)
-        raise
+        if name_to_handle_at(directory.fd, name) == made:
+            undo(name, dir_fd=directory.fd)
+    except OSError as failure:
+        if failure.errno != errno.ENOENT:
+            log.error("an object made by a request that failed stays behind: %s", failure)

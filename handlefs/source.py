@@ -312,9 +312,12 @@ class Source:
         """The reply for a look-up that found `inode`."""
         return Entry(inode.nodeid, self._nodes.nodeids.generation(inode.nodeid), self.attributes(inode))
 
-    def entry_of(self, fd: int, made: tuple[FileHandle, int]) -> Entry:
-        """The reply for the new object that is open as `fd`, given its handle and mount ID."""
-        handle, mount_id = made
+    def entry_of(self, fd: int) -> Entry:
+        """The reply for the new object that is open as `fd`."""
+        found = None if self.inline_nodes is None else self.inline_nodes.of(fd)
+        if found is not None:
+            return self._inline_entry(*found)
+        handle, mount_id = handle_of(fd)
         volume = self.volumes.of_mount(mount_id)
         nodeid = self.nodeid(volume, handle)
         stat = fstat(fd)

@@ -226,6 +226,10 @@ class MountPeers:
         have its space free at once."""
         return size >= PROMPT or self._table is None or self._table.needs_server(nodeid)
 
+    def may_have_opened(self, nodeid: int) -> bool:
+        """Whether it is open by now."""
+        return not self._alone and self.wants(nodeid, 0)
+
     def removing(self, nodeid: int, fd: int, *, is_new: bool = False) -> None:
         """Have the supervisor keep the object."""
         self._keeper.hand_over(nodeid, self._slot.unique, fd, is_new=is_new)
