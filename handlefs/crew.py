@@ -68,7 +68,8 @@ class Crew:
         self._groups = ProcessGroups()
         self._failed_starts = 0
         self._next_start = 0.0
-        self._was_complete = False
+        self.was_complete = False
+        """Whether each slot has had its worker: the mount is served, or was."""
         self._changing = threading.Lock()
         self.restarts = 0
         """How many workers had to be replaced."""
@@ -85,7 +86,7 @@ class Crew:
             self._watch(worker)
             del self._vacant[serving.slot]
             self._workers.append(worker)
-        self._was_complete = True
+        self.was_complete = True
         return self._workers.copy()
 
     @property
@@ -191,7 +192,7 @@ class Crew:
         self._forget(worker)
         if failure:
             self._start_failed(failure)
-        elif self._was_complete or self._template is None or not self._template.ends_within(1.0):  # else that says more
+        elif self.was_complete or self._template is None or not self._template.ends_within(1.0):  # else that says more
             self._start_failed("a worker died before it was ready", logging.WARNING)
 
     def _check_starting(self) -> None:
@@ -213,7 +214,7 @@ class Crew:
     def _start_failed(self, why: str, level: int = logging.ERROR) -> None:
         """Wait before the next attempt, the longer the more have failed since a worker has last come to serve. Raises
         StartupError if the mount has not been served yet."""
-        if not self._was_complete:
+        if not self.was_complete:
             raise StartupError(why)
         if time.monotonic() < self._next_start:
             return  # it was started together with one that has failed
@@ -232,7 +233,7 @@ class Crew:
                 with self._lock:
                     worker.slot = slot
                 del self._vacant[slot]
-        self._was_complete = self._was_complete or self.is_complete
+        self.was_complete = self.was_complete or self.is_complete
 
     # -- deaths ----------------------------------------------------------------------------------------------------------
 

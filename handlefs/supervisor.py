@@ -73,7 +73,6 @@ class Supervisor:
         self.mount_device: tuple[int, int] | None = None
         """Major and minor number of the mount, from when there is one."""
         self._next_tick = 0.0
-        self._is_ready = False
         self._is_leaving = False
         self.can_be_left = inherited is not None and service.keeps(inherited)
         """Whether a service manager keeps what a successor needs to go on with the mount."""
@@ -93,7 +92,6 @@ class Supervisor:
                 self._prepare(stack)
                 while not (self._crew.is_complete or self._unmounted):
                     self._step()
-                self._is_ready = True
                 on_ready()
                 while not self._unmounted:
                     self._step()
@@ -105,7 +103,7 @@ class Supervisor:
 
     def _give_up(self) -> None:
         """Something has failed that was not foreseen: a service manager can have another process go on; else unmount."""
-        if self.can_be_left and (self._is_ready or self._inherited is not None):
+        if self.can_be_left and (self._crew.was_complete or self._inherited is not None):
             log.exception("the supervisor has failed, and leaves the mount to a successor")
             logging.shutdown()
             os._exit(1)  # nothing is to be undone; the workers die with this process
