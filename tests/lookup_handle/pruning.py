@@ -28,8 +28,10 @@ NODE_TABLE = 64
 FILES_PER_DIRECTORY = 250
 LARGEST_CHANCE = 0.3
 LEAST_KILLS = 3
+LEAST_RECOVERED = 1000
+LEAST_GONE = 10
 PATIENCE = 60
-"""Seconds for which to work on until there have been so many."""
+"""Seconds for which to work on until there have been so many: a machine with no time for it works longer."""
 VISITED = 100
 """Files that a passing peer opens: more than the server may have open afterwards."""
 SHARE_AFTER_KILLS = 0.2
@@ -116,8 +118,9 @@ def torture(source: Path, files: int, seconds: float, seed: int, *, sample: int 
             assert len(stress.files) == files
             with killing(server, chance, report):
                 stress.run(seconds * (1 - SHARE_AFTER_KILLS))
-                for _ in range(PATIENCE):  # on a machine where a start takes long
-                    if report.kills < LEAST_KILLS:
+                found = client.session.statistics
+                for _ in range(PATIENCE):
+                    if report.kills < LEAST_KILLS or found.recovered < LEAST_RECOVERED or found.gone < LEAST_GONE:
                         stress.run(1)
             watch(server, report)
             for _ in range(10):
