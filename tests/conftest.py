@@ -6,8 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from .support.filesystems import KINDS, FileSystems
+
+# How long an example takes says something of the machine only; and no example leaves anything behind in a fixture.
+settings.register_profile(
+    "handlefs", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("handlefs")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -306,7 +306,6 @@ def test_against_a_directory(ext4: Path, tmp_path: Path, entry_timeout: float) -
             settings=settings(
                 max_examples=40,
                 stateful_step_count=60,
-                deadline=None,
                 suppress_health_check=list(HealthCheck),
             ),
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from handlefs.config import Config
@@ -154,7 +154,7 @@ def nodeid_of(served: Served, node: str) -> int:
     }[node]
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1500)
 @given(opcode=opcodes, node=nodes, body=bodies, extensions=some.sampled_from([0, 0, 0, 1, 5, 65535]))
 def test_any_request_is_answered(served: Served, opcode: int, node: str, body: bytes, extensions: int) -> None:
     (served.tree / "file").touch()
@@ -166,7 +166,7 @@ def test_any_request_is_answered(served: Served, opcode: int, node: str, body: b
     assert descriptors() == before
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(message=some.binary(max_size=200))
 def test_any_bytes_are_survived(served: Served, message: bytes) -> None:
     reply = served.dispatcher.answer(memoryview(bytearray(message)))

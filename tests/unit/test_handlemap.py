@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import lmdb
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -113,7 +113,7 @@ class MapMachine(RuleBasedStateMachine):
 
 
 TestMapMachine = MapMachine.TestCase
-TestMapMachine.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+TestMapMachine.settings = settings(max_examples=15, stateful_step_count=15)
 
 
 def test_a_kept_entry_keeps_all_that_is_in_its_way() -> None:
@@ -121,7 +121,7 @@ def test_a_kept_entry_keeps_all_that_is_in_its_way() -> None:
     assert in_the_way({1: [2], 2: [3], 4: [5]}, [2]) == {2, 3}
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10)
 @given(hash_bits=st.integers(2, 6), order=st.randoms(use_true_random=False))
 def test_an_order_decides_once(tmp_path: Path, hash_bits: int, order: object) -> None:
     """With every node ID of the space given out, all still stand for what they were given for."""

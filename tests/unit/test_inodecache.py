@@ -30,7 +30,7 @@ def count_open() -> int:
 operations = st.lists(st.tuples(st.sampled_from(["get", "put", "forget", "evict"]), st.integers(0, 8)), max_size=60)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(capacity=st.integers(0, 6), steps=operations)
 def test_it_behaves_like_an_lru(capacity: int, steps: list[tuple[str, int]]) -> None:
     before = count_open()
