@@ -376,7 +376,7 @@ class Source:
 def _open_patiently(volume: Volume, handle: FileHandle) -> int:
     """open_by_handle_at(2), again when it says ENOMEM: so it does for an instant when an inode of that number is just being
     created (iget_locked in fs/inode.c), which is no want of memory."""
-    for pause in (0.0, 0.0, 0.001, 0.005):
+    for pause in (0.0, 0.0, 0.001, 0.005, 0.02, 0.1):
         try:
             return open_by_handle_at(volume.fd, handle, os.O_PATH)
         except OSError as error:

@@ -69,6 +69,7 @@ def test_nobody_prepares_in_anothers_time(directory: Path, monkeypatch: pytest.M
     def run(directory: Path, sizes: Sizes, share: Share) -> Sample:
         watch = Stopwatch(share)
         time.sleep(0.5 * share.number)
+        (directory / f"ready{share.number}").write_text(str(time.perf_counter()))
         with watch.running():
             time.sleep(0.1)
         return watch.sample(1)
@@ -77,15 +78,19 @@ def test_nobody_prepares_in_anothers_time(directory: Path, monkeypatch: pytest.M
     monkeypatch.setitem(BY_NAME, "late", workload)
     sample = together(workload, directory, SIZES, 3)
     assert sample.operations == 3
-    assert sample.spread < sample.seconds < 0.4
+    ready = [directory / f"ready{number}" for number in range(3)]
+    assert sample.began >= max(float(path.read_text()) for path in ready)
+    for path in ready:
+        path.unlink()
 
 
 @pytest.mark.parametrize("workload", [one for one in BY_NAME.values() if one.own_clients], ids=lambda one: one.name)
 def test_fio_has_several_clients(directory: Path, workload: Workload) -> None:
     """They work side by side: the time on the clock is that of one of them."""
-    sample = workload.run(directory, SIZES, Share(0, 4))
+    began = time.monotonic()
+    sample = workload.run(directory, replace(SIZES, fio_ms=500), Share(0, 4))
     assert sample.operations > 4
-    assert 0 < sample.seconds < 3 * SIZES.fio_ms / 1000
+    assert 0 < sample.seconds <= time.monotonic() - began
 
 
 def test_stopwatch_counts_only_what_runs() -> None:

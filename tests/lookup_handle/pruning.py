@@ -19,6 +19,7 @@ from pathlib import Path
 from handlefs.protocol.client import Client
 from handlefs.protocol.client.stress import Stress, content_of
 
+from ..posix.compare import in_the_end
 from ..support.arguments import positive, whole
 from ..support.filesystems import KINDS, filesystem
 from ..support.meanwhile import meanwhile
@@ -126,6 +127,8 @@ def torture(source: Path, files: int, seconds: float, seed: int, *, sample: int 
             for _ in range(10):
                 visit(server, stress)
                 stress.run(seconds * SHARE_AFTER_KILLS / 10)
+                alone = in_the_end(lambda: server.status()["peers"], 1)  # it has noticed that the visitor is gone
+                assert alone == 1
                 watch(server, report)
             stress.verify(sample)
             assert server.status()["node_table"]["size"] <= NODE_TABLE

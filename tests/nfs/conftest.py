@@ -60,6 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One export after the other, and on each one event after the other, so that everything is set up once."""
     places = [place for place, item in enumerate(items) if runs_in_lab(item)]
     for place, item in zip(places, sorted((items[place] for place in places), key=stage_of), strict=True):
+        item.add_marker(pytest.mark.timeout(0))  # the guest has limits of its own
         items[place] = item
 
 

@@ -52,7 +52,7 @@ class Connection:
                 last = error
         else:
             raise last
-        self._socket.settimeout(30)
+        self._socket.settimeout(120)
 
     def __enter__(self) -> Connection:
         return self

@@ -129,7 +129,7 @@ def test_no_descriptors_left(server: HandlefsExport, clients: dict[str, Client],
             by_handle = [pool.submit(file.read) for file in files]
             by_name = [pool.submit(path.with_name("none").exists) for path in paths]
             assert not wait(by_name, 2).done
-        assert [answer.result(60) for answer in by_handle + by_name] == [b"content", b"content", False, False]
+        assert [answer.result(200) for answer in by_handle + by_name] == [b"content", b"content", False, False]
 
 
 @contextmanager

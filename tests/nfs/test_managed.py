@@ -17,7 +17,7 @@ from handlefs import control
 from ..support.filesystems import run
 from .knfsd import CLIENT, PSEUDO_ROOT, HandlefsExport
 
-TIMEOUT = 40.0
+TIMEOUT = 150.0
 
 
 class Manager:

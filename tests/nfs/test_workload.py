@@ -61,7 +61,7 @@ def test_clients_at_work(export: Export, clients: dict[str, Client], place: Path
             export.restart()
         finally:
             stop.set()
-        finished = [job.result(60) for job in jobs]
+        finished = [job.result(240) for job in jobs]
     for name, last in zip(names, finished, strict=True):
         for index, number in enumerate(last):
             assert (place / name / f"file-{index}").read_bytes() == content(number)

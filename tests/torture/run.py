@@ -7,6 +7,7 @@ import fcntl
 import functools
 import itertools
 import os
+import signal
 import subprocess
 import time
 from array import array
@@ -141,10 +142,8 @@ def torture(plan: Plan) -> Figures:
     descriptors = _descriptors(victim.pid)
     assignments = _assignments(plan)
     _prepare(plan.base, assignments)
-    start = time.monotonic() + WARM_UP
-    phases = [start, start + plan.peace, start + plan.peace + plan.disturbed]
     disturbed = Disturbed(victim, plan.disturbances, plan.seed, plan.pause)
-    reports, calls = _work(plan, assignments, phases, disturbed)
+    reports, calls, phases = _work(plan, assignments, disturbed)
     _check_source(plan.base, assignments, reports)
     facts = _check_processes(plan, victim, descriptors)
     after = status(plan)
@@ -178,20 +177,22 @@ def _assignments(plan: Plan) -> list[Assignment]:
 
 
 def _work(
-    plan: Plan, assignments: Sequence[Assignment], phases: list[float], disturbed: Disturbed
-) -> tuple[list[Report], array[float]]:
-    """What the clients report when all `phases` have ended, and the times of `_probe`."""
+    plan: Plan, assignments: Sequence[Assignment], disturbed: Disturbed
+) -> tuple[list[Report], array[float], list[float]]:
+    """What the clients report when all phases have ended, the times of `_probe`, and those at which the phases ended."""
     (first, _), (last, _), name = plan.ways[0], plan.ways[-1], plan.base.name
-    holder = Child(_hold_lock, last / name / "shared/locked", phases[2])
-    expect(in_the_end(lambda: (plan.base / "shared/locked").stat().st_size, 1), 1, "a lock is held")
-    probe = Child(functools.partial(_probe, first / name / "probe", phases[2]))
-    clients = [Child(Client(each).work, phases, user=each.user) for each in assignments]
-    children: list[Child[Any]] = [holder, probe, *clients]
+    children: list[Child[Any]] = [Child(_hold_lock, last / name / "shared/locked")]
     try:
+        expect(in_the_end(lambda: (plan.base / "shared/locked").stat().st_size, 1), 1, "a lock is held")
+        start = time.monotonic() + WARM_UP
+        phases = [start, start + plan.peace, start + plan.peace + plan.disturbed]
+        probe = Child(functools.partial(_probe, first / name / "probe", phases[2]))
+        clients = [Child(Client(each).work, phases, user=each.user) for each in assignments]
+        children += [probe, *clients]
         _wait(clients, phases[1])
         with disturbed.running():
             _wait(clients, phases[2])
-        return [client.result(PATIENCE) for client in clients], probe.result(PATIENCE)
+        return [client.result(PATIENCE) for client in clients], probe.result(PATIENCE), phases
     except TimeoutError:
         _cut(plan.mountpoint)
         raise
@@ -243,13 +244,13 @@ def _probe(base: Path, end: float) -> array[float]:
     return times
 
 
-def _hold_lock(path: Path, end: float) -> None:
-    """Keep the file locked until then; it is not empty any more once it is."""
+def _hold_lock(path: Path) -> None:
+    """Keep the file locked until the process is ended; it is not empty any more once it is."""
     fd = os.open(path, os.O_RDWR)
     fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.write(fd, b"x")
     os.fsync(fd)
-    time.sleep(max(end + PATIENCE - time.monotonic(), 0))
+    signal.pause()
 
 
 def _sort_calls(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
+import time
 from pathlib import Path
 
 from handlefs.handlemap import HandleMap
@@ -30,6 +31,7 @@ def busy(handle_map: HandleMap, seed: int, *, shrink: bool) -> None:
     def flush() -> None:
         while True:
             handle_map.shrink() if shrink else handle_map.flush()
+            time.sleep(0.001)  # LMDB's lock is not fair: another thread or process might wait for it for ever
 
     threading.Thread(target=flush, daemon=True).start()
     number = seed << 32

@@ -14,11 +14,20 @@ from pathlib import Path
 import lmdb
 import pytest
 
+from handlefs import handlemap
 from handlefs.handlemap import HandleMap
 from tests.unit.serving import IDENTITY, mapped
 from tests.unit.test_handlemap import opened, worker
 
 ROUNDS = 12
+
+
+def where_it_waits(pid: int) -> str:
+    """What each thread of the process waits for in the kernel, and how much CPU time it has had."""
+    tasks = Path(f"/proc/{pid}/task").glob("*")
+    return "; ".join(
+        f"{(task / 'wchan').read_text()}: {(task / 'schedstat').read_text().split()[0]} ns" for task in tasks
+    )
 
 
 class Victim:
@@ -40,14 +49,18 @@ class Victim:
 
     def wait_for_lines(self, count: int) -> None:
         with self._enough:
-            assert self._enough.wait_for(lambda: len(self.lines) >= count, timeout=60), self.process.poll()
+            if not self._enough.wait_for(lambda: len(self.lines) >= count, timeout=60):
+                pytest.fail(f"no {count} lines, status {self.process.poll()}, in {where_it_waits(self.process.pid)}")
 
     def kill(self) -> dict[int, int]:
         """Kill it; the node IDs that it gave out and printed."""
         assert self.process.poll() is None, "it died by itself"
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
         self._reader.join()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
         whole = [line for line in self.lines if line.endswith("\n")]
         return {int(number): int(nodeid) for number, nodeid in map(str.split, whole)}
 
@@ -120,8 +133,9 @@ def crash(state: Path) -> tuple[int, int]:
     pid = os.fork()
     if pid == 0:
         try:
+            handlemap.FLUSH_INTERVAL = 1000.0  # the flusher makes nothing durable
             handle_map = HandleMap(state, IDENTITY)
-            handle_map.assign([mapped(2)])  # at once: the flusher comes a second later
+            handle_map.assign([mapped(2)])
         finally:
             os._exit(0)
     os.waitpid(pid, 0)
