@@ -68,7 +68,7 @@ class WorkerProcess:
             if "ready" not in said:
                 return str(said["failed"])
             self.pidfd = os.pidfd_open(said["ready"])  # our child: the number is its own until we have waited for it
-        except ConnectionResetError:
+        except (ConnectionResetError, ProcessLookupError):  # the latter if it has been waited for already
             return ""
         except OSError as error:
             return f"a new worker cannot be watched: {error.strerror}"

@@ -19,7 +19,7 @@ DROP_EVERY = 40  # evictions between two drops of the kernel's own dentries and 
 ENVIRONMENT = {"LC_ALL": "C.UTF-8", "TZ": "UTC", "HOME": "/nonexistent"}
 
 
-def run(*argv: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 200) -> str:
+def run(*argv: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 600) -> str:
     """Run an application that must succeed; gives its standard output, fails with all that it said."""
     done = subprocess.run(
         [str(arg) for arg in argv],
@@ -48,7 +48,8 @@ def evict_storm(tree: Tree) -> Iterator[None]:
 
     with meanwhile(evict, lambda: STORM_INTERVAL):
         yield
-    assert any(evicted), f"the storm had nothing to evict in {len(evicted)} rounds"
+    # A short block may be over before anything is in the cache.
+    assert any(evicted) or len(evicted) < DROP_EVERY, f"the storm had nothing to evict in {len(evicted)} rounds"
 
 
 @dataclass(frozen=True)

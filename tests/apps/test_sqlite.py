@@ -48,7 +48,7 @@ def _two_writers(path: Path, mode: str) -> None:
         for n in range(2)
     ]
     for writer in writers:
-        _, errors = writer.communicate(timeout=200)
+        _, errors = writer.communicate(timeout=600)
         assert writer.returncode == 0, errors
 
 

@@ -58,7 +58,11 @@ def settled(supervisor: int, count: int = 4) -> set[int]:
     def names() -> list[str]:
         return sorted(name(child) for child in children(supervisor))  # zombies have names, too
 
+    def watched() -> int:
+        return sum("pidfd" in os.readlink(fd) for fd in Path(f"/proc/{supervisor}/fd").iterdir())
+
     assert in_the_end(names, expected, seconds=TIMEOUT) == expected
+    assert in_the_end(watched, len(expected), seconds=TIMEOUT) == len(expected)
     return children(supervisor)
 
 

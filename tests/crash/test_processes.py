@@ -51,12 +51,12 @@ def test_workers_that_die_before_they_are_ready(source: Path) -> None:
         supervisor = server.pid
         known = children(supervisor)
         kill(workers(server)[0])
-        end = time.monotonic() + 3
-        while time.monotonic() < end:
+        begin = time.monotonic()
+        while time.monotonic() < begin + 3:
             for pid in children(supervisor) - known:
                 kill(pid)
                 known.add(pid)
-        assert server.read_log().count("died before it was ready") < 30
+        assert server.read_log().count("died before it was ready") < 10 * (time.monotonic() - begin)
         assert in_the_end(lambda: zombies(server.pid), [], seconds=TIMEOUT) == []
         assert answers(server)
 

@@ -184,6 +184,8 @@ def test_space_is_free_at_once(passthrough: str) -> None:
                 assert outcome(write, server.path / "large", size) is None
                 assert in_the_end(lambda: server.status()["open_files"], 0) == 0  # close(2) does not wait for RELEASE
                 (server.path / "large").unlink()
+                # Nobody waits for FORGET, but no other request is needed for it.
+                assert in_the_end(lambda: os.statvfs(source).f_bavail * space.f_frsize > size, True) is True
 
 
 def test_space_of_a_file_that_was_open_is_free_when_it_is_closed() -> None:

@@ -38,6 +38,8 @@ def test_the_supervisor_keeps_what_the_kernel_does_not(filesystems: FileSystems)
             for name, mode in (("plain", 0o644), ("set-id", 0o4755), ("replaced", 0o644), ("set-id replaced", 0o4755)):
                 (server.path / name).touch()
                 (server.path / name).chmod(mode)
+            # Nobody waits for RELEASE; until then the kernel holds them.
+            assert in_the_end(lambda: server.status()["backing_ids"], 0) == 0
             files = [os.open(path, os.O_RDWR) for path in sorted(server.path.iterdir())]
             (server.path / "plain").unlink()
             (server.path / "set-id").unlink()
@@ -136,13 +138,14 @@ def test_a_full_state_disk_keeps_no_file_from_being_removed(btrfs: Path) -> None
             source,
             None,
             "--transport=direct",
-            "--entry-timeout=60",
+            "--entry-timeout=3600",
             state_dir=disk / "state",
             expected_log="handle map",
         ) as server,
     ):
         victim = server.path / "victim"
         victim.touch()
+        held = os.open(victim, os.O_PATH)  # so that the kernel does not forget it
         fill(disk)
         for number in range(100_000):  # LMDB uses its free pages before the file has to grow
             (source / f"{number}").touch()
@@ -151,6 +154,7 @@ def test_a_full_state_disk_keeps_no_file_from_being_removed(btrfs: Path) -> None
         else:
             raise AssertionError("the disk is not full")
         (source / "new").touch()
-        (source / "new").replace(source / "victim")  # the kernel believes for a minute that it knows what is there
+        (source / "new").replace(source / "victim")  # the kernel believes for an hour that it knows what is there
         assert outcome(os.unlink, victim) is None
         assert not (source / "victim").exists()
+        os.close(held)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Service:
         """SIGKILL the supervisor, and wait for the next one."""
         before = self.main_pid
         self.kill()
-        assert in_the_end(lambda: self.main_pid not in (before, "0"), True, TIMEOUT) is True
+        assert in_the_end(partial(self.has_replaced, before), True, TIMEOUT) is True
         assert in_the_end(lambda: self.systemd.property(self.name, "ActiveState"), "active", TIMEOUT) == "active"
 
     def settled(self) -> None:
@@ -86,13 +87,14 @@ class Service:
             is True
         )
 
-    def is_starting(self) -> bool:
-        return self.systemd.property(self.name, "ActiveState") == "activating" and self.main_pid != "0"
-
     @property
     def main_pid(self) -> str:
         """In systemd's namespace."""
         return self.systemd.property(self.name, "MainPID")
+
+    def has_replaced(self, pid: str) -> bool:
+        """Whether there is another main process than that one."""
+        return self.main_pid not in (pid, "0")
 
     def pid(self) -> int:
         """Of the same process, in ours."""
@@ -259,7 +261,8 @@ def test_the_metrics_are_always_there(systemd: Systemd, ext4: Path, end: str) ->
         def scrape() -> None:
             with socket.create_connection((host, int(port)), TIMEOUT) as client:
                 reply = outcome(get, client)
-            assert "handlefs_uptime_seconds" in str(reply) or (end == "crash" and reply in ("", "ECONNRESET", "EPIPE"))
+            cut = reply in ("", "ECONNRESET", "EPIPE") or str(reply).startswith("HTTP/1.0 200")
+            assert "handlefs_uptime_seconds" in str(reply) or (end == "crash" and cut)
 
         with meanwhile(scrape, lambda: 0.0):
             for _ in range(3):
@@ -338,7 +341,7 @@ def test_requests_are_finished_after_a_crash(systemd: Systemd, ext4: Path) -> No
             service.fault.with_suffix(".new").rename(service.fault)
             child = Child(outcome, (service.path / f"{point}").mkdir)
             if not has_come_to(service.fault, child):
-                service.fault.unlink()
+                service.fault.unlink(missing_ok=True)
                 break
             service.crash()
             assert child.result(TIMEOUT) is None
@@ -363,7 +366,7 @@ def test_a_supervisor_that_fails(systemd: Systemd, ext4: Path, code: Code) -> No
         file.write(b"content")
         before = service.main_pid
         trap.touch()
-        assert in_the_end(lambda: service.main_pid not in (before, "0"), True, TIMEOUT) is True
+        assert in_the_end(partial(service.has_replaced, before), True, TIMEOUT) is True
         assert Child(os.pread, file.fileno(), 10, 0).result(TIMEOUT) == b"content"
         assert "SystemError: no luck" in service.log_file.read_text()
 
@@ -381,8 +384,9 @@ def test_a_stop_of_a_server_that_just_starts(systemd: Systemd, ext4: Path) -> No
     """Its predecessor's mount is taken away, too, even if it does not know of it yet."""
     with running(systemd, ext4) as service:
         for _ in range(5):
+            before = service.main_pid
             service.kill()
-            assert in_the_end(service.is_starting, True, TIMEOUT) is True
+            assert in_the_end(partial(service.has_replaced, before), True, TIMEOUT) is True
             service.do("stop")
             assert not is_mounted(service.path)
             service.do("start")
@@ -395,7 +399,12 @@ def test_a_stop_does_not_wait_for_users_for_ever(systemd: Systemd, ext4: Path) -
         try:
             service.do("stop")
             assert not is_mounted(service.path)
-            assert Child(lambda: outcome(os.listdir, directory)).result(TIMEOUT) == "ENOTCONN"
+
+            def ask() -> object:
+                return Child(lambda: outcome(os.listdir, directory)).result(TIMEOUT)
+
+            # systemd closes what it has stored a moment later: until then a request waits, and is cut off.
+            assert in_the_end(ask, "ENOTCONN") == "ENOTCONN"
         finally:
             os.close(directory)
 
@@ -478,7 +487,7 @@ def test_watchdog(systemd: Systemd, ext4: Path) -> None:
     with running(systemd, ext4, service="WatchdogSec=3\nTimeoutAbortSec=1") as service:
         before = service.main_pid
         systemd.systemctl("kill", "--kill-who=main", "--signal=STOP", service.name)
-        assert in_the_end(lambda: service.main_pid not in (before, "0"), True, TIMEOUT) is True
+        assert in_the_end(partial(service.has_replaced, before), True, TIMEOUT) is True
         assert Child(os.listdir, service.path).result(TIMEOUT) == []
 
 

@@ -235,9 +235,7 @@ def test_requests_are_finished_that_workers_die_in(ext4: Path, command: str) -> 
                 assert outcome(ground.bounded, (served / "new").mkdir) == "EEXIST"
             finally:
                 assert taking_over.wait(TIMEOUT) == 0
-            if not ground.was_killed():
-                break
-            finished += 1
+            finished += ground.was_killed()  # perhaps not: replaced in the middle of it, its successor has fewer points
         assert finished > 3
         assert (
             ground.server.status()["finished_in_flight"] >= finished - 1
@@ -324,7 +322,7 @@ def test_a_worker_that_hangs_is_killed(ext4: Path) -> None:
         finally:
             stop.set()
         assert child.result(TIMEOUT) > 0
-        assert server.status()["finished_in_flight"] > 0
+        assert in_the_end(lambda: server.status()["finished_in_flight"] > 0, True) is True
 
 
 @pytest.mark.parametrize("command", ["reload", "upgrade"])

@@ -289,7 +289,6 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.umask(before)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("runtime")
 @pytest.mark.parametrize("entry_timeout", [0, 1000])
 def test_against_a_directory(ext4: Path, tmp_path: Path, entry_timeout: float) -> None:

@@ -15,7 +15,6 @@ SECONDS = 10
 FLAT = 4096  # KiB
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
 def test_no_wrong_file_ever(kind: str, filesystems: FileSystems) -> None:
     """A server that knows 64 node IDs of thousands, forgets them and is killed: each request gets its own file, or ESTALE

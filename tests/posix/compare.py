@@ -18,11 +18,11 @@ PATIENCE = 60.0
 
 
 def outcome(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> object:
-    """What the function returns, or the name of the error it fails with."""
+    """What the function returns, or the name of the error it fails with: of its class, if it has no errno."""
     try:
         return function(*args, **kwargs)
     except OSError as error:
-        return errno.errorcode[error.errno or 0]
+        return errno.errorcode[error.errno] if error.errno else type(error).__name__
 
 
 def in_the_end(function: Callable[[], object], expected: object, seconds: float = PATIENCE) -> object:

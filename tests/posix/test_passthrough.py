@@ -37,7 +37,7 @@ from .conftest import TestTree, open_ground
 
 T = TypeVar("T")
 
-TIMEOUT = 60.0
+TIMEOUT = 200.0
 FUSE_NOTIFY_RESEND = 7
 STORM_SECONDS = 4.0
 

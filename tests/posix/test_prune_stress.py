@@ -270,7 +270,6 @@ def snapshot(base: Path) -> tuple[dict[str, bytes], set[str]]:
     return files, directories
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("where", "mode"),
     [

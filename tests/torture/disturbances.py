@@ -93,7 +93,7 @@ def renew(victim: Victim, _chance: random.Random, command: str) -> int:
     try:
         control.request(str(victim.mountpoint), {"op": command}, control.RELOAD_TIMEOUT)
     except control.ControlError as error:
-        if "the old workers go on" not in str(error) and "others go on" not in str(error):
+        if "go on" not in str(error):
             raise
         return 0
     return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
@@ -18,6 +19,20 @@ def worker() -> tuple[WorkerProcess, socket.socket]:
     """One that serves, as far as the supervisor can see, and its end of the socket."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return WorkerProcess.inherited(ServingWorker(os.getpid(), 0, ours.detach())), theirs
+
+
+def test_one_that_has_died_since_it_was_ready() -> None:
+    """And was waited for already: that is no failure of ours."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.send(json.dumps({"ready": child}).encode())
+    starting = WorkerProcess(ours)
+    assert starting.listen() == ""
+    starting.close()
+    theirs.close()
 
 
 def test_a_command_does_not_reach_another_worker(monkeypatch: pytest.MonkeyPatch) -> None:
