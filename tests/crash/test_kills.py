@@ -370,7 +370,9 @@ def test_evict_does_not_wait_for_each_worker_that_hangs(server: Mounted) -> None
     numbers = itertools.count()
 
     def cached_and_evicted() -> bool:
-        (server.path / f"after-evict-{next(numbers)}").mkdir()
+        directory = server.path / f"after-evict-{next(numbers)}"
+        directory.mkdir()
+        (directory / "file").touch()  # for which the directory is opened
         return server.evict() > 0
 
     # The first time they may still be at the evictions that nobody waits for any more.

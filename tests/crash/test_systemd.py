@@ -519,3 +519,26 @@ def test_reload(systemd: Systemd, ext4: Path) -> None:
         assert (service.main_pid, service.status()["upgrades"]) == (before, 1)
         service.crash()
         assert Child(os.listdir, service.path).result(TIMEOUT) == []
+
+
+ELSEWHERE = """
+from pathlib import Path
+from tests.support.systemd import booted
+
+def mounted() -> set[str]:
+    return set(Path("/proc/self/mountinfo").read_text().splitlines())
+
+before = mounted()
+with booted() as systemd:
+    there = {line for line in mounted() - before if str(systemd.scratch) not in line}
+    assert before <= mounted() and not there, (before - mounted(), there)
+"""
+
+
+def test_the_systemd_of_these_tests_leaves_this_machine_alone(systemd: Systemd, ext4: Path) -> None:
+    """Also where mounts are shared, as the systemd of a whole machine has them: nothing is mounted or unmounted there, and
+    another one goes on."""
+    shared = ["unshare", "--mount", "--propagation=private", "sh", "-c", 'mount --make-rshared / && exec "$@"', "sh"]
+    with running(systemd, ext4) as service:
+        run(*shared, sys.executable, "-c", ELSEWHERE, timeout=2 * TIMEOUT)
+        assert is_mounted(service.path)

@@ -20,6 +20,11 @@ TIMEOUT = 60.0
 _TARGETS = ("sysinit", "basic", "shutdown", "multi-user")
 _BOOT = """
 set -e
+# Nothing that is mounted or unmounted here may show outside, but for what the services mount in their place. (What is hidden
+# by another mount cannot be reached, neither here nor below.)
+awk -v own="$4/" 'index($5 "/", own) != 1 { print $5 }' /proc/self/mountinfo | while read -r place; do
+    mount --make-private "$(printf %b "$place")" || :
+done
 # Copies of other servers' mounts would keep those alive.
 awk '{ for (i = 1; i < NF; i++) if ($i == "-" && $(i + 1) ~ /^fuse/) print $5 }' /proc/self/mountinfo |
     xargs --no-run-if-empty --max-args=1 umount --lazy
@@ -123,11 +128,12 @@ def _started(cgroup: Path, log: Path, units: Path) -> Iterator[int]:
             [
                 "sh",
                 "-c",
-                f'{enter} --mount-proc --cgroup sh -c "$0" boot "$1" "$2" "$3"',
+                f'{enter} --mount-proc --cgroup sh -c "$0" boot "$1" "$2" "$3" "$4"',
                 _BOOT,
                 str(units),
                 str(SYSTEMD),
                 str(log),
+                str(units.parent),
             ],
             stdin=subprocess.DEVNULL,
             stdout=output,
