@@ -243,10 +243,11 @@ struct inline_rule {
     int mount_id, type;
     unsigned int size;
     unsigned long long device, root_ino;
+    long just_now;          /* nanoseconds */
     struct timespec before; /* what has changed since then has changed just now */
 };
 
-enum finding { UNCERTAIN, ABSENT, FOUND };
+enum finding { ELSEWHERE, ABSENT, FOUND };
 
 /* Whether the handle and the attributes are of one object that `rule` holds for; its node ID then. */
 static int is_inline(const struct handle_buffer *handle, int mount_id, const struct stat *found,
@@ -258,21 +259,46 @@ static int is_inline(const struct handle_buffer *handle, int mount_id, const str
     return *nodeid >> 32 == found->st_ino && found->st_ino != rule->root_ino && found->st_dev == rule->device;
 }
 
-static enum finding look_inline(int directory, const char *name, const struct inline_rule *rule, uint64_t *nodeid,
+/* Looks at `name` while a descriptor pins what it stands for. */
+static enum finding look_pinned(int directory, const char *name, const struct inline_rule *rule, uint64_t *nodeid,
                                 struct stat *found)
 {
     struct handle_buffer handle = {.head.handle_bytes = MAX_HANDLE};
-    int mount_id, result;
-    SYSTEM_CALL(result, name_to_handle_at(directory, name, &handle.head, &mount_id, 0) ||
-                            fstatat(directory, name, found, AT_SYMLINK_NOFOLLOW));
-    if (result && errno == ENOENT)
-        return ABSENT;
-    if (result || !is_inline(&handle, mount_id, found, rule, nodeid))
-        return UNCERTAIN;
-    if (found->st_ctim.tv_nsec == 0 || found->st_ctim.tv_sec > rule->before.tv_sec ||
-        (found->st_ctim.tv_sec == rule->before.tv_sec && found->st_ctim.tv_nsec >= rule->before.tv_nsec))
-        return UNCERTAIN;
-    return FOUND;
+    int mount_id, result, fd = openat(directory, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    if (fd < 0)
+        return errno == ENOENT ? ABSENT : ELSEWHERE;
+    result = name_to_handle_at(fd, "", &handle.head, &mount_id, AT_EMPTY_PATH) || fstat(fd, found);
+    close(fd);
+    return !result && is_inline(&handle, mount_id, found, rule, nodeid) ? FOUND : ELSEWHERE;
+}
+
+/* Whether the time proves that the inode has not been another one since `rule->before`. */
+static int is_older(struct timespec changed, const struct inline_rule *rule)
+{
+    return changed.tv_nsec != 0 &&
+           (changed.tv_sec < rule->before.tv_sec ||
+            (changed.tv_sec == rule->before.tv_sec && changed.tv_nsec < rule->before.tv_nsec));
+}
+
+static enum finding look_by_name(int directory, const char *name, const struct inline_rule *rule, uint64_t *nodeid,
+                                 struct stat *found)
+{
+    struct handle_buffer handle = {.head.handle_bytes = MAX_HANDLE};
+    int mount_id;
+    if (name_to_handle_at(directory, name, &handle.head, &mount_id, 0) ||
+        fstatat(directory, name, found, AT_SYMLINK_NOFOLLOW))
+        return errno == ENOENT ? ABSENT : ELSEWHERE;
+    if (is_inline(&handle, mount_id, found, rule, nodeid) && is_older(found->st_ctim, rule))
+        return FOUND;
+    return look_pinned(directory, name, rule, nodeid, found);
+}
+
+static enum finding look_inline(int directory, const char *name, const struct inline_rule *rule, uint64_t *nodeid,
+                                struct stat *found)
+{
+    enum finding finding;
+    SYSTEM_CALL(finding, look_by_name(directory, name, rule, nodeid, found));
+    return finding;
 }
 
 static PyObject *find_inline(int directory, const char *name, const struct inline_rule *rule)
@@ -289,19 +315,23 @@ static PyObject *find_inline(int directory, const char *name, const struct inlin
     }
 }
 
-/* Takes an InlineRule of inlinenodes.py apart. */
-static int parse_rule(PyObject *fields, struct inline_rule *rule)
+static void begin_looking(struct inline_rule *rule)
 {
-    long just_now;
-    if (!PyArg_ParseTuple(fields, "iiIKKl", &rule->mount_id, &rule->type, &rule->size, &rule->device, &rule->root_ino,
-                          &just_now))
-        return 0;
     clock_gettime(CLOCK_REALTIME, &rule->before);
-    rule->before.tv_nsec -= just_now;
+    rule->before.tv_nsec -= rule->just_now;
     if (rule->before.tv_nsec < 0) {
         rule->before.tv_nsec += BILLION;
         rule->before.tv_sec--;
     }
+}
+
+/* Takes an InlineRule of inlinenodes.py apart. */
+static int parse_rule(PyObject *fields, struct inline_rule *rule)
+{
+    if (!PyArg_ParseTuple(fields, "iiIKKl", &rule->mount_id, &rule->type, &rule->size, &rule->device, &rule->root_ino,
+                          &rule->just_now))
+        return 0;
+    begin_looking(rule);
     if (rule->size == 8 || rule->size == 12)
         return 1;
     PyErr_SetString(PyExc_ValueError, "not the size of an inline handle");
@@ -586,7 +616,7 @@ static PyObject *native_direntplus(PyObject *module, PyObject *args)
 
 /* Fills in the reply for the object `found` with an inline node ID; 0 with an exception set if that fails. */
 static int fill_inline(struct fuse_entry_out *out, uint64_t nodeid, const struct stat *found, PyObject *generation_of,
-                       const struct reply *reply)
+                       struct timeout entry, struct timeout attr)
 {
     PyObject *number = PyLong_FromUnsignedLongLong(nodeid);
     PyObject *signature = number == NULL ? NULL : PyObject_CallOneArg(generation_of, number);
@@ -597,32 +627,32 @@ static int fill_inline(struct fuse_entry_out *out, uint64_t nodeid, const struct
     if (PyErr_Occurred())
         return 0;
     set_stat(&stat, found);
-    fill_entry(out, nodeid, generation, reply->entry, reply->attr, stat.ino, &stat);
+    fill_entry(out, nodeid, generation, entry, attr, stat.ino, &stat);
     return 1;
 }
 
 static int is_dot(const char *name) { return name[0] == '.' && (!name[1] || (name[1] == '.' && !name[2])); }
 
-/* Looks one entry up and writes it; nothing if its node is not `certain`. */
+/* Looks one entry up and writes it; nothing if its node is not `known`, and has to be found otherwise. */
 static enum outcome put_inline(struct reply *reply, int directory, const struct kernel_dirent *from,
-                               const struct inline_rule *rule, PyObject *generation_of, int *certain)
+                               const struct inline_rule *rule, PyObject *generation_of, int *known)
 {
     struct fuse_entry_out out = {0};
     struct fuse_dirent head = {from->ino, from->offset, strlen(from->name), from->type};
     struct stat found;
     uint64_t nodeid;
     enum finding finding = is_dot(from->name) ? ABSENT : look_inline(directory, from->name, rule, &nodeid, &found);
-    *certain = finding != UNCERTAIN;
-    if (finding == UNCERTAIN)
+    *known = finding != ELSEWHERE;
+    if (finding == ELSEWHERE)
         return FULL;
-    if (finding == FOUND && !fill_inline(&out, nodeid, &found, generation_of, reply))
+    if (finding == FOUND && !fill_inline(&out, nodeid, &found, generation_of, reply->entry, reply->attr))
         return FAILED;
     return write_direntplus(reply, &out, &head, from->name);
 }
 
 static PyObject *native_inline_direntplus(PyObject *module, PyObject *args)
 {
-    int directory, certain = 1;
+    int directory, known = 1;
     long long offset;
     Py_ssize_t wanted, count, position = 0;
     unsigned long long parent_ino;
@@ -652,26 +682,69 @@ static PyObject *native_inline_direntplus(PyObject *module, PyObject *args)
         struct kernel_dirent *from = (struct kernel_dirent *)(buffer + position);
         if (parent_ino && strcmp(from->name, "..") == 0)
             from->ino = parent_ino;
-        outcome = put_inline(&reply, directory, from, &rule, generation_of, &certain);
+        outcome = put_inline(&reply, directory, from, &rule, generation_of, &known);
         position += from->length;
     }
     PyMem_Free(buffer);
     if (outcome == FAILED)
         Py_CLEAR(bytes);
-    else if ((!certain && reply.end == PyBytes_AS_STRING(bytes)) || (offset == 0 && count == 0))
+    else if ((!known && reply.end == PyBytes_AS_STRING(bytes)) || (offset == 0 && count == 0))
         Py_SETREF(bytes, Py_NewRef(Py_None));
     else
         _PyBytes_Resize(&bytes, reply.end - PyBytes_AS_STRING(bytes));
     return bytes;
 }
 
-/* -- from a request's body to the reply's payload --------------------------------------------------------------------- */
+/* -- from a request to its reply -------------------------------------------------------------------------------------- */
 
-/* The Inode that `inode_of` gives for `nodeid`, with its descriptor and mask (inodecache.py); NULL with an exception set. */
-static PyObject *open_inode(PyObject *inode_of, unsigned long long nodeid, int *fd, unsigned long long *ino_mask)
+/* What it takes to reply to a request in one step. */
+struct replier {
+    PyObject *inode_of;      /* callable: the Inode of a node ID (inodecache.py) */
+    PyObject *generation_of; /* callable: the generation of a node ID */
+    struct timeout entry, attr;
+    int is_inline; /* node IDs are; by this rule: */
+    struct inline_rule rule;
+};
+
+static const char replier_name[] = "handlefs._native.replier";
+
+static void free_replier(PyObject *capsule)
+{
+    struct replier *self = PyCapsule_GetPointer(capsule, replier_name);
+    Py_XDECREF(self->inode_of);
+    Py_XDECREF(self->generation_of);
+    PyMem_Free(self);
+}
+
+static PyObject *native_replier(PyObject *module, PyObject *args)
+{
+    struct replier parsed = {0}, *self;
+    PyObject *fields, *capsule;
+    if (!PyArg_ParseTuple(args, "OOO(KI)(KI)", &parsed.inode_of, &fields, &parsed.generation_of, &parsed.entry.seconds,
+                          &parsed.entry.nanoseconds, &parsed.attr.seconds, &parsed.attr.nanoseconds))
+        return NULL;
+    parsed.is_inline = fields != Py_None;
+    if (parsed.is_inline && !parse_rule(fields, &parsed.rule))
+        return NULL;
+    self = PyMem_Malloc(sizeof *self);
+    if (self == NULL)
+        return PyErr_NoMemory();
+    *self = parsed;
+    capsule = PyCapsule_New(self, replier_name, free_replier);
+    if (capsule == NULL) {
+        PyMem_Free(self);
+        return NULL;
+    }
+    Py_INCREF(self->inode_of);
+    Py_INCREF(self->generation_of);
+    return capsule;
+}
+
+/* The Inode of `nodeid`, with its descriptor and mask; NULL with an exception set. */
+static PyObject *open_inode(const struct replier *self, uint64_t nodeid, int *fd, unsigned long long *ino_mask)
 {
     PyObject *number = PyLong_FromUnsignedLongLong(nodeid);
-    PyObject *inode = number == NULL ? NULL : PyObject_CallOneArg(inode_of, number);
+    PyObject *inode = number == NULL ? NULL : PyObject_CallOneArg(self->inode_of, number);
     PyObject *descriptor = inode == NULL ? NULL : PyObject_GetAttr(inode, name_fd);
     PyObject *mask = descriptor == NULL ? NULL : PyObject_GetAttr(inode, name_ino_mask);
     if (mask != NULL) {
@@ -686,18 +759,45 @@ static PyObject *open_inode(PyObject *inode_of, unsigned long long nodeid, int *
     return inode;
 }
 
-static PyObject *native_getattr_payload(PyObject *module, PyObject *args)
+/* A request as it was read: its header, and the body after that, which has no extensions. */
+struct request {
+    struct fuse_in_header header;
+    const char *body;
+    size_t size; /* of the body */
+};
+
+static int parse_request(const Py_buffer *message, struct request *request)
 {
-    struct fuse_attr_out out = {0};
-    struct timeout timeout;
+    uint16_t extensions; /* total_extlen, which older headers do not name */
+    if ((size_t)message->len < sizeof request->header)
+        return 0;
+    memcpy(&request->header, message->buf, sizeof request->header);
+    memcpy(&extensions, (const char *)message->buf + sizeof request->header - 4, sizeof extensions);
+    request->body = (const char *)message->buf + sizeof request->header;
+    request->size = message->len - sizeof request->header;
+    return request->header.len == message->len && extensions == 0;
+}
+
+/* The reply to `request`: the header with `error`, and the `payload`. */
+static PyObject *new_reply(const struct request *request, int error, const void *payload, size_t size)
+{
+    struct fuse_out_header header = {sizeof header + size, -error, request->header.unique};
+    PyObject *reply = PyBytes_FromStringAndSize(NULL, sizeof header + size);
+    if (reply != NULL) {
+        memcpy(PyBytes_AS_STRING(reply), &header, sizeof header);
+        memcpy(PyBytes_AS_STRING(reply) + sizeof header, payload, size);
+    }
+    return reply;
+}
+
+static PyObject *reply_to_getattr(const struct replier *self, const struct request *request)
+{
+    struct fuse_attr_out out = {.attr_valid = self->attr.seconds, .attr_valid_nsec = self->attr.nanoseconds};
     struct stat found;
     Stat stat;
-    unsigned long long nodeid, ino_mask;
+    unsigned long long ino_mask;
     int fd, result;
-    PyObject *inode_of, *inode, *body;
-    if (!PyArg_ParseTuple(args, "O(KI)KO", &inode_of, &timeout.seconds, &timeout.nanoseconds, &nodeid, &body))
-        return NULL;
-    inode = open_inode(inode_of, nodeid, &fd, &ino_mask);
+    PyObject *inode = open_inode(self, request->header.nodeid, &fd, &ino_mask);
     if (inode == NULL)
         return NULL;
     SYSTEM_CALL(result, fstat(fd, &found));
@@ -705,52 +805,79 @@ static PyObject *native_getattr_payload(PyObject *module, PyObject *args)
     if (result < 0)
         return PyErr_SetFromErrno(PyExc_OSError);
     set_stat(&stat, &found);
-    out.attr_valid = timeout.seconds;
-    out.attr_valid_nsec = timeout.nanoseconds;
     fill_attr(&out.attr, stat.ino ^ ino_mask, &stat);
-    return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
+    return new_reply(request, 0, &out, sizeof out);
 }
 
-/* Whether `body` is the name of one directory entry with its NUL, and nothing else. */
-static int is_name(const Py_buffer *body)
+/* Whether the body is the name of one directory entry with its NUL, and nothing else. */
+static int is_name(const struct request *request)
 {
-    const char *name = body->buf;
-    return body->len > 1 && name[body->len - 1] == '\0' && strlen(name) == (size_t)body->len - 1 &&
+    const char *name = request->body;
+    return request->size > 1 && name[request->size - 1] == '\0' && strlen(name) == request->size - 1 &&
            strchr(name, '/') == NULL && !is_dot(name);
 }
 
-static PyObject *native_lookup_payload(PyObject *module, PyObject *args)
+static PyObject *reply_to_lookup(const struct replier *self, const struct request *request)
 {
+    struct inline_rule rule = self->rule;
     struct fuse_entry_out out;
-    struct inline_rule rule;
-    struct reply reply = {0};
-    struct stat stat;
-    unsigned long long parent, ino_mask;
+    struct stat found;
+    unsigned long long ino_mask;
     uint64_t nodeid;
     int directory;
-    enum finding finding = UNCERTAIN;
-    PyObject *inode_of, *inode, *fields, *generation_of;
-    Py_buffer body;
-    if (!PyArg_ParseTuple(args, "OO!O(KI)(KI)Ky*", &inode_of, &PyTuple_Type, &fields, &generation_of,
-                          &reply.entry.seconds, &reply.entry.nanoseconds, &reply.attr.seconds, &reply.attr.nanoseconds,
-                          &parent, &body))
-        return NULL;
-    if (is_name(&body) && parse_rule(fields, &rule)) {
-        inode = open_inode(inode_of, parent, &directory, &ino_mask);
-        if (inode != NULL)
-            finding = look_inline(directory, body.buf, &rule, &nodeid, &stat);
-        Py_XDECREF(inode);
-    }
-    PyBuffer_Release(&body);
-    if (PyErr_Occurred())
-        return NULL;
-    if (finding == ABSENT)
-        return PyLong_FromLong(ENOENT);
-    if (finding == UNCERTAIN || S_ISDIR(stat.st_mode))
+    enum finding finding;
+    PyObject *inode;
+    if (!self->is_inline || !is_name(request))
         Py_RETURN_NONE;
-    if (!fill_inline(&out, nodeid, &stat, generation_of, &reply))
+    inode = open_inode(self, request->header.nodeid, &directory, &ino_mask);
+    if (inode == NULL)
         return NULL;
-    return PyBytes_FromStringAndSize((const char *)&out, sizeof out);
+    begin_looking(&rule);
+    finding = look_inline(directory, request->body, &rule, &nodeid, &found);
+    Py_DECREF(inode);
+    if (finding == ABSENT)
+        return new_reply(request, ENOENT, NULL, 0);
+    if (finding == ELSEWHERE || S_ISDIR(found.st_mode))
+        Py_RETURN_NONE;
+    if (!fill_inline(&out, nodeid, &found, self->generation_of, self->entry, self->attr))
+        return NULL;
+    return new_reply(request, 0, &out, sizeof out);
+}
+
+static PyObject *reply_at_once(const struct replier *self, const Py_buffer *message)
+{
+    struct request request;
+    PyObject *reply;
+    if (!parse_request(message, &request))
+        Py_RETURN_NONE;
+    switch (request.header.opcode) {
+    case FUSE_GETATTR:
+        reply = reply_to_getattr(self, &request);
+        break;
+    case FUSE_LOOKUP:
+        reply = reply_to_lookup(self, &request);
+        break;
+    default:
+        Py_RETURN_NONE;
+    }
+    if (reply != NULL || !PyErr_ExceptionMatches(PyExc_Exception))
+        return reply;
+    PyErr_Clear(); /* it is met again step by step, where it is logged and answered */
+    Py_RETURN_NONE;
+}
+
+static PyObject *native_reply(PyObject *module, PyObject *args)
+{
+    PyObject *capsule, *reply = NULL;
+    Py_buffer message;
+    struct replier *self;
+    if (!PyArg_ParseTuple(args, "Oy*", &capsule, &message))
+        return NULL;
+    self = PyCapsule_GetPointer(capsule, replier_name);
+    if (self != NULL)
+        reply = reply_at_once(self, &message);
+    PyBuffer_Release(&message);
+    return reply;
 }
 
 /* -- credentials ------------------------------------------------------------------------------------------------------ */
@@ -806,7 +933,7 @@ static PyMethodDef methods[] = {
     {"look", native_look, METH_VARARGS,
      "look(dir_fd, name) -> (handle type, handle bytes, mount ID, Stat), the Stat taken last; None for no entry"},
     {"find_inline", native_find_inline, METH_VARARGS,
-     "find_inline(dir_fd, names, rule) -> list of (nodeid, Stat), None where that is not certain, False for no entry"},
+     "find_inline(dir_fd, names, rule) -> list of (nodeid, Stat), None where it has to be found otherwise, False for no entry"},
     {"inline_of", native_inline_of, METH_VARARGS,
      "inline_of(fd, rule) -> (nodeid, Stat) of what is open as fd, None if that has no inline node ID"},
     {"attr_out", native_attr_out, METH_VARARGS, "attr_out(timeout, ino, Stat) -> struct fuse_attr_out"},
@@ -817,14 +944,13 @@ static PyMethodDef methods[] = {
     {"dirents", native_dirents, METH_VARARGS, "dirents(entries, size) -> as many struct fuse_dirent as fit"},
     {"direntplus", native_direntplus, METH_VARARGS,
      "direntplus([(entry, node or None)], size, entry timeout, attr timeout) -> as many struct fuse_direntplus as fit"},
-    {"getattr_payload", native_getattr_payload, METH_VARARGS,
-     "getattr_payload(Inode of a node ID, attr timeout, nodeid, body) -> struct fuse_attr_out"},
-    {"lookup_payload", native_lookup_payload, METH_VARARGS,
-     "lookup_payload(Inode of a node ID, rule, generation of a node ID, entry timeout, attr timeout, parent, body) -> struct "
-     "fuse_entry_out, ENOENT for no entry, None if that is not certain or a directory"},
+    {"replier", native_replier, METH_VARARGS,
+     "replier(Inode of a node ID, rule or None, generation of a node ID, entry timeout, attr timeout) -> for reply()"},
+    {"reply", native_reply, METH_VARARGS,
+     "reply(replier, request) -> the reply to a GETATTR, or by the rule to a LOOKUP of what is no directory; else None"},
     {"inline_direntplus", native_inline_direntplus, METH_VARARGS,
      "inline_direntplus(directory fd, offset, bytes to list, bytes of reply, inode number of .. or 0, rule, "
-     "generation of a node ID, entry timeout, attr timeout) -> struct fuse_direntplus for each up to one that is not certain, "
+     "generation of a node ID, entry timeout, attr timeout) -> struct fuse_direntplus for each up to one to be found otherwise, "
      "None if that is the first"},
     {"ioctl_without", native_ioctl_without, METH_VARARGS,
      "ioctl_without(capability, fd, request, argument) -> what ioctl(2) returns without that capability"},

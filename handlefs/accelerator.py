@@ -80,20 +80,16 @@ class Native(Protocol):
         /,
     ) -> bytes: ...
     def inline_of(self, fd: int, rule: Rule, /) -> tuple[int, Stat] | None: ...
-    def getattr_payload(
-        self, inode: Callable[[int], object], attr_timeout: Timeout, nodeid: int, body: memoryview, /
-    ) -> bytes: ...
-    def lookup_payload(
+    def replier(
         self,
         inode: Callable[[int], object],
-        rule: Rule,
-        generation: Callable[[int], int],
+        rule: Rule | None,
+        generation: Callable[[int], int] | None,
         entry_timeout: Timeout,
         attr_timeout: Timeout,
-        parent: int,
-        body: memoryview,
         /,
-    ) -> bytes | int | None: ...
+    ) -> object: ...
+    def reply(self, replier: object, request: memoryview, /) -> bytes | None: ...
     def inline_direntplus(
         self,
         dir_fd: int,

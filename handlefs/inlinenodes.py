@@ -1,4 +1,4 @@
-"""Finding nodes by name in one step, without opening anything, where node IDs are inline.
+"""Finding nodes by name in one step, without opening them by their handles, where node IDs are inline.
 
 The handle of a name and the attributes of a name are two system calls, between which the name may be given to another object.
 They are taken to be of the same one if
@@ -7,7 +7,8 @@ They are taken to be of the same one if
 * the inode has not changed since shortly before the first call: it was not removed and used again in between. File
   systems that keep whole seconds (ext4 with inodes of 128 bytes) cannot tell that, so such a time proves nothing.
 
-What is not certain is not found here, and has to be opened, or looked at twice.
+What changed just now is pinned by a descriptor (O_PATH) while it is looked at, which takes twice as long. What is not the
+source's own, or cannot be looked at, is not found here.
 """
 
 import os
@@ -46,8 +47,7 @@ class InlineNodes:
         self.rule: Final = InlineRule(mount_id, form.type, form.layout.size, device, root_ino)
 
     def find(self, directory_fd: int, names: list[bytes]) -> list[Found | Literal[False] | None]:
-        """What is found for each of `names`: `ABSENT` for what is not there, None where that is not certain or cannot be
-        looked up."""
+        """What is found for each of `names`: `ABSENT` for what is not there, None for what has to be looked up otherwise."""
         if native is not None:
             return native.find_inline(directory_fd, names, self.rule)
         before = time.time_ns() - self.rule.just_now
@@ -70,9 +70,23 @@ class InlineNodes:
         if looked is None:
             return ABSENT
         nodeid, stat = self._nodeid(*looked), looked[2]
-        if nodeid is None or stat.st_ctime_ns >= before or stat.st_ctime_ns % 10**9 == 0:
+        if nodeid is not None and stat.st_ctime_ns < before and stat.st_ctime_ns % 10**9:
+            return nodeid, stat
+        return self._find_pinned(directory_fd, name)
+
+    def _find_pinned(self, directory_fd: int, name: bytes) -> Found | Literal[False] | None:
+        try:
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory_fd)
+        except FileNotFoundError:
+            return ABSENT
+        except OSError:
             return None
-        return nodeid, stat
+        try:
+            return self.of(fd)
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
 
     def _nodeid(self, handle: FileHandle, mount_id: int, stat: Stat) -> int | None:
         """The inline node ID of the object with this handle and these attributes; None if it has none, or they are of two."""

@@ -269,17 +269,19 @@ class Operations:
         directory = self.inode(parent)
         with acting_as(caller):
             make(directory.fd)
-        made = name_to_handle_at(directory.fd, name)
         try:
-            return self._entry_of(made)
+            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = with_descriptors(self.source.cache, lambda: os.open(name, flags, dir_fd=directory.fd))
         except OSError:
-            _undo(directory, name, made, undo)
+            _undo(directory, name, name_to_handle_at(directory.fd, name), undo)
             raise
-
-    def _entry_of(self, made: tuple[FileHandle, int]) -> Entry:
-        """The entry of a new object, given its handle and mount ID."""
-        handle, mount_id = made
-        return self.source.entry(self.source.inode(self.source.volumes.of_mount(mount_id), handle))
+        try:
+            return self.source.entry_of(fd)
+        except OSError:
+            _undo(directory, name, handle_of(fd), undo)
+            raise
+        finally:
+            os.close(fd)
 
     def unlink(self, parent: int, name: bytes) -> None:
         """UNLINK."""

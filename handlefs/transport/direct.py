@@ -110,7 +110,8 @@ class Dispatcher:
         self._setxattr_in = (
             abi.fuse_setxattr_in if negotiated.has(abi.FUSE_SETXATTR_EXT) else abi.fuse_setxattr_in_compat
         )
-        self._compiled = inlinereplies.compiled(operations, self._entry_timeout, self._attr_timeout)
+        self.at_once = inlinereplies.at_once(operations, self._entry_timeout, self._attr_timeout)
+        """Gives the same replies as `answer`, or none."""
         self._handlers = self._by_opcode()
 
     def _by_opcode(self) -> dict[int, Callable[[Request], Reply]]:
@@ -177,12 +178,8 @@ class Dispatcher:
         if size != len(message) or end < abi.fuse_in_header.size:
             return _error(unique, errno.EINVAL, opcode)
         try:
-            body = message[abi.fuse_in_header.size : end]
-            compiled = self._compiled.get(opcode)
-            payload = None if compiled is None else compiled(nodeid, body)
-            if payload is None:
-                groups = supplementary_groups(message[end:]) if extensions else self._no_groups
-                payload = handler(Request(nodeid, uid, gid, pid, body, groups))
+            groups = supplementary_groups(message[end:]) if extensions else self._no_groups
+            payload = handler(Request(nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end], groups))
         except OSError as error:
             return _error(unique, self._failures.errno_for_reply(_name_of(opcode), error), opcode)
         except MalformedError as error:
@@ -193,8 +190,6 @@ class Dispatcher:
             return _error(unique, errno.EIO, opcode)
         if payload is None:
             return None
-        if isinstance(payload, int):
-            return _error(unique, payload, opcode)
         return abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique), payload
 
     def close(self) -> None:

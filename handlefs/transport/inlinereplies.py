@@ -1,34 +1,31 @@
 """Replies in one compiled step each: to GETATTR, and where node IDs are inline (handlefs/inlinenodes.py) to LOOKUP and
 READDIRPLUS. They are the same as `Operations` and `protocol` give together, without an object for each thing in between.
 
-None where something is not certain, or there is no accelerator: then it has to be done step by step.
+None for what is not among them, or if there is no accelerator: then it has to be done step by step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 from handlefs.accelerator import Timeout, native
 from handlefs.inlinenodes import InlineNodes
 from handlefs.nodeid import MAPPED_BIT, ROOT_NODEID
 from handlefs.operations import Operations
-from handlefs.protocol import abi
 
-Compiled = Callable[[int, memoryview], bytes | int | None]
-"""From a request's node ID and body to the payload of its reply, or its errno; None: step by step. Raises OSError."""
+AtOnce = Callable[[memoryview], bytes | None]
+"""From a request to its whole reply; None: step by step, also if it fails."""
 
 
-def compiled(operations: Operations, entry_timeout: Timeout, attr_timeout: Timeout) -> Mapping[int, Compiled]:
-    """What answers GETATTR and LOOKUP, by opcode: before a name is made, removed or changed the kernel asks for both, so what
-    they cost shows in each of these. A LOOKUP of a directory is not among them: it is kept open once it is found."""
+def at_once(operations: Operations, entry_timeout: Timeout, attr_timeout: Timeout) -> AtOnce:
+    """What answers GETATTR and LOOKUP: before a name is made, removed or changed the kernel asks for both, so what they cost
+    shows in each of these. A LOOKUP of a directory is not among them: it is kept open once it is found."""
     if native is None:
-        return {}
-    found: dict[int, Compiled] = {abi.FUSE_GETATTR: partial(native.getattr_payload, operations.inode, attr_timeout)}
-    nodes = operations.source.inline_nodes
-    if nodes is not None:
-        generation = operations.source.map.nodeids.generation
-        arguments = operations.inode, nodes.rule, generation, entry_timeout, attr_timeout
-        found[abi.FUSE_LOOKUP] = partial(native.lookup_payload, *arguments)
-    return found
+        return lambda _: None
+    source = operations.source
+    rule, generation = None, None
+    if source.inline_nodes is not None:
+        rule, generation = source.inline_nodes.rule, source.map.nodeids.generation
+    return partial(native.reply, native.replier(operations.inode, rule, generation, entry_timeout, attr_timeout))
 
 
 def direntplus(
@@ -42,7 +39,7 @@ def direntplus(
     attr_timeout: Timeout,
 ) -> bytes | None:
     """As many struct fuse_direntplus as fit `size` bytes, of those entries at `offset` of the directory that take up to
-    `wanted` bytes there, up to the first that is not certain. Raises OSError."""
+    `wanted` bytes there, up to the first that has to be found otherwise. Raises OSError."""
     nodes = _inline_nodes(operations, nodeid)
     if native is None or nodes is None:
         return None

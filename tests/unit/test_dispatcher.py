@@ -83,8 +83,11 @@ class Served:
     ) -> bytes | None:
         size = abi.fuse_in_header.size + len(body) if claimed is None else claimed
         header = abi.fuse_in_header.pack(size, opcode, UNIQUE, nodeid, uid, gid, 0, extensions, 0)
-        reply = self.dispatcher.answer(memoryview(bytearray(header + body)))
-        return None if reply is None else b"".join(reply)
+        message = memoryview(bytearray(header + body))
+        at_once, reply = self.dispatcher.at_once(message), self.dispatcher.answer(message)
+        whole = None if reply is None else b"".join(reply)
+        assert at_once in (None, whole)
+        return whole
 
     def work(self) -> None:
         """Serve in a worker what readv(2) gives, until the mount is gone."""

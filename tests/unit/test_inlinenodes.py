@@ -1,4 +1,4 @@
-"""Nodes found by name in one step: only where handle and attributes are certain to be of one object."""
+"""Nodes found by name in one step: handle and attributes are of one object."""
 
 from __future__ import annotations
 
@@ -62,27 +62,32 @@ def ground(filesystems: FileSystems, request: pytest.FixtureRequest) -> Iterator
     os.close(ground.fd)
 
 
+def check(ground: Ground, name: str, found: object) -> None:
+    """Node ID and attributes are those of what is there."""
+    assert isinstance(found, tuple)
+    nodeid, stat = found
+    there = (ground.root / name).lstat()
+    assert nodeid == ground.nodeid(name)
+    assert (stat.st_ino, stat.st_mode, stat.st_ctime_ns) == (there.st_ino, there.st_mode, there.st_ctime_ns)
+
+
 @pytest.mark.parametrize("name", ["file", "directory", "link"])
 @pytest.mark.usefixtures("implementation")
 def test_what_is_old_enough_is_found(ground: Ground, name: str) -> None:
-    found = ground.find(name)
-    assert found
-    nodeid, stat = found
-    assert nodeid == ground.nodeid(name)
-    assert (stat.st_ino, stat.st_mode) == ((ground.root / name).lstat().st_ino, (ground.root / name).lstat().st_mode)
+    check(ground, name, ground.find(name))
 
 
 @pytest.mark.usefixtures("implementation")
-def test_what_has_just_changed_is_not_found(ground: Ground) -> None:
+def test_what_has_just_changed_is_found(ground: Ground) -> None:
     def found_after_changes() -> list[object]:
         (ground.root / "file").chmod(0o600)
         (ground.root / "new").touch()
         return [ground.find("file"), ground.find("new")]
 
-    assert promptly(found_after_changes) == [None, None]
-    time.sleep(SOME_TIME)
-    assert ground.find("file") is not None
-    assert ground.find("new") is not None
+    for name, found in zip(("file", "new"), promptly(found_after_changes), strict=True):
+        check(ground, name, found)
+    (ground.root / "new").unlink()
+    assert ground.find("new") is ABSENT
 
 
 @pytest.mark.usefixtures("implementation")
@@ -109,7 +114,7 @@ def test_whole_seconds_prove_nothing() -> None:
         (root / "file").touch()
         time.sleep(1.5)
         assert (root / "file").stat().st_ctime_ns % 10**9 == 0
-        assert ground.find("file") is None
+        check(ground, "file", ground.find("file"))
         os.close(ground.fd)
 
 
@@ -145,9 +150,10 @@ def test_replaced_in_between(ext4: Path, monkeypatch: pytest.MonkeyPatch, replac
         return *found, file.stat()
 
     monkeypatch.setattr(inlinenodes, "native", None)
-    assert ground.find("file") is not None
+    before = ground.nodeid("file")
     monkeypatch.setattr(inlinenodes, "look_at", look_at)
-    assert promptly(lambda: ground.find("file")) is None
+    check(ground, "file", promptly(lambda: ground.find("file")))
+    assert ground.nodeid("file") != before
     os.close(ground.fd)
 
 

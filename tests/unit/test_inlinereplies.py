@@ -13,14 +13,17 @@ from typing import NamedTuple
 import pytest
 
 from handlefs.accelerator import native
+from handlefs.config import Config
 from handlefs.nodeid import ROOT_NODEID
 from handlefs.operations import Operations
 from handlefs.protocol import abi
-from handlefs.protocol.attributes import attr_out, entry_out
+from handlefs.protocol.init import Negotiated
 from handlefs.protocol.listing import direntplus
 from handlefs.transport import inlinereplies
+from handlefs.transport.backing import BackingFiles
+from handlefs.transport.direct import Dispatcher
 from tests.support.filesystems import FileSystems, run
-from tests.unit.serving import SOME_TIME, code, new_directory, promptly, serving
+from tests.unit.serving import SOME_TIME, code, new_directory, serving
 
 pytestmark = pytest.mark.skipif(native is None, reason="the accelerator is switched off or was not built")
 
@@ -67,74 +70,122 @@ def last_offset(listing: bytes) -> int:
     return int(offset)
 
 
-def answered(operations: Operations, opcode: int, nodeid: int, body: bytes) -> bytes | int | None:
-    return inlinereplies.compiled(operations, *TIMEOUTS)[opcode](nodeid, memoryview(body))
+class Replies(NamedTuple):
+    """Those to one request."""
+
+    at_once: bytes | None
+    step_by_step: bytes
 
 
-def entry(operations: Operations, parent: int, name: bytes) -> bytes | int | None:
-    return answered(operations, abi.FUSE_LOOKUP, parent, name + b"\0")
+@pytest.fixture
+def dispatcher(operations: Operations) -> Dispatcher:
+    config = Config("/", "/", entry_timeout=1.5, attr_timeout=2)
+    return Dispatcher(operations, Negotiated(45, 0, 1 << 20), BackingFiles(-1, None), config)
 
 
-@pytest.mark.parametrize("name", [b"0", b"link", b"again", b"device", b"socket"])
-def test_the_same_entry_as_step_by_step(operations: Operations, name: bytes) -> None:
-    found = operations.lookup(ROOT_NODEID, name)
-    reply = entry(operations, ROOT_NODEID, name)
-    assert reply == entry_out(found.nodeid, found.generation, *TIMEOUTS, *found.attributes)
+def replies(
+    dispatcher: Dispatcher, opcode: int, nodeid: int, body: bytes, *, size: int = 0, extensions: int = 0
+) -> Replies:
+    """With `size` instead of its true one in the header."""
+    header = abi.fuse_in_header.pack(
+        size or abi.fuse_in_header.size + len(body), opcode, 7, nodeid, 0, 0, 1, extensions, 0
+    )
+    message = memoryview(header + body)
+    return Replies(dispatcher.at_once(message), b"".join(dispatcher.answer(message) or ()))
 
 
-def test_entries_that_are_left_to_the_other_way(operations: Operations) -> None:
-    def entry_of_new() -> bytes | int | None:
-        (Path(operations.source.path) / "new").touch()
-        return entry(operations, ROOT_NODEID, b"new")
-
-    assert promptly(entry_of_new) is None
-    for name in (b"directory", b".", b"..", b"x" * 256, b"directory/inner", b"/0", b"", b"0\0"):
-        assert entry(operations, ROOT_NODEID, name) is None
-    for body in (b"", b"0", b"nothing"):
-        assert answered(operations, abi.FUSE_LOOKUP, ROOT_NODEID, body) is None
+def lookup(dispatcher: Dispatcher, parent: int, name: bytes) -> Replies:
+    return replies(dispatcher, abi.FUSE_LOOKUP, parent, name + b"\0")
 
 
-def test_names_that_are_none(operations: Operations) -> None:
+def getattr_of(dispatcher: Dispatcher, nodeid: int) -> Replies:
+    return replies(dispatcher, abi.FUSE_GETATTR, nodeid, abi.fuse_getattr_in.pack(0, 0, 0))
+
+
+def code_of(reply: bytes) -> str:
+    return errno.errorcode[-abi.fuse_out_header.unpack_from(reply)[1]]
+
+
+@pytest.mark.parametrize("name", [b"0", b"link", b"again", b"device", b"socket", b"nothing"])
+def test_the_same_entry_as_step_by_step(dispatcher: Dispatcher, name: bytes) -> None:
+    found = lookup(dispatcher, ROOT_NODEID, name)
+    assert found.at_once == found.step_by_step
+
+
+def test_the_same_entry_of_what_is_new(operations: Operations, dispatcher: Dispatcher) -> None:
+    (Path(operations.source.path) / "new").touch()
+    found = lookup(dispatcher, ROOT_NODEID, b"new")
+    assert found.at_once == found.step_by_step
+    assert abi.fuse_out_header.unpack_from(found.step_by_step)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [(b"x" * 256, "ENAMETOOLONG"), (b"directory/inner", "EINVAL"), (b"", "EINVAL"), (b"0\0", "EINVAL")],
+)
+def test_names_that_are_none(dispatcher: Dispatcher, name: bytes, error: str) -> None:
+    found = lookup(dispatcher, ROOT_NODEID, name)
+    assert (found.at_once, code_of(found.step_by_step)) == (None, error)
+
+
+@pytest.mark.parametrize("name", [b"directory", b".", b".."])
+def test_directories_are_left_to_the_other_way(dispatcher: Dispatcher, name: bytes) -> None:
+    found = lookup(dispatcher, ROOT_NODEID, name)
+    assert found.at_once is None
+    assert abi.fuse_out_header.unpack_from(found.step_by_step)[1] == 0
+
+
+def test_failures_are_left_to_the_other_way(operations: Operations, dispatcher: Dispatcher) -> None:
     file = operations.lookup(ROOT_NODEID, b"0").nodeid
-    assert entry(operations, ROOT_NODEID, b"nothing") == errno.ENOENT
-    assert entry(operations, file, b"x") is None
-    assert code(lambda: operations.lookup(file, b"x")) == "ENOTDIR"
-    assert code(lambda: operations.lookup(ROOT_NODEID, b"directory/inner")) == "EINVAL"
-    assert code(lambda: operations.lookup(ROOT_NODEID, b"")) == "EINVAL"
-    assert code(lambda: entry(operations, file + (1 << 32), b"x")) == "ESTALE"
+    for parent, error in ((file, "ENOTDIR"), (file + (1 << 32), "ESTALE")):
+        found = lookup(dispatcher, parent, b"x")
+        assert (found.at_once, code_of(found.step_by_step)) == (None, error)
 
 
-def attributes(operations: Operations, nodeid: int) -> bytes | int | None:
-    return answered(operations, abi.FUSE_GETATTR, nodeid, abi.fuse_getattr_in.pack(0, 0, 0))
+@pytest.mark.parametrize("body", [b"", b"0", b"0\0\0"])
+def test_malformed_requests_are_left_to_the_other_way(dispatcher: Dispatcher, body: bytes) -> None:
+    assert replies(dispatcher, abi.FUSE_LOOKUP, ROOT_NODEID, body).at_once is None
+    assert replies(dispatcher, abi.FUSE_LOOKUP, ROOT_NODEID, b"0\0", size=43).at_once is None
+    assert replies(dispatcher, abi.FUSE_LOOKUP, ROOT_NODEID, b"0\0" + bytes(8), extensions=1).at_once is None
+    for length in range(abi.fuse_in_header.size):
+        assert dispatcher.at_once(memoryview(bytes(length))) is None
+
+
+def test_other_requests_are_left_to_the_other_way(dispatcher: Dispatcher) -> None:
+    assert replies(dispatcher, abi.FUSE_STATFS, ROOT_NODEID, b"").at_once is None
 
 
 @pytest.mark.parametrize("name", [b"0", b"link", b"device", b"socket", b"directory"])
-def test_the_same_attributes_as_step_by_step(operations: Operations, name: bytes) -> None:
+def test_the_same_attributes_as_step_by_step(operations: Operations, dispatcher: Dispatcher, name: bytes) -> None:
     for nodeid in (ROOT_NODEID, operations.lookup(ROOT_NODEID, name).nodeid):
-        assert attributes(operations, nodeid) == attr_out(TIMEOUTS[1], *operations.getattr(nodeid))
+        found = getattr_of(dispatcher, nodeid)
+        assert found.at_once == found.step_by_step
 
 
-def test_inode_numbers_of_another_file_system(operations: Operations) -> None:
+def test_inode_numbers_of_another_file_system(operations: Operations, dispatcher: Dispatcher) -> None:
     """They are not the source's."""
     place = Path(operations.source.path) / "directory" / "inner"
     run("mount", "-t", "tmpfs", "none", place)
     try:
         nodeid = operations.lookup(operations.lookup(ROOT_NODEID, b"directory").nodeid, b"inner").nodeid
-        found = operations.getattr(nodeid)
-        assert found.ino != found.stat.st_ino
-        assert attributes(operations, nodeid) == attr_out(TIMEOUTS[1], *found)
-        assert entry(operations, nodeid, b"nothing") == errno.ENOENT
+        attributes = operations.getattr(nodeid)
+        assert attributes.ino != attributes.stat.st_ino
+        found = getattr_of(dispatcher, nodeid)
+        assert found.at_once == found.step_by_step
+        absent = lookup(dispatcher, nodeid, b"nothing")
+        assert absent.at_once == absent.step_by_step
         (place / "file").touch()
-        assert entry(operations, nodeid, b"file") is None
+        assert lookup(dispatcher, nodeid, b"file").at_once is None
     finally:
         run("umount", "--lazy", place)
 
 
-def test_attributes_of_what_is_gone(operations: Operations) -> None:
+def test_attributes_of_what_is_gone(operations: Operations, dispatcher: Dispatcher) -> None:
     nodeid = operations.lookup(ROOT_NODEID, b"device").nodeid
     (Path(operations.source.path) / "device").unlink()
     operations.source.evict_all()
-    assert code(lambda: attributes(operations, nodeid)) == "ESTALE"
+    found = getattr_of(dispatcher, nodeid)
+    assert (found.at_once, code_of(found.step_by_step)) == (None, "ESTALE")
 
 
 @pytest.mark.parametrize("size", [1024, 4096, 1 << 16])
@@ -154,17 +205,11 @@ def test_subdirectories(operations: Operations) -> None:
         assert at_once(operations, nodeid) == step_by_step(operations, nodeid) != b""
 
 
-def test_what_is_not_certain_is_left_to_the_other_way(operations: Operations) -> None:
+def test_what_is_elsewhere_is_left_to_the_other_way(operations: Operations) -> None:
     """A reply ends before it; one that would begin with it is none."""
     source = Path(operations.source.path)
     nodeid = operations.lookup(ROOT_NODEID, b"directory").nodeid
-
-    def listed_with_new() -> Listed:
-        (source / "directory" / "new").touch()
-        return listed(operations, nodeid)
-
-    check_reply_ends_before(promptly(listed_with_new), b"new")
-    time.sleep(SOME_TIME)
+    (source / "directory" / "new").touch()
     assert at_once(operations, nodeid) == step_by_step(operations, nodeid)
     run("mount", "-t", "tmpfs", "none", source / "directory" / "inner")
     try:
