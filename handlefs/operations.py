@@ -273,7 +273,7 @@ class Operations:
             flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
             fd = with_descriptors(self.source.cache, lambda: os.open(name, flags, dir_fd=directory.fd))
         except OSError:
-            _undo(directory, name, name_to_handle_at(directory.fd, name), undo)
+            _undo(directory, name, None, undo)
             raise
         try:
             return self.source.entry_of(fd)
@@ -699,11 +699,12 @@ def _as_unprivileged(caller: Caller) -> Iterator[None]:
             yield
 
 
-def _undo(directory: Inode, name: bytes, made: tuple[FileHandle, int], undo: Callable[..., None]) -> None:
+def _undo(directory: Inode, name: bytes, made: tuple[FileHandle, int] | None, undo: Callable[..., None]) -> None:
     """An object that gets no node ID (the handle map's disk is full) must not stay behind a failed request. Under its name
-    there may be somebody else's by now: only what has the handle and mount ID `made` is ours to remove."""
+    there may be somebody else's by now: only what has the handle and mount ID `made` is ours to remove. None: it was made just
+    now and could not be looked at, for want of a descriptor."""
     try:
-        if name_to_handle_at(directory.fd, name) == made:
+        if made is None or name_to_handle_at(directory.fd, name) == made:
             undo(name, dir_fd=directory.fd)
     except OSError as failure:
         if failure.errno != errno.ENOENT:

@@ -437,6 +437,27 @@ def test_the_cache_gives_way_when_descriptors_run_out(ext4: Path, tmp_path: Path
     assert as_user(ROOT_USER, scenario) > 10
 
 
+def test_what_there_is_no_descriptor_for_is_not_left_behind(ext4: Path, tmp_path: Path) -> None:
+    root = new_directory(ext4)
+    with serving(root, tmp_path / "state") as operations:
+        calls: list[Callable[[], object]] = [
+            lambda: operations.mknod(ROOT_NODEID, b"file", 0o100644, 0, ROOT),
+            lambda: operations.mkdir(ROOT_NODEID, b"dir", 0o755, ROOT),
+            lambda: operations.symlink(ROOT_NODEID, b"link", b"target", ROOT),
+            lambda: operations.create(ROOT_NODEID, b"created", 0o644, os.O_RDWR, ROOT),
+        ]
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest = os.open("/dev/null", os.O_RDONLY)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+        try:
+            assert [code(call) for call in calls] == ["EMFILE"] * 4
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert os.listdir(root) == []
+        assert [code(call) for call in calls] == [""] * 4
+
+
 def test_what_gets_no_node_id_is_not_left_behind(btrfs: Path) -> None:
     """The handle map's disk is full: the request fails, and nothing stays behind; with space again it succeeds."""
     root = new_directory(btrfs)
