@@ -12,9 +12,11 @@ from .support.filesystems import KINDS, FileSystems
 
 # How long an example takes says something of the machine only; and no example leaves anything behind in a fixture.
 settings.register_profile(
-    "handlefs", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    "explore", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
-settings.load_profile("handlefs")
+# The same examples each time, so what fails can be repeated; with --hypothesis-profile=explore others are tried.
+settings.register_profile("repeatable", settings.get_profile("explore"), derandomize=True)
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

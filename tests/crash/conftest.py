@@ -19,7 +19,7 @@ from ..support.users import ROOT, Child, User
 
 T = TypeVar("T")
 
-TIMEOUT = 60.0
+TIMEOUT = 150.0
 """Seconds after which a client counts as hanging."""
 
 _numbers = itertools.count()
@@ -58,7 +58,8 @@ class Ground:
         """Whether that has happened; after a moment, since the last points come after the reply. If not, it is called off."""
         if self._operation == "release":  # close(2) does not wait for it
             in_the_end(lambda: self.fault.exists() and self._count("release") == self._served, False)
-        killed = in_the_end(self.fault.exists, False, seconds=0.1) is False
+        seconds = 1.0 if self._operation == "release" else 0.1  # one from before may have been counted meanwhile
+        killed = in_the_end(self.fault.exists, False, seconds=seconds) is False
         self.fault.unlink(missing_ok=True)
         return killed
 

@@ -262,13 +262,13 @@ def test_more_removed_files_than_descriptors(kind: str, filesystems: FileSystems
     """The supervisor keeps as many as it can and goes on; the workers still have theirs."""
     source = filesystems[kind] / "many-removed"
     source.mkdir()
-    with mounted(source, None, "--transport=direct", "--passthrough=off", nofile=128) as server:
-        files = [os.open(server.path / f"{number}", os.O_CREAT | os.O_RDWR) for number in range(100)]
+    with mounted(source, None, "--transport=direct", "--passthrough=off", nofile=160) as server:
+        files = [os.open(server.path / f"{number}", os.O_CREAT | os.O_RDWR) for number in range(110)]
         for number, fd in enumerate(files):
             os.write(fd, b"%d" % number)
             (server.path / f"{number}").unlink()
         assert in_the_end(lambda: "too many removed files" in server.read_log(), True) is True
-        assert [os.pread(fd, 10, 0) for fd in files] == [b"%d" % number for number in range(100)]
+        assert [os.pread(fd, 10, 0) for fd in files] == [b"%d" % number for number in range(len(files))]
         kill(workers(server)[0])
         assert Child(outcome, os.mkdir, server.path / "after").result(TIMEOUT) is None
         assert [os.pread(fd, 10, 0) for fd in files[:40]] == [b"%d" % number for number in range(40)]

@@ -107,7 +107,8 @@ def test_a_removed_object_is_stale_and_others_are_not(client: Client, server: Se
     held = client.inode("/file")
     (source / "file").unlink()
     server.evict()
-    assert outcome(client.stat_inode, held) == "ESTALE"
+    # Another process that drops the kernel's caches may hold it for an instant.
+    assert in_the_end(lambda: client.stat_inode(held), "ESTALE") == "ESTALE"
     (source / "file").write_bytes(b"new")
     assert outcome(client.stat_inode, held) == "ESTALE"
     # A path is walked once more without what was remembered, as Linux does.
