@@ -81,13 +81,16 @@ class Requests:
 
     def _payload(self, opcode: int, node: int, body: bytes) -> bytes:
         """What is behind the header of the reply to a request that must succeed."""
-        reply = self._asked.answer(_message(opcode, node, body))
-        assert reply is not None
-        assert _error(reply[0]) == 0, f"{abi.OPCODE_NAMES[opcode]}: {os.strerror(-_error(reply[0]))}"
-        return b"".join(reply)[abi.fuse_out_header.size :]
+        reply = self._reply(_message(opcode, node, body))
+        assert _error(reply) == 0, f"{abi.OPCODE_NAMES[opcode]}: {os.strerror(-_error(reply))}"
+        return reply[abi.fuse_out_header.size :]
+
+    def _reply(self, message: memoryview) -> bytes:
+        """As a worker does."""
+        return self._asked.at_once(message) or b"".join(self._asked.answer(message) or ())
 
     def _answered(self, message: memoryview) -> int:
-        self._asked.answer(message)
+        self._reply(message)
         return 1
 
     def _repeated(self, opcode: int, node: int, body: bytes, *, fails: bool = False) -> Callable[[int], int]:
@@ -146,8 +149,8 @@ def _message(opcode: int, node: int, body: bytes) -> memoryview:
     return memoryview(bytearray(abi.fuse_in_header.pack(size, opcode, 1, node, 0, 0, 1, 0, 0) + body))
 
 
-def _error(header: bytes) -> int:
-    error: int = abi.fuse_out_header.unpack(header)[1]
+def _error(reply: bytes) -> int:
+    error: int = abi.fuse_out_header.unpack_from(reply)[1]
     return error
 
 
