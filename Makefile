@@ -1,5 +1,5 @@
 # Thin wrappers; the scripts say more with --help.
-.PHONY: install test lint quickstart bench torture pruning
+.PHONY: install test lint quickstart bench torture pruning explore
 VENV ?= $(or $(HANDLEFS_VENV),.venv)
 
 install quickstart test:
@@ -13,6 +13,9 @@ torture: # make torture TORTURE='--minutes 10 --fs ext4 --seed 1'
 
 pruning: # make pruning PRUNING='--files 100000 --minutes 10 --fs xfs'
 	$(VENV)/bin/python -m tests.lookup_handle.pruning $(PRUNING)
+
+explore: # other examples of hypothesis than the suite's, and new ones each time
+	$(VENV)/bin/python -m pytest --hypothesis-profile=explore tests/unit tests/lookup_handle
 
 lint:
 	$(VENV)/bin/ruff check .

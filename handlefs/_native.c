@@ -238,7 +238,7 @@ static uint64_t inline_nodeid(const unsigned char *data, unsigned int size)
     return ino < 1ULL << 31 ? ino << 32 | generation : 0;
 }
 
-/* What an object must be like to have an inline node ID for certain; the rule and its reasons are in inlinenodes.py. */
+/* What an object must be like to have an inline node ID; the rule and its reasons are in inlinenodes.py. */
 struct inline_rule {
     int mount_id, type;
     unsigned int size;
@@ -285,8 +285,11 @@ static enum finding look_by_name(int directory, const char *name, const struct i
 {
     struct handle_buffer handle = {.head.handle_bytes = MAX_HANDLE};
     int mount_id;
-    if (name_to_handle_at(directory, name, &handle.head, &mount_id, 0) ||
-        fstatat(directory, name, found, AT_SYMLINK_NOFOLLOW))
+    if (name_to_handle_at(directory, name, &handle.head, &mount_id, 0))
+        return errno == ENOENT ? ABSENT : ELSEWHERE;
+    if (mount_id != rule->mount_id)
+        return ELSEWHERE;
+    if (fstatat(directory, name, found, AT_SYMLINK_NOFOLLOW))
         return errno == ENOENT ? ABSENT : ELSEWHERE;
     if (is_inline(&handle, mount_id, found, rule, nodeid) && is_older(found->st_ctim, rule))
         return FOUND;
@@ -331,7 +334,6 @@ static int parse_rule(PyObject *fields, struct inline_rule *rule)
     if (!PyArg_ParseTuple(fields, "iiIKKl", &rule->mount_id, &rule->type, &rule->size, &rule->device, &rule->root_ino,
                           &rule->just_now))
         return 0;
-    begin_looking(rule);
     if (rule->size == 8 || rule->size == 12)
         return 1;
     PyErr_SetString(PyExc_ValueError, "not the size of an inline handle");
@@ -346,6 +348,7 @@ static PyObject *native_find_inline(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "iO!O!", &directory, &PyList_Type, &names, &PyTuple_Type, &fields) ||
         !parse_rule(fields, &rule))
         return NULL;
+    begin_looking(&rule);
     result = PyList_New(0);
     for (Py_ssize_t index = 0; result != NULL && index < PyList_GET_SIZE(names); index++) {
         const char *name = PyBytes_AsString(PyList_GET_ITEM(names, index));
@@ -666,6 +669,7 @@ static PyObject *native_inline_direntplus(PyObject *module, PyObject *args)
                           &reply.attr.seconds, &reply.attr.nanoseconds) ||
         !parse_rule(fields, &rule))
         return NULL;
+    begin_looking(&rule);
     buffer = PyMem_Malloc(wanted);
     bytes = buffer == NULL ? PyErr_NoMemory() : PyBytes_FromStringAndSize(NULL, reply.room);
     if (bytes == NULL) {
@@ -836,7 +840,7 @@ static PyObject *reply_to_lookup(const struct replier *self, const struct reques
     finding = look_inline(directory, request->body, &rule, &nodeid, &found);
     Py_DECREF(inode);
     if (finding == ABSENT)
-        return new_reply(request, ENOENT, NULL, 0);
+        return new_reply(request, ENOENT, "", 0);
     if (finding == ELSEWHERE || S_ISDIR(found.st_mode))
         Py_RETURN_NONE;
     if (!fill_inline(&out, nodeid, &found, self->generation_of, self->entry, self->attr))

@@ -69,6 +69,8 @@ class InlineNodes:
             return None
         if looked is None:
             return ABSENT
+        if looked[1] != self.rule.mount_id:
+            return None
         nodeid, stat = self._nodeid(*looked), looked[2]
         if nodeid is not None and stat.st_ctime_ns < before and stat.st_ctime_ns % 10**9:
             return nodeid, stat

@@ -57,6 +57,9 @@ _OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 already, and pages that it writes back from a shared mapping must go where they belong. Not O_DIRECT: request buffers
 are not aligned."""
 
+_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+"""To look at what a name stands for, whatever it is."""
+
 _TRANSIENT = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.EINTR, errno.ENOSPC, errno.EDQUOT}
 )
@@ -269,12 +272,7 @@ class Operations:
         directory = self.inode(parent)
         with acting_as(caller):
             make(directory.fd)
-        try:
-            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = with_descriptors(self.source.cache, lambda: os.open(name, flags, dir_fd=directory.fd))
-        except OSError:
-            _undo(directory, name, None, undo)
-            raise
+        fd = self._look_at_new(directory, name, undo)
         try:
             return self.source.entry_of(fd)
         except OSError:
@@ -282,6 +280,20 @@ class Operations:
             raise
         finally:
             os.close(fd)
+
+    def _look_at_new(self, directory: Inode, name: bytes, undo: Callable[..., None]) -> int:
+        """An O_PATH descriptor of what was made just now; if there is none to be had it does not stay."""
+        try:
+            return os.open(name, _LOOK, dir_fd=directory.fd)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        made = name_to_handle_at(directory.fd, name)
+        try:
+            return with_descriptors(self.source.cache, lambda: os.open(name, _LOOK, dir_fd=directory.fd))
+        except OSError:
+            _undo(directory, name, made, undo)
+            raise
 
     def unlink(self, parent: int, name: bytes) -> None:
         """UNLINK."""
@@ -365,9 +377,8 @@ class Operations:
                 log.warning("a removed file that is open is not handed over: %s", error)
 
     def _hand_over(self, peers: Peers, directory: Inode, name: bytes) -> None:
-        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            fd = with_descriptors(self.source.cache, lambda: os.open(name, flags, dir_fd=directory.fd))
+            fd = with_descriptors(self.source.cache, lambda: os.open(name, _LOOK, dir_fd=directory.fd))
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 return  # it dies with this process, if that is killed while a client has it open
@@ -699,12 +710,11 @@ def _as_unprivileged(caller: Caller) -> Iterator[None]:
             yield
 
 
-def _undo(directory: Inode, name: bytes, made: tuple[FileHandle, int] | None, undo: Callable[..., None]) -> None:
+def _undo(directory: Inode, name: bytes, made: tuple[FileHandle, int], undo: Callable[..., None]) -> None:
     """An object that gets no node ID (the handle map's disk is full) must not stay behind a failed request. Under its name
-    there may be somebody else's by now: only what has the handle and mount ID `made` is ours to remove. None: it was made just
-    now and could not be looked at, for want of a descriptor."""
+    there may be somebody else's by now: only what has the handle and mount ID `made` is ours to remove."""
     try:
-        if made is None or name_to_handle_at(directory.fd, name) == made:
+        if name_to_handle_at(directory.fd, name) == made:
             undo(name, dir_fd=directory.fd)
     except OSError as failure:
         if failure.errno != errno.ENOENT:

@@ -1,7 +1,7 @@
 """The source tree: from node IDs and names to inodes and back.
 
-Everything is opened by file handle, whether it was found by name or by node ID, so there is one way to get at an inode
-and no window in which a name may come to mean something else.
+What is used is opened by file handle, whether it was found by name or by node ID, so there is one way to get at an inode
+and no window in which a name may come to mean something else. By a name an object is opened only to be looked at (O_PATH).
 """
 
 import errno

@@ -67,8 +67,8 @@ class WorkerProcess:
             said = json.loads(self.commands.recv(_LONGEST_REPLY) or '{"failed": ""}')
             if "ready" not in said:
                 return str(said["failed"])
-            self.pidfd = os.pidfd_open(said["ready"])  # our child: the number is its own until we have waited for it
-        except (ConnectionResetError, ProcessLookupError):  # the latter if it has been waited for already
+            self.pidfd = os.pidfd_open(said["ready"])
+        except (ConnectionResetError, ProcessLookupError):  # the latter if it was killed since, and waited for
             return ""
         except OSError as error:
             return f"a new worker cannot be watched: {error.strerror}"

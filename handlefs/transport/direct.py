@@ -196,6 +196,7 @@ class Dispatcher:
         """Answer nothing any more. The handlers refer to this object: without them its operations' descriptors close with the
         last reference, and not when the garbage collector comes by, which an idle process leaves alone."""
         self._handlers.clear()
+        self.at_once = lambda _: None
 
     def abandoned(self, request: int) -> None:
         """Nobody will release what the request of that number has opened, if anything."""

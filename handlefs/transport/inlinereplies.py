@@ -5,7 +5,6 @@ None for what is not among them, or if there is no accelerator: then it has to b
 """
 
 from collections.abc import Callable
-from functools import partial
 
 from handlefs.accelerator import Timeout, native
 from handlefs.inlinenodes import InlineNodes
@@ -25,7 +24,8 @@ def at_once(operations: Operations, entry_timeout: Timeout, attr_timeout: Timeou
     rule, generation = None, None
     if source.inline_nodes is not None:
         rule, generation = source.inline_nodes.rule, source.map.nodeids.generation
-    return partial(native.reply, native.replier(operations.inode, rule, generation, entry_timeout, attr_timeout))
+    reply, replier = native.reply, native.replier(operations.inode, rule, generation, entry_timeout, attr_timeout)
+    return lambda message: reply(replier, message)
 
 
 def direntplus(

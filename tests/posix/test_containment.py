@@ -170,7 +170,9 @@ def test_directory_moved_out_while_held(server: Mounted, base: str) -> None:
 def open_cold(server: Mounted, handle: Handle) -> None:
     """With nothing in the kernel's caches, if nobody else holds it there for a moment."""
     drop_caches(2)
-    os.close(open_handle(server.path, handle, os.O_RDONLY | os.O_DIRECTORY))
+    fd = open_handle(server.path, handle, os.O_RDONLY | os.O_DIRECTORY)
+    assert SECRET not in reachable(fd)
+    os.close(fd)
 
 
 def reachable(fd: int) -> set[bytes]:

@@ -371,7 +371,7 @@ def test_the_signature_of_another_server_does_not_count(restartable: TestTree) -
 def test_handles_are_opened_concurrently_with_removal(tree: TestTree) -> None:
     """Every attempt gives the right file or ESTALE, whatever happens meanwhile. (ENOMEM is what the source's file system says
     for the instant in which the inode number is being given to a new file: iget_locked in fs/inode.c. If that is a long one,
-    the server's LOOKUP says ETIMEDOUT.)"""
+    the server's LOOKUP of "." says ETIMEDOUT.)"""
     names = [f"{number}" for number in range(60)]
     handles = {}
     for name in names:

@@ -172,8 +172,10 @@ def test_any_request_is_answered(served: Served, opcode: int, node: str, body: b
 @settings(max_examples=300)
 @given(message=some.binary(max_size=200))
 def test_any_bytes_are_survived(served: Served, message: bytes) -> None:
-    reply = served.dispatcher.answer(memoryview(bytearray(message)))
+    view = memoryview(bytearray(message))
+    at_once, reply = served.dispatcher.at_once(view), served.dispatcher.answer(view)
     assert reply is None or len(b"".join(reply)) >= abi.fuse_out_header.size
+    assert at_once is None or at_once == b"".join(reply or ())
 
 
 @pytest.mark.parametrize("opcode", sorted(set(abi.OPCODE_NAMES) - set(NEVER_ANSWERED)))

@@ -20,7 +20,7 @@ from handlefs.handle import FileHandle, handle_of, name_to_handle_at
 from handlefs.inlinenodes import ABSENT, InlineNodes
 from handlefs.nodeid import INLINE_FORMATS, inline_format
 from tests.support.filesystems import FileSystems, filesystem
-from tests.unit.serving import SOME_TIME, code, new_directory, promptly, serving
+from tests.unit.serving import SOME_TIME, code, new_directory, no_descriptor_left, promptly, serving
 
 
 @pytest.fixture(params=["compiled", "Python"])
@@ -86,6 +86,9 @@ def test_what_has_just_changed_is_found(ground: Ground) -> None:
 
     for name, found in zip(("file", "new"), promptly(found_after_changes), strict=True):
         check(ground, name, found)
+    with no_descriptor_left():
+        assert promptly(found_after_changes) == [None, None]
+        check(ground, "link", ground.find("link"))
     (ground.root / "new").unlink()
     assert ground.find("new") is ABSENT
 
@@ -115,6 +118,8 @@ def test_whole_seconds_prove_nothing() -> None:
         time.sleep(1.5)
         assert (root / "file").stat().st_ctime_ns % 10**9 == 0
         check(ground, "file", ground.find("file"))
+        with no_descriptor_left():
+            assert ground.find("file") is None
         os.close(ground.fd)
 
 

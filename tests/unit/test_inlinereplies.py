@@ -219,8 +219,8 @@ def test_what_is_elsewhere_is_left_to_the_other_way(operations: Operations) -> N
 
 
 class Listed(NamedTuple):
-    certain: bytes
-    """What one compiled step gives, up to where it does not know on, …"""
+    at_once: bytes
+    """What one compiled step gives, up to what has to be found otherwise, …"""
     then: bytes | None
     """… what it gives after that, …"""
     everything: bytes
@@ -228,14 +228,14 @@ class Listed(NamedTuple):
 
 
 def listed(operations: Operations, nodeid: int) -> Listed:
-    certain = at_once(operations, nodeid) or b""
-    return Listed(certain, at_once(operations, nodeid, last_offset(certain)), step_by_step(operations, nodeid))
+    first = at_once(operations, nodeid) or b""
+    return Listed(first, at_once(operations, nodeid, last_offset(first)), step_by_step(operations, nodeid))
 
 
 def check_reply_ends_before(listed: Listed, name: bytes) -> None:
-    assert listed.everything.startswith(listed.certain)
-    assert name in listed.everything.removeprefix(listed.certain)
-    assert name not in listed.certain
+    assert listed.everything.startswith(listed.at_once)
+    assert name in listed.everything.removeprefix(listed.at_once)
+    assert name not in listed.at_once
     assert listed.then is None
 
 
