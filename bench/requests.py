@@ -86,8 +86,7 @@ class Requests:
         return reply[abi.fuse_out_header.size :]
 
     def _reply(self, message: memoryview) -> bytes:
-        """As a worker does."""
-        return self._asked.at_once(message) or b"".join(self._asked.answer(message) or ())
+        return b"".join(self._asked.answer(message) or ())
 
     def _answered(self, message: memoryview) -> int:
         self._reply(message)

@@ -851,23 +851,16 @@ static PyObject *reply_to_lookup(const struct replier *self, const struct reques
 static PyObject *reply_at_once(const struct replier *self, const Py_buffer *message)
 {
     struct request request;
-    PyObject *reply;
     if (!parse_request(message, &request))
         Py_RETURN_NONE;
     switch (request.header.opcode) {
     case FUSE_GETATTR:
-        reply = reply_to_getattr(self, &request);
-        break;
+        return reply_to_getattr(self, &request);
     case FUSE_LOOKUP:
-        reply = reply_to_lookup(self, &request);
-        break;
+        return reply_to_lookup(self, &request);
     default:
         Py_RETURN_NONE;
     }
-    if (reply != NULL || !PyErr_ExceptionMatches(PyExc_Exception))
-        return reply;
-    PyErr_Clear(); /* it is met again step by step, where it is logged and answered */
-    Py_RETURN_NONE;
 }
 
 static PyObject *native_reply(PyObject *module, PyObject *args)

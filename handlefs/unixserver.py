@@ -246,12 +246,11 @@ class Peer:
         """The reply to one message; None if there is none to give."""
         with self._busy:
             self._counters.begin()
-            at_once = self._dispatcher.at_once(message)
-            reply = self._dispatcher.answer(message) if at_once is None else (at_once,)
+            reply = self._dispatcher.answer(message)
             if self.nodes is not None:
                 self._drop(self.nodes.prune())
             opcode = abi.fuse_in_header.unpack_from(message)[1] if len(message) >= abi.fuse_in_header.size else 0
-            self._counters.answered(opcode, -abi.fuse_out_header.unpack_from(reply[0])[1] if reply else 0)
+            self._counters.answered(opcode, -abi.fuse_out_header.unpack(reply[0])[1] if reply else 0)
         return reply
 
     def evict(self, count: int | None) -> int:

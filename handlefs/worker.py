@@ -129,7 +129,6 @@ class Worker:
         self._receiver = Receiver(device, slot.request, busy=busy)
         self._counters = counters
         self._dispatcher = dispatcher
-        self._at_once = dispatcher.at_once
         self._replay = replay
         self._handle = faults.injected(self._serve)
 
@@ -145,10 +144,6 @@ class Worker:
 
     def _serve(self, message: memoryview) -> None:
         """Execute a request that was just read, and reply."""
-        reply = self._at_once(message)
-        if reply is not None:
-            self._reply(message, (reply,))
-            return
         opcode = _opcode(message)
         if opcode not in RECORDED:
             self._reply(message, self._dispatcher.answer(message))

@@ -110,8 +110,7 @@ class Dispatcher:
         self._setxattr_in = (
             abi.fuse_setxattr_in if negotiated.has(abi.FUSE_SETXATTR_EXT) else abi.fuse_setxattr_in_compat
         )
-        self.at_once = inlinereplies.at_once(operations, self._entry_timeout, self._attr_timeout)
-        """Gives the same replies as `answer`, or none."""
+        self._at_once = inlinereplies.at_once(operations, self._entry_timeout, self._attr_timeout)
         self._handlers = self._by_opcode()
 
     def _by_opcode(self) -> dict[int, Callable[[Request], Reply]]:
@@ -178,6 +177,9 @@ class Dispatcher:
         if size != len(message) or end < abi.fuse_in_header.size:
             return _error(unique, errno.EINVAL, opcode)
         try:
+            reply = self._at_once(message)
+            if reply is not None:
+                return reply[: abi.fuse_out_header.size], reply[abi.fuse_out_header.size :]
             groups = supplementary_groups(message[end:]) if extensions else self._no_groups
             payload = handler(Request(nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end], groups))
         except OSError as error:
@@ -196,7 +198,7 @@ class Dispatcher:
         """Answer nothing any more. The handlers refer to this object: without them its operations' descriptors close with the
         last reference, and not when the garbage collector comes by, which an idle process leaves alone."""
         self._handlers.clear()
-        self.at_once = lambda _: None
+        self._at_once = lambda _: None
 
     def abandoned(self, request: int) -> None:
         """Nobody will release what the request of that number has opened, if anything."""

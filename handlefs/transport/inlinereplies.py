@@ -12,7 +12,7 @@ from handlefs.nodeid import MAPPED_BIT, ROOT_NODEID
 from handlefs.operations import Operations
 
 AtOnce = Callable[[memoryview], bytes | None]
-"""From a request to its whole reply; None: step by step, also if it fails."""
+"""From a request to its whole reply; None: step by step. Raises OSError."""
 
 
 def at_once(operations: Operations, entry_timeout: Timeout, attr_timeout: Timeout) -> AtOnce:

@@ -83,11 +83,8 @@ class Served:
     ) -> bytes | None:
         size = abi.fuse_in_header.size + len(body) if claimed is None else claimed
         header = abi.fuse_in_header.pack(size, opcode, UNIQUE, nodeid, uid, gid, 0, extensions, 0)
-        message = memoryview(bytearray(header + body))
-        at_once, reply = self.dispatcher.at_once(message), self.dispatcher.answer(message)
-        whole = None if reply is None else b"".join(reply)
-        assert at_once in (None, whole)
-        return whole
+        reply = self.dispatcher.answer(memoryview(bytearray(header + body)))
+        return None if reply is None else b"".join(reply)
 
     def work(self) -> None:
         """Serve in a worker what readv(2) gives, until the mount is gone."""
@@ -172,10 +169,8 @@ def test_any_request_is_answered(served: Served, opcode: int, node: str, body: b
 @settings(max_examples=300)
 @given(message=some.binary(max_size=200))
 def test_any_bytes_are_survived(served: Served, message: bytes) -> None:
-    view = memoryview(bytearray(message))
-    at_once, reply = served.dispatcher.at_once(view), served.dispatcher.answer(view)
+    reply = served.dispatcher.answer(memoryview(bytearray(message)))
     assert reply is None or len(b"".join(reply)) >= abi.fuse_out_header.size
-    assert at_once is None or at_once == b"".join(reply or ())
 
 
 @pytest.mark.parametrize("opcode", sorted(set(abi.OPCODE_NAMES) - set(NEVER_ANSWERED)))

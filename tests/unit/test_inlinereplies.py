@@ -22,6 +22,7 @@ from handlefs.protocol.listing import direntplus
 from handlefs.transport import inlinereplies
 from handlefs.transport.backing import BackingFiles
 from handlefs.transport.direct import Dispatcher
+from tests.posix.compare import outcome
 from tests.support.filesystems import FileSystems, run
 from tests.unit.serving import SOME_TIME, code, new_directory, serving
 
@@ -71,34 +72,49 @@ def last_offset(listing: bytes) -> int:
 
 
 class Replies(NamedTuple):
-    """Those to one request."""
+    """Those to one request; None or the name of the error where there is none at once."""
 
-    at_once: bytes | None
+    at_once: bytes | str | None
     step_by_step: bytes
 
 
+class Both:
+    """The two ways to the reply to a request."""
+
+    def __init__(self, operations: Operations) -> None:
+        config = Config("/", "/", entry_timeout=1.5, attr_timeout=2)
+        self._at_once = inlinereplies.at_once(operations, (1, 500_000_000), (2, 0))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(inlinereplies, "native", None)
+            self._stepwise = Dispatcher(operations, Negotiated(45, 0, 1 << 20), BackingFiles(-1, None), config)
+        self._whole = Dispatcher(operations, Negotiated(45, 0, 1 << 20), BackingFiles(-1, None), config)
+
+    def replies(self, message: bytes) -> Replies:
+        stepwise = b"".join(self._stepwise.answer(memoryview(message)) or ())
+        assert b"".join(self._whole.answer(memoryview(message)) or ()) == stepwise
+        at_once = outcome(self._at_once, memoryview(message))
+        assert at_once is None or isinstance(at_once, (bytes, str))
+        return Replies(at_once, stepwise)
+
+
 @pytest.fixture
-def dispatcher(operations: Operations) -> Dispatcher:
-    config = Config("/", "/", entry_timeout=1.5, attr_timeout=2)
-    return Dispatcher(operations, Negotiated(45, 0, 1 << 20), BackingFiles(-1, None), config)
+def dispatcher(operations: Operations) -> Both:
+    return Both(operations)
 
 
-def replies(
-    dispatcher: Dispatcher, opcode: int, nodeid: int, body: bytes, *, size: int = 0, extensions: int = 0
-) -> Replies:
+def replies(both: Both, opcode: int, nodeid: int, body: bytes, *, size: int = 0, extensions: int = 0) -> Replies:
     """With `size` instead of its true one in the header."""
     header = abi.fuse_in_header.pack(
         size or abi.fuse_in_header.size + len(body), opcode, 7, nodeid, 0, 0, 1, extensions, 0
     )
-    message = memoryview(header + body)
-    return Replies(dispatcher.at_once(message), b"".join(dispatcher.answer(message) or ()))
+    return both.replies(header + body)
 
 
-def lookup(dispatcher: Dispatcher, parent: int, name: bytes) -> Replies:
+def lookup(dispatcher: Both, parent: int, name: bytes) -> Replies:
     return replies(dispatcher, abi.FUSE_LOOKUP, parent, name + b"\0")
 
 
-def getattr_of(dispatcher: Dispatcher, nodeid: int) -> Replies:
+def getattr_of(dispatcher: Both, nodeid: int) -> Replies:
     return replies(dispatcher, abi.FUSE_GETATTR, nodeid, abi.fuse_getattr_in.pack(0, 0, 0))
 
 
@@ -107,12 +123,12 @@ def code_of(reply: bytes) -> str:
 
 
 @pytest.mark.parametrize("name", [b"0", b"link", b"again", b"device", b"socket", b"nothing"])
-def test_the_same_entry_as_step_by_step(dispatcher: Dispatcher, name: bytes) -> None:
+def test_the_same_entry_as_step_by_step(dispatcher: Both, name: bytes) -> None:
     found = lookup(dispatcher, ROOT_NODEID, name)
     assert found.at_once == found.step_by_step
 
 
-def test_the_same_entry_of_what_is_new(operations: Operations, dispatcher: Dispatcher) -> None:
+def test_the_same_entry_of_what_is_new(operations: Operations, dispatcher: Both) -> None:
     (Path(operations.source.path) / "new").touch()
     found = lookup(dispatcher, ROOT_NODEID, b"new")
     assert found.at_once == found.step_by_step
@@ -123,46 +139,47 @@ def test_the_same_entry_of_what_is_new(operations: Operations, dispatcher: Dispa
     ("name", "error"),
     [(b"x" * 256, "ENAMETOOLONG"), (b"directory/inner", "EINVAL"), (b"", "EINVAL"), (b"0\0", "EINVAL")],
 )
-def test_names_that_are_none(dispatcher: Dispatcher, name: bytes, error: str) -> None:
+def test_names_that_are_none(dispatcher: Both, name: bytes, error: str) -> None:
     found = lookup(dispatcher, ROOT_NODEID, name)
     assert (found.at_once, code_of(found.step_by_step)) == (None, error)
 
 
 @pytest.mark.parametrize("name", [b"directory", b".", b".."])
-def test_directories_are_left_to_the_other_way(dispatcher: Dispatcher, name: bytes) -> None:
+def test_directories_are_left_to_the_other_way(dispatcher: Both, name: bytes) -> None:
     found = lookup(dispatcher, ROOT_NODEID, name)
     assert found.at_once is None
     assert abi.fuse_out_header.unpack_from(found.step_by_step)[1] == 0
 
 
-def test_failures_are_left_to_the_other_way(operations: Operations, dispatcher: Dispatcher) -> None:
+def test_failures_are_the_same(operations: Operations, dispatcher: Both) -> None:
     file = operations.lookup(ROOT_NODEID, b"0").nodeid
-    for parent, error in ((file, "ENOTDIR"), (file + (1 << 32), "ESTALE")):
-        found = lookup(dispatcher, parent, b"x")
-        assert (found.at_once, code_of(found.step_by_step)) == (None, error)
+    found = lookup(dispatcher, file, b"x")
+    assert (found.at_once, code_of(found.step_by_step)) == (None, "ENOTDIR")
+    found = lookup(dispatcher, file + (1 << 32), b"x")
+    assert (found.at_once, code_of(found.step_by_step)) == ("ESTALE", "ESTALE")
 
 
 @pytest.mark.parametrize("body", [b"", b"0", b"0\0\0"])
-def test_malformed_requests_are_left_to_the_other_way(dispatcher: Dispatcher, body: bytes) -> None:
+def test_malformed_requests_are_left_to_the_other_way(dispatcher: Both, body: bytes) -> None:
     assert replies(dispatcher, abi.FUSE_LOOKUP, ROOT_NODEID, body).at_once is None
     assert replies(dispatcher, abi.FUSE_LOOKUP, ROOT_NODEID, b"0\0", size=43).at_once is None
     assert replies(dispatcher, abi.FUSE_LOOKUP, ROOT_NODEID, b"0\0" + bytes(8), extensions=1).at_once is None
     for length in range(abi.fuse_in_header.size):
-        assert dispatcher.at_once(memoryview(bytes(length))) is None
+        assert dispatcher.replies(bytes(length)) == (None, b"")
 
 
-def test_other_requests_are_left_to_the_other_way(dispatcher: Dispatcher) -> None:
+def test_other_requests_are_left_to_the_other_way(dispatcher: Both) -> None:
     assert replies(dispatcher, abi.FUSE_STATFS, ROOT_NODEID, b"").at_once is None
 
 
 @pytest.mark.parametrize("name", [b"0", b"link", b"device", b"socket", b"directory"])
-def test_the_same_attributes_as_step_by_step(operations: Operations, dispatcher: Dispatcher, name: bytes) -> None:
+def test_the_same_attributes_as_step_by_step(operations: Operations, dispatcher: Both, name: bytes) -> None:
     for nodeid in (ROOT_NODEID, operations.lookup(ROOT_NODEID, name).nodeid):
         found = getattr_of(dispatcher, nodeid)
         assert found.at_once == found.step_by_step
 
 
-def test_inode_numbers_of_another_file_system(operations: Operations, dispatcher: Dispatcher) -> None:
+def test_inode_numbers_of_another_file_system(operations: Operations, dispatcher: Both) -> None:
     """They are not the source's."""
     place = Path(operations.source.path) / "directory" / "inner"
     run("mount", "-t", "tmpfs", "none", place)
@@ -180,12 +197,12 @@ def test_inode_numbers_of_another_file_system(operations: Operations, dispatcher
         run("umount", "--lazy", place)
 
 
-def test_attributes_of_what_is_gone(operations: Operations, dispatcher: Dispatcher) -> None:
+def test_attributes_of_what_is_gone(operations: Operations, dispatcher: Both) -> None:
     nodeid = operations.lookup(ROOT_NODEID, b"device").nodeid
     (Path(operations.source.path) / "device").unlink()
     operations.source.evict_all()
     found = getattr_of(dispatcher, nodeid)
-    assert (found.at_once, code_of(found.step_by_step)) == (None, "ESTALE")
+    assert (found.at_once, code_of(found.step_by_step)) == ("ESTALE", "ESTALE")
 
 
 @pytest.mark.parametrize("size", [1024, 4096, 1 << 16])
