@@ -169,6 +169,15 @@ class Dispatcher:
         if len(message) < abi.fuse_in_header.size:
             log.error("dropped a request of %d bytes, shorter than its header", len(message))
             return None
+        try:
+            reply = self._at_once(message)
+            if reply is None:
+                return self._step_by_step(message)
+        except Exception as error:
+            return self._failure(message, error)
+        return reply[: abi.fuse_out_header.size], reply[abi.fuse_out_header.size :]
+
+    def _step_by_step(self, message: memoryview) -> Sequence[bytes] | None:
         size, opcode, unique, nodeid, uid, gid, pid, extensions, _ = abi.fuse_in_header.unpack_from(message)
         handler = self._handlers.get(opcode)
         end = size - 8 * extensions
@@ -176,23 +185,22 @@ class Dispatcher:
             return _error(unique, errno.ENOSYS, opcode)
         if size != len(message) or end < abi.fuse_in_header.size:
             return _error(unique, errno.EINVAL, opcode)
-        try:
-            reply = self._at_once(message)
-            if reply is not None:
-                return reply[: abi.fuse_out_header.size], reply[abi.fuse_out_header.size :]
-            groups = supplementary_groups(message[end:]) if extensions else self._no_groups
-            payload = handler(Request(nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end], groups))
-        except OSError as error:
-            return _error(unique, self._failures.errno_for_reply(_name_of(opcode), error), opcode)
-        except MalformedError as error:
-            log.error("malformed %s request of %d bytes: %s", _name_of(opcode), size, error)
-            return _error(unique, errno.EINVAL, opcode)
-        except Exception:
-            log.exception("%s failed", _name_of(opcode))
-            return _error(unique, errno.EIO, opcode)
+        groups = supplementary_groups(message[end:]) if extensions else self._no_groups
+        payload = handler(Request(nodeid, uid, gid, pid, message[abi.fuse_in_header.size : end], groups))
         if payload is None:
             return None
         return abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique), payload
+
+    def _failure(self, message: memoryview, error: Exception) -> Sequence[bytes] | None:
+        size, opcode, unique, *_ = abi.fuse_in_header.unpack_from(message)
+        name = _name_of(opcode)
+        if isinstance(error, OSError):
+            return _error(unique, self._failures.errno_for_reply(name, error), opcode)
+        if isinstance(error, MalformedError):
+            log.error("malformed %s request of %d bytes: %s", name, size, error)
+            return _error(unique, errno.EINVAL, opcode)
+        log.error("%s failed", name, exc_info=error)
+        return _error(unique, errno.EIO, opcode)
 
     def close(self) -> None:
         """Answer nothing any more. The handlers refer to this object: without them its operations' descriptors close with the
