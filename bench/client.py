@@ -11,6 +11,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Barrier
@@ -34,10 +35,12 @@ def together(workload: Workload, directory: Path, sizes: Sizes, clients: int) ->
         start.value = time.monotonic() + LEAD_SECONDS
 
     barrier = context.Barrier(clients, agree, MEET_SECONDS)
-    with context.Pool(clients, _take, (barrier, start)) as pool:
-        shares = [(workload.name, directory, sizes, Share(number, clients, meet)) for number in range(clients)]
-        samples = pool.starmap(_work, shares, chunksize=1)
-    done = [sample for sample in samples if sample is not None]
+    # Not a Pool, which ends its processes by signals, and waits for ever for one that has been killed.
+    with ProcessPoolExecutor(clients, context, _take, (barrier, start)) as pool:
+        shares = [Share(number, clients, meet) for number in range(clients)]
+        futures = [pool.submit(_work, workload.name, directory, sizes, share) for share in shares]
+        wait(futures)
+    done = [sample for future in futures if (sample := future.result()) is not None]
     if len(done) < clients:  # none of them has an error of its own, so one was late
         raise RuntimeError(f"{clients} clients did not get ready in {MEET_SECONDS} s")
     return Sample.together(done)

@@ -9,6 +9,7 @@ from types import FrameType
 
 from bench.errors import BenchError
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXPECTED = (BenchError, OSError, subprocess.SubprocessError)
 """What a measurement may meet on somebody's machine; anything else is a mistake in the bench."""
 
@@ -34,8 +35,7 @@ def told(error: Exception) -> str:
 
 def run(name: str, work: Callable[[], int], failed: int = 1) -> int:
     """The exit status of *work*; *failed* after a message if it cannot go on, 130 after a signal, on which it cleans up."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    before = [signal.signal(number, _interrupt) for number in ENDING]
     try:
         return work()
     except EXPECTED as error:
@@ -43,6 +43,9 @@ def run(name: str, work: Callable[[], int], failed: int = 1) -> int:
         return failed
     except KeyboardInterrupt:
         return 130
+    finally:
+        for number, handler in zip(ENDING, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _program(command: str | list[str]) -> str:
@@ -51,7 +54,7 @@ def _program(command: str | list[str]) -> str:
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     """End like Ctrl-C, so that everything is removed; a second time is ignored, it would leave something behind."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     print("ending; unmounting and removing everything", file=sys.stderr)
     raise KeyboardInterrupt

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import command
 from bench.children import environment
 from bench.figures import Figure, load, save
 
@@ -58,9 +59,9 @@ def scratch() -> Iterator[Path]:
 
 def run(module: str, *arguments: str | Path, path: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command; one that takes too long is told to end, on which it unmounts."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
+    words = [sys.executable, "-m", module, *map(str, arguments)]
     with subprocess.Popen(
-        command,
+        words,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -72,7 +73,7 @@ def run(module: str, *arguments: str | Path, path: str | None = None) -> subproc
             process.terminate()
             process.communicate(timeout=TIMEOUT)
             raise
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+    return subprocess.CompletedProcess(words, process.returncode, output, errors)
 
 
 def bench(place: Path, results: Path, *arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -210,9 +211,9 @@ def test_peers_that_end(place: Path, scratch: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(place: Path, scratch: Path, number: signal.Signals) -> None:
     """Everything is unmounted and removed; the fixture looks."""
-    command = [sys.executable, "-m", "bench", "--scale", "tiny", "--only", "speed", "--rounds", "1000"]
-    command += ["--directory", str(place), "--results", str(scratch / "results.json"), "--minutes", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    words = [sys.executable, "-m", "bench", "--scale", "tiny", "--only", "speed", "--rounds", "1000"]
+    words += ["--directory", str(place), "--results", str(scratch / "results.json"), "--minutes", "2"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment()) as process:
         deadline = time.monotonic() + TIMEOUT
         while f"{place}/handlefs-bench-" not in Path("/proc/self/mountinfo").read_text():
             assert time.monotonic() < deadline
@@ -223,6 +224,13 @@ def test_interrupted(place: Path, scratch: Path, number: signal.Signals) -> None
     assert process.returncode == 130
     assert "removing everything" in told
     assert "Traceback" not in told
+
+
+def test_signals_are_the_callers_again() -> None:
+    """Who runs a command within a process of its own, and forks later, has no handlers of the command's in its children."""
+    before = [signal.getsignal(number) for number in command.ENDING]
+    assert command.run("bench", lambda: 0) == 0
+    assert [signal.getsignal(number) for number in command.ENDING] == before
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +64,20 @@ def test_time_of_several_clients_is_from_the_first_start_to_the_last_end() -> No
 def test_a_client_that_fails_is_told(directory: Path) -> None:
     with pytest.raises(FileNotFoundError):
         together(BY_NAME["stat-cold"], directory / "missing", SIZES, 2)
+
+
+def test_a_client_that_is_killed_is_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others, who wait for it, are not waited for."""
+
+    def run(directory: Path, sizes: Sizes, share: Share) -> Sample:
+        if share.number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        share.meet()
+        return Sample(1, 1, 0, 1)
+
+    monkeypatch.setitem(BY_NAME, "killed", Workload("killed", "killed", State.AS_IS, run, parallel=True))
+    with pytest.raises(BrokenProcessPool):
+        together(BY_NAME["killed"], directory, SIZES, 3)
 
 
 def test_nobody_prepares_in_anothers_time(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
