@@ -112,6 +112,7 @@ def test_the_template_hangs(source: Path) -> None:
             for pid in children(server.pid) - {old}:
                 kill(pid)
             assert answers(server)
+        assert has_ended(old)
         assert template(server.pid) != old
 
 
