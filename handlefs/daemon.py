@@ -16,6 +16,7 @@ from typing import NoReturn
 from handlefs import notify
 from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.mount import mount_at, unmount
+from handlefs.process import how_it_ended
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +92,7 @@ def in_background(serve: Callable[[Callable[[], None]], None]) -> None:
     _, status = os.waitpid(pid, 0)
     if message:
         raise StartupError(message.decode(errors="replace"))
-    code = os.waitstatus_to_exitcode(status)
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    how = how_it_ended(os.waitstatus_to_exitcode(status))
     raise StartupError(f"the server {how} before the mount was ready")
 
 

@@ -66,6 +66,15 @@ def drop_from_bounding_set(capabilities: Collection[int]) -> None:
             _prctl(_PR_CAPBSET_DROP, capability)
 
 
+def how_it_ended(code: int) -> str:
+    """What to say of a process with this exit code, as subprocess has it."""
+    if code >= 0:
+        return f"ended with status {code}"
+    number = -code
+    known = set(signal.Signals)  # of the real-time signals only the first and the last one
+    return f"was killed by {signal.Signals(number).name if number in known else f'signal {number}'}"
+
+
 def _prctl(option: int, value: object = 0) -> int:
     result: int = _libc.prctl(option, value, 0, 0, 0)
     if result < 0:

@@ -15,6 +15,7 @@ from typing import Any
 
 from handlefs import interpreter
 from handlefs.handover import ServingWorker
+from handlefs.process import how_it_ended
 from handlefs.worker import Assignment
 
 REPLY_TIMEOUT = 10.0
@@ -224,8 +225,3 @@ def _readable(fd: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(seconds * 1000))
-
-
-def how_it_ended(status: int) -> str:
-    """What to say of a process with this exit code, as subprocess has it."""
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

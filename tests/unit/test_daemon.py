@@ -54,11 +54,14 @@ def test_a_bug_is_told() -> None:
         daemon.in_background(serve)
 
 
-def test_a_sudden_death_is_told() -> None:
-    def serve(on_ready: Ready) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGRTMIN + 6, r"signal \d+")])
+def test_a_sudden_death_is_told(number: int, name: str) -> None:
+    """Also by a signal that has no name in Python."""
 
-    with pytest.raises(StartupError, match="was killed by SIGKILL before the mount was ready"):
+    def serve(on_ready: Ready) -> None:
+        os.kill(os.getpid(), number)
+
+    with pytest.raises(StartupError, match=rf"was killed by {name} before the mount was ready"):
         daemon.in_background(serve)
 
 
