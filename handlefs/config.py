@@ -156,7 +156,9 @@ def _choice(name: str, text: str, choices: tuple[str, ...]) -> str:
     return text
 
 
-def _path(_name: str, text: str) -> str:
+def _path(name: str, text: str) -> str:
+    if not text:  # as from a variable of the shell that is not set; it does not mean the current directory
+        raise OptionError(f"{name} is empty")
     return os.path.abspath(text)
 
 

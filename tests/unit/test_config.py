@@ -89,6 +89,9 @@ def test_options_are_applied(name: str, text: str, expected: Config) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
+        ("state-dir", ""),
+        ("key-file", ""),
+        ("log-file", ""),
         ("cache-size", "-1"),
         ("cache-size", "many"),
         ("cache-size", "1e3"),
