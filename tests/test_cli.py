@@ -793,6 +793,22 @@ def test_umount_elsewhere_is_refused(place: Place, tmp_path: Path) -> None:
     unmount(str(place.path))
 
 
+@needs_root
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_is_mounted_over_it_is_left_alone(place: Place, killed: bool) -> None:
+    place.mount()
+    if killed:
+        place.kill()
+        unmount(str(place.path), lazy=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", place.path], check=True)
+    for command in "umount", "restart":
+        assert f"of type tmpfs is mounted over {place.path}: unmount that first" in fails(command, place.path)
+        assert mount_at(str(place.path)).fstype == "tmpfs"  # type: ignore[union-attr]
+    unmount(str(place.path))
+    ok("umount", place.path)
+    assert not place.is_mounted()
+
+
 # --- restart --------------------------------------------------------------------------------------------------------
 
 
