@@ -24,7 +24,9 @@ def _our_mount(mountpoint: str) -> Mount:
         raise click.ClickException(f"nothing is mounted at {mountpoint}")
     known = control.record(mountpoint)
     if known is not None and mount.fstype != known.config.options.fstype():
-        raise click.ClickException(f"a file system of type {mount.fstype} is mounted over {mountpoint}: unmount that first")
+        raise click.ClickException(
+            f"a file system of type {mount.fstype} is mounted over {mountpoint}: unmount that first"
+        )
     if known is None and mount.fstype != "fuse.handlefs":
         hint = ": umount(8) ends it" if mount.fstype == "fuse.handlefs-client" else ""
         raise click.ClickException(f"{mountpoint} is not a handlefs mount but one of type {mount.fstype}{hint}")
