@@ -495,9 +495,29 @@ def test_mistakes_are_told(place: Place, tmp_path: Path) -> None:
     assert control.servers() == []
 
 
-@pytest.mark.parametrize("command", ["umount", "restart", "reload", "upgrade", "status", "evict", "top", "export"])
-def test_an_empty_mount_point_is_not_the_current_directory(command: str) -> None:
-    assert "it is empty" in fails(command, "", *(["*"] if command == "export" else []), status=2)
+@pytest.mark.parametrize(
+    "name", ["umount", "restart", "reload", "upgrade", "status", "evict", "top", "export", "check", "handle"]
+)
+def test_an_empty_path_is_not_the_current_directory(name: str) -> None:
+    words = ["", *(["*"] if name == "export" else [])]
+    assert "is empty" in fails(name, *words, status=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "empty"),
+    [
+        (["", "/mnt"], "SOURCE"),
+        (["serve", "", "--socket", "/run/socket"], "SOURCE"),
+        (["client", "", "ls"], "SOCKET"),
+        (["client", "/run/socket", "mount", ""], "MOUNTPOINT"),
+        (["map", "stats", ""], "SOURCE|MOUNTPOINT"),
+        (["map", "rebuild", "/srv", "--key-file", ""], "--key-file"),
+        (["handle", "1", "--source", ""], "--source"),
+        (["/srv", "/mnt", "--state-dir", ""], "state-dir"),
+    ],
+)
+def test_which_path_is_empty_is_told(words: list[str], empty: str) -> None:
+    assert fails(*words, status=2).startswith(f"handlefs: {empty} is empty\n")
 
 
 @needs_root

@@ -12,7 +12,7 @@ import click
 
 from handlefs import control
 from handlefs.cli.lookup import config_for, config_of_path, names, opened
-from handlefs.cli.params import DIRECTORY, json_option, print_json, print_table
+from handlefs.cli.params import DIRECTORY, TEXT, json_option, print_json, print_table
 from handlefs.config import Config
 from handlefs.handle import FileHandle, open_by_handle_at
 from handlefs.inodecache import Inode
@@ -32,7 +32,7 @@ class Node(NamedTuple):
 
 
 @click.command("handle", short_help="Show a file's handle and node ID, and back.")
-@click.argument("what", metavar="PATH|NODEID|HEX")
+@click.argument("what", metavar="PATH|NODEID|HEX", type=TEXT)
 @click.option("--source", type=DIRECTORY, metavar="DIR", help="The source or mount point it belongs to.")
 @click.option("--state-dir", type=DIRECTORY, metavar="DIR", help="Where the source's handle map is.")
 @click.option("--search", is_flag=True, help="Walk the source for a path if the kernel knows none.")
