@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, cast, get_args
@@ -15,6 +16,8 @@ Passthrough = Literal["auto", "on", "off"]
 NodeIds = Literal["ephemeral", "stable"]
 
 MAX_WORKERS = 64
+LONGEST_TIMEOUT = (1 << 32) - 1
+"""Seconds: longer than any mount lives."""
 SMALLEST_NODE_TABLE = 8
 """Node IDs. A request needs two at most, and a client may have some requests under way."""
 
@@ -75,8 +78,8 @@ _DEFAULTS = {entry.name: entry.default for entry in fields(Config)}
 
 
 def _whole(name: str, text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise OptionError(f"bad {name} '{text}': expected a whole number, 0 or more")
+    if not re.fullmatch(r"[0-9]{1,18}", text):  # what fits 64 bits
+        raise OptionError(f"bad {name} '{text}': expected a whole number, 0 or more, of 18 digits at most")
     return int(text)
 
 
@@ -85,8 +88,8 @@ def _seconds(name: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise OptionError(f"bad {name} '{text}': expected a number of seconds, 0 or more")
+    if not 0 <= value <= LONGEST_TIMEOUT:
+        raise OptionError(f"bad {name} '{text}': expected a number of seconds, from 0 to {LONGEST_TIMEOUT}")
     return value
 
 
@@ -116,8 +119,9 @@ def split_address(text: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         raise ValueError("an IPv6 address needs brackets")
-    if not (host and colon and port.isascii() and port.isdigit() and int(port) < 1 << 16):
+    if not (host and colon and re.fullmatch(r"[0-9]{1,5}", port) and int(port) < 1 << 16):
         raise ValueError("not an address")
+    host.encode("idna")  # as the resolver will; UnicodeError is a ValueError
     return host, int(port)
 
 
