@@ -216,13 +216,14 @@ def request(mountpoint: str, message: Mapping[str, object], timeout: float = REP
 
 
 def _ask(mountpoint: str, message: Mapping[str, object], timeout: float) -> bytes:
-    """The line that is the reply; empty if the connection ends without one."""
+    """The line that is the reply; empty if the connection ends before that is whole."""
     with _connected(mountpoint) as connection:
         connection.settimeout(timeout)
         try:
             connection.sendall(json.dumps(message).encode() + b"\n")
             with connection.makefile("rb") as replies:
-                return replies.readline()
+                line = replies.readline()
+                return line if line.endswith(b"\n") else b""  # else the server was killed while it wrote
         except (BrokenPipeError, ConnectionResetError):
             return b""
         except OSError as error:

@@ -46,19 +46,26 @@ def set_up_logging(destination: str | None, *, foreground: bool) -> None:
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
 
 
+class _Formatter(logging.Formatter):
+    """Names that are not UTF-8 are escaped: a handler that cannot encode a line would lose it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).encode(errors="backslashreplace").decode()
+
+
 def _log_handler(destination: str | None, foreground: bool) -> logging.Handler:
     handler: logging.Handler
     if destination is None and not foreground and default_log() == SYSLOG:
         handler = logging.handlers.SysLogHandler(os.fspath(SYSLOG), facility=logging.handlers.SysLogHandler.LOG_DAEMON)
         handler.ident = f"handlefs[{os.getpid()}]: "
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
         return handler
     if destination is None and foreground:
         handler = logging.StreamHandler()
     else:
         # Watched: logrotate may move the file away.
         handler = logging.handlers.WatchedFileHandler(destination or default_log(), encoding="utf-8")
-    handler.setFormatter(logging.Formatter(f"%(asctime)s handlefs[{os.getpid()}] %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter(f"%(asctime)s handlefs[{os.getpid()}] %(levelname)s %(name)s: %(message)s"))
     return handler
 
 

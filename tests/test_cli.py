@@ -24,7 +24,9 @@ import pytest
 from handlefs import control, nfs
 from handlefs.cli.check import _direct, _passthrough
 from handlefs.cli.fuseprobe import FuseProtocol, ask_kernel
+from handlefs.cli.handle import Node, parse
 from handlefs.cli.main import COMMANDS, cli
+from handlefs.config import Config
 from handlefs.handle import AT_FDCWD, name_to_handle_at, open_by_handle_at
 from handlefs.mount import mount_at, mounts, unmount
 
@@ -1201,6 +1203,33 @@ def test_handle_forth_and_back(place: Place) -> None:
 
 def name_to_handle(path: Path) -> str:
     return str(name_to_handle_at(AT_FDCWD, os.fsencode(path))[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("007", Node(7)),
+        ("0X1f", Node(31)),
+        (str(2**64 - 1), Node(2**64 - 1)),
+        (str(2**64), None),
+        ("0", None),
+        ("7" * 5001, None),
+        ("\u0661", None),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_node_ids_as_they_are_typed(text: str, expected: Node | None) -> None:
+    assert parse(text) == expected
+
+
+def test_names_that_are_not_utf_8_are_printed(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    runtime.mkdir(mode=0o700)
+    record = {"pid": 1, "config": Config("/srv", "/mnt/\udce9").to_dict()}
+    (runtime / "0123.json").write_text(json.dumps(record))
+    done = subprocess.run([*HANDLEFS, "status"], capture_output=True, check=True, timeout=TIMEOUT)
+    assert b"/mnt/\xe9" in done.stdout
+    assert not done.stderr
 
 
 @needs_root

@@ -67,8 +67,9 @@ def parse(text: str) -> Node | FileHandle | None:
     digits = text.replace(" ", "")
     if re.fullmatch(r"(?:[0-9a-fA-F]{2}){12,64}", digits):
         return _parse_nfs(bytes.fromhex(digits))
-    if re.fullmatch(r"\d+|0[xX][0-9a-fA-F]+", text) and 0 < (nodeid := int(text, 0)) < 1 << 64:
-        return Node(nodeid)
+    if number := re.fullmatch(r"([0-9]{1,20})|0[xX]([0-9a-fA-F]{1,16})", text):
+        nodeid = int(number[1]) if number[1] else int(number[2], 16)
+        return Node(nodeid) if 0 < nodeid < 1 << 64 else None
     return None
 
 

@@ -202,6 +202,27 @@ def test_a_hanging_server_is_alive(runtime: Path) -> None:
     listener.close()
 
 
+def test_half_a_reply_is_none(runtime: Path) -> None:
+    """The server was killed in the middle of it."""
+    runtime.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(control._file(MOUNTPOINT, "sock")))
+        listener.listen()
+
+        def answer() -> None:
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection:
+                    assert connection.recv(4096)
+                    connection.sendall(b'{"ok": tr')
+
+        server = threading.Thread(target=answer, daemon=True)
+        server.start()
+        with pytest.raises(NoServer, match="has just ended"):
+            control.request(MOUNTPOINT, {"op": "status"})
+        server.join()
+
+
 def test_a_damaged_record_is_named(runtime: Path) -> None:
     runtime.mkdir(mode=0o700)
     (runtime / "0123.json").write_text("{")

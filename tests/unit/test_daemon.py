@@ -93,7 +93,7 @@ def log_and_end(destination: str | None) -> Callable[[Ready], None]:
     def serve(on_ready: Ready) -> None:
         logging.root.handlers.clear()  # pytest's own, whose files are closed here
         daemon.set_up_logging(destination, foreground=False)
-        logging.getLogger("handlefs.test").warning("one line")
+        logging.getLogger("handlefs.test").warning("one line of %s", "\udce9")
         on_ready()
 
     return serve
@@ -108,14 +108,14 @@ def test_the_background_logs_to_syslog(tmp_path: Path, monkeypatch: pytest.Monke
         assert readable
         message = syslog.recv(4096).decode()
     assert message.startswith("<28>handlefs[")  # daemon.warning
-    assert "WARNING handlefs.test: one line" in message
+    assert r"WARNING handlefs.test: one line of \udce9" in message
 
 
 def test_the_log_is_a_file_on_request(tmp_path: Path) -> None:
     daemon.in_background(log_and_end(str(tmp_path / "log")))
     line = (tmp_path / "log").read_text()
     assert line.startswith(time.strftime("%Y-"))
-    assert "] WARNING handlefs.test: one line" in line
+    assert r"] WARNING handlefs.test: one line of \udce9" in line
 
 
 def test_a_log_that_cannot_be_written_is_told(tmp_path: Path) -> None:
