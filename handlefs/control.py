@@ -286,8 +286,8 @@ class ControlServer:
         return self._server.fileno()
 
     def stop(self, *, keep_record: bool = False) -> None:
-        """Stop listening and remove the socket and the record, unless a successor has replaced them. With `keep_record` they
-        stay, as those of a killed server do, for `handlefs restart`."""
+        """Stop listening and remove the socket and the record, unless a successor has replaced them; what cannot be removed is
+        logged. With `keep_record` they stay, as those of a killed server do, for `handlefs restart`."""
         if self._server is None:
             return
         self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which else looks for an end twice a second
@@ -296,6 +296,12 @@ class ControlServer:
         self._server = None
         if keep_record:
             return
+        try:
+            self._remove_files()
+        except (OSError, UserError) as error:  # why the server ends must not be lost
+            log.error("the server's record cannot be removed: %s", error)
+
+    def _remove_files(self) -> None:
         with _locked_runtime_dir():
             kept = record(self._config.mountpoint)
             if kept is not None and kept.pid == os.getpid():

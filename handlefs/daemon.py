@@ -14,7 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from handlefs import notify
-from handlefs.errors import ConnectionAborted, StartupError
+from handlefs.errors import ConnectionAborted, StartupError, UserError
 from handlefs.mount import mount_at, unmount
 from handlefs.process import how_it_ended
 
@@ -121,10 +121,10 @@ def _child(serve: Callable[[Callable[[], None]], None], writer: int) -> NoReturn
     status = 0
     try:
         serve(on_ready)
-    except StartupError as error:
-        _report(writer, str(error))
-        status = 1
     except ConnectionAborted:  # it is in the log, and nobody waits any more
+        status = 1
+    except UserError as error:
+        _report(writer, str(error))
         status = 1
     except OSError as error:
         log.exception("the server failed")

@@ -191,6 +191,21 @@ def test_a_successor_takes_over_and_keeps_its_files(runtime: Path) -> None:
     assert path.exists()
 
 
+@pytest.mark.parametrize("obstacle", ["damaged record", "open directory"])
+def test_what_cannot_be_removed_does_not_keep_a_server_from_its_end(
+    runtime: Path, caplog: pytest.LogCaptureFixture, obstacle: str
+) -> None:
+    server = ControlServer(Server().status, Server().evict, CONFIG)
+    server.start()
+    if obstacle == "open directory":
+        runtime.chmod(0o755)
+    else:
+        (path,) = runtime.glob("*.json")
+        path.write_text("{")
+    server.stop()
+    assert "cannot be removed" in caplog.text
+
+
 def test_a_hanging_server_is_alive(runtime: Path) -> None:
     listener = socket.socket(socket.AF_UNIX)
     server = ControlServer(Server().status, Server().evict, CONFIG)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from handlefs import daemon
-from handlefs.errors import StartupError
+from handlefs.control import ControlError
+from handlefs.errors import StartupError, UserError
 
 Ready = Callable[[], None]
 
@@ -30,11 +31,12 @@ def test_the_caller_goes_on_when_the_child_is_ready(tmp_path: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
 
 
-def test_its_error_is_the_callers() -> None:
+@pytest.mark.parametrize("error", [StartupError, ControlError])
+def test_its_error_is_the_callers(error: type[UserError]) -> None:
     def serve(on_ready: Ready) -> None:
-        raise StartupError("the source is on fire: é\udce9")
+        raise error("the source is on fire: é\udce9")
 
-    with pytest.raises(StartupError, match="the source is on fire: é"):
+    with pytest.raises(StartupError, match=r"^the source is on fire: é"):
         daemon.in_background(serve)
 
 
