@@ -1256,9 +1256,20 @@ def test_export_prints_the_line(place: Place) -> None:
     assert f"fsid={number})" in ok("export", place.path, "client.example")
     assert "use --fsid N" in fails("export", place.path, "*", "-o", "fsid=3")
     assert "bad CLIENT" in fails("export", place.path, "a b", status=2)
+    for options in "ro, sync", "ro)*(rw":
+        assert "bad -o" in fails("export", place.path, "*", "-o", options, status=2)
     assert "--fsid" in fails("export", place.path, "*", "--fsid", "0", status=2)
     ok("umount", place.path)
     assert "no handlefs server runs" in fails("export", place.path, "*")
+
+
+@needs_root
+def test_what_a_server_on_a_socket_cannot_do(place: Place, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    ok("serve", place.source, "--socket", path, "--state-dir", place.state_dir, "--log-file", place.log)
+    assert f"to export {place.source}, mount it" in fails("export", path, "*")
+    assert "has no --transport" in fails("restart", path, "--transport=direct", status=2)
+    ok("umount", path)
 
 
 @needs_root
