@@ -1267,9 +1267,11 @@ def test_export_prints_the_line(place: Place) -> None:
 def test_what_a_server_on_a_socket_cannot_do(place: Place, tmp_path: Path) -> None:
     path = tmp_path / "socket"
     ok("serve", place.source, "--socket", path, "--state-dir", place.state_dir, "--log-file", place.log)
-    assert f"to export {place.source}, mount it" in fails("export", path, "*")
-    assert "has no --transport" in fails("restart", path, "--transport=direct", status=2)
-    ok("umount", path)
+    try:
+        assert f"to export {place.source}, mount it" in fails("export", path, "*")
+        assert "has no --transport" in fails("restart", path, "--transport=direct", status=2)
+    finally:
+        ok("umount", path)
 
 
 @needs_root
