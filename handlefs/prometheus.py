@@ -254,7 +254,12 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         if self.path.partition("?")[0] != "/metrics":
             self.send_error(http.HTTPStatus.NOT_FOUND, explain="The metrics are at /metrics.")
             return
-        content = generate_latest(self.server.registry)
+        try:
+            content = generate_latest(self.server.registry)
+        except Exception:  # of ours, while the errors of clients are nobody's concern
+            log.exception("the metrics cannot be told")
+            self.send_error(http.HTTPStatus.INTERNAL_SERVER_ERROR, explain="See the server's log.")
+            return
         self.send_response(http.HTTPStatus.OK)
         self.send_header("Content-Type", _CONTENT_TYPE)
         self.send_header("Content-Length", str(len(content)))
