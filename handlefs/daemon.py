@@ -128,7 +128,7 @@ def _child(serve: Callable[[Callable[[], None]], None], writer: int) -> NoReturn
         status = 1
     except OSError as error:
         log.exception("the server failed")
-        _report(writer, f"cannot serve: {error.strerror}{f': {error.filename}' if error.filename else ''}")
+        _report(writer, f"cannot serve: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         status = 1
     except BaseException as error:
         log.exception("the server failed")

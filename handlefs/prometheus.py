@@ -60,7 +60,8 @@ class MetricsServer:
             family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             self._server = _HttpServer(family, place, StatusCollector(status), listening)
         except OSError as error:  # socket.gaierror too
-            raise StartupError(f"cannot serve metrics at {address}: {error.strerror}") from error
+            why = f"cannot serve metrics at {address}: {error.strerror}; give another --metrics HOST:PORT"
+            raise StartupError(why) from error
         name, port = self._server.socket.getsockname()[:2]
         self.url = f"http://{f'[{name}]' if ':' in name else name}:{port}/metrics"
         """Where the metrics are."""

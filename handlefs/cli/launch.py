@@ -43,6 +43,13 @@ def missing_capabilities(needed: Collection[int] = CAPABILITIES) -> list[str]:
     return [CAPABILITIES[number][0] for number in needed if not has_capability(number)]
 
 
+def require_capabilities(needed: Collection[int]) -> None:
+    """Raise StartupError when this process does not have the `needed` ones of `CAPABILITIES`."""
+    if missing := missing_capabilities(needed):
+        uses = ", ".join(f"{name} (to {use})" for name, use in CAPABILITIES.values() if name in missing)
+        raise StartupError(f"not permitted: run it as root; needed: {uses}")
+
+
 def launch(config: Config, *, foreground: bool = False) -> None:
     """Check, then serve: until unmounted in the foreground, else return when the mount answers; or, for a server on a socket,
     until a signal ends it, or when peers can connect. Raises StartupError."""
@@ -130,11 +137,10 @@ def rehearse(config: Config) -> None:
 
 def check_privileges(config: Config) -> None:
     """Raise StartupError when this process may not open handles or, for a mount, may not mount, or the kernel has no FUSE."""
-    if missing := missing_capabilities([CAP_DAC_READ_SEARCH] if config.socket else CAPABILITIES):
-        uses = ", ".join(f"{name} (to {use})" for name, use in CAPABILITIES.values() if name in missing)
-        raise StartupError(f"not permitted: run it as root; needed: {uses}")
     if config.socket:
+        require_capabilities([CAP_DAC_READ_SEARCH])
         return
+    require_capabilities(CAPABILITIES)
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR))
     except FileNotFoundError as error:
@@ -152,7 +158,11 @@ def replace_dead_mount(mountpoint: str) -> None:
         pid = control.server_pid(mountpoint)
         known = control.record(mountpoint)
         source = f" of {known.config.source}" if known else ""
-        raise StartupError(f"{mountpoint} is already a handlefs mount{source} (process {pid})")
+        quoted = shlex.quote(mountpoint)
+        raise StartupError(
+            f"{mountpoint} is already a handlefs mount{source} (process {pid}): handlefs umount {quoted} ends it, "
+            f"handlefs restart {quoted} starts it anew"
+        )
     known = control.record(mountpoint)
     ours = known is not None or mount.fstype == "fuse.handlefs"
     try:

@@ -99,8 +99,8 @@ def complain(error: BaseException) -> None:
         complain(error.__context__)
     if isinstance(error, click.ClickException):
         message = error.format_message()
-    elif isinstance(error, OSError) and error.filename:
-        message = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     else:
         message = str(error)
     if message.startswith("Usage: "):  # a group without a command

@@ -48,6 +48,14 @@ def test_an_error_of_the_system_is_told() -> None:
         daemon.in_background(serve)
 
 
+def test_an_error_without_a_number_is_told() -> None:
+    def serve(on_ready: Ready) -> None:
+        raise TimeoutError("no answer")
+
+    with pytest.raises(StartupError, match="cannot serve: no answer"):
+        daemon.in_background(serve)
+
+
 def test_a_bug_is_told() -> None:
     def serve(on_ready: Ready) -> None:
         raise ZeroDivisionError
