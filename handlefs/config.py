@@ -24,27 +24,35 @@ SMALLEST_NODE_TABLE = 8
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a server is started with; equal configurations serve the same mount."""
+    """Everything a server is started with; equal configurations serve the same mount. Paths are absolute."""
 
     source: str
     mountpoint: str
     options: MountOptions = field(default_factory=MountOptions)
     state_dir: str | None = None
+    """None: one by the source's identity."""
     key_file: str | None = None
     cache_size: int | None = None
+    """Inodes, of all workers together, or for each peer on a socket. None: by how many descriptors there may be."""
     entry_timeout: float = 1.0
+    """Seconds for which the kernel, or a peer, may trust a name; `attr_timeout` likewise for attributes."""
     attr_timeout: float = 1.0
     submounts: Submounts = "cross"
     transport: Transport = "auto"
     passthrough: Passthrough = "auto"
     workers: int = 4
+    """Processes, of the direct transport."""
     metrics: str | None = None
+    """HOST:PORT, where to serve them."""
     log_file: str | None = None
+    """None: stderr in the foreground, else syslog, or a file where there is none."""
     socket: bool = False
     """Serve a Unix socket at `mountpoint` instead of a mount."""
     nodeids: NodeIds = "ephemeral"
     node_table: int = 16384
+    """Ephemeral node IDs that are kept for each peer."""
     forget_chance: float = 0.0
+    """The probability with which any of them is forgotten between two requests, for tests."""
 
     def with_options(self, own: Mapping[str, str]) -> "Config":
         """This configuration with handlefs's own mount options (``cache-size=…``) applied. Raises OptionError."""

@@ -88,6 +88,7 @@ class Record:
 
     @property
     def mountpoint(self) -> str:
+        """Absolute and canonical; the socket's path for a server on one."""
         return self.config.mountpoint
 
     def alive(self) -> bool:

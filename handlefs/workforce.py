@@ -56,6 +56,7 @@ class WorkerProcess:
 
     @property
     def is_spare(self) -> bool:
+        """Whether it is ready, and waits for a slot."""
         return bool(self.pid) and self.slot is None and not self.is_retired
 
     def is_heard_within(self, seconds: float) -> bool:
@@ -111,7 +112,7 @@ class WorkerProcess:
         self.commands.close()
 
     def close(self) -> None:
-        """Let go of its descriptors. Who just asks it gets None."""
+        """Let go of its descriptors. A caller inside `ask` gets None."""
         with contextlib.suppress(OSError):  # it is dismissed, or dead
             self.commands.shutdown(socket.SHUT_RDWR)
         with self._lock:  # the number will be another socket's, which must not get what is meant for this one
