@@ -1,4 +1,4 @@
-"""What a process tells the kernel about itself (prctl(2))."""
+"""What a process tells the kernel about itself (prctl(2)), and how it has ended."""
 
 import ctypes
 import errno
