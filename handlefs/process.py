@@ -70,9 +70,11 @@ def how_it_ended(code: int) -> str:
     """What to say of a process with this exit code, as subprocess has it."""
     if code >= 0:
         return f"ended with status {code}"
-    number = -code
-    known = set(signal.Signals)  # of the real-time signals only the first and the last one
-    return f"was killed by {signal.Signals(number).name if number in known else f'signal {number}'}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # of the real-time signals only the first and the last have names
+        name = f"signal {-code}"
+    return f"was killed by {name}"
 
 
 def _prctl(option: int, value: object = 0) -> int:
