@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from handlefs.prometheus import MAX_CLIENTS, PAUSE_TIMEOUT
+from handlefs.prometheus import MAX_CLIENTS, PAUSE_TIMEOUT, MetricsServer
 
 from .posix.compare import in_the_end, outcome
 from .support.filesystems import run
@@ -46,6 +46,18 @@ def direct(ext4: Path) -> Iterator[Mounted]:
     source.mkdir(exist_ok=True)
     with mounted(source, None, "--transport=direct", "--metrics=127.0.0.1:0") as server:
         yield server
+
+
+def test_a_failure_of_ours_is_answered_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def status() -> dict[str, object]:
+        raise RuntimeError("no status")
+
+    with closing(MetricsServer("127.0.0.1:0", status)) as failing:
+        failing.start()
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            urllib.request.urlopen(failing.url, timeout=TIMEOUT)
+    assert raised.value.code == 500
+    assert "no status" in caplog.text
 
 
 def scrape(server: Mounted) -> Samples:

@@ -86,7 +86,8 @@ def test_mistakes_are_told(direct: Mounted, tmp_path: Path) -> None:
     assert "no handlefs server runs at" in fails("top", tmp_path, "--once")
     assert "this is no terminal: use --once or --batch N" in fails("top", status=2)
     assert "--once and --batch exclude each other" in fails("top", "--once", "--batch", 2, status=2)
-    assert "--interval" in fails("top", "--once", "--interval", 0, status=2)
+    for interval in 0, "nan", "inf":
+        assert "--interval" in fails("top", "--once", "--interval", interval, status=2)
     direct.stop()
     assert "no handlefs server runs here" in fails("top", "--once")
 
