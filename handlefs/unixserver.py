@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 MOST_PEERS = 64
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED)
 _PAUSE = 0.1  # seconds
+_END_TIMEOUT = 30.0
+"""Seconds for the requests that are being served when the server ends: less than `handlefs umount` waits."""
 
 
 class UnixServer:
@@ -56,7 +58,8 @@ class UnixServer:
         """One for each place that a peer may take, one peer after the other."""
         self._vacant = set(range(MOST_PEERS))
         self._rate = Rate()
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        """Notified when a peer has gone."""
         self._listener: socket.socket | None = None
         self._stopping = False
 
@@ -75,7 +78,8 @@ class UnixServer:
                 control.stop()
                 self._close(self._listener, bound)
         finally:
-            close_map(self._source)
+            if not self._peers:  # who is still served uses it
+                close_map(self._source)
         log.info("%s is closed", self.config.mountpoint)
 
     def stop(self) -> None:
@@ -137,36 +141,45 @@ class UnixServer:
     def _serve_connection(self, place: int, connection: socket.socket) -> None:
         with connection:
             try:
-                agreed = answer_init(connection)
-                if agreed is None:
-                    return
-                peer = Peer(self, connection, agreed, self._counters[place])
-            except ProtocolError as error:
+                peer = answer_init(connection, lambda agreed: self._admit(place, connection, agreed))
+            except (ProtocolError, OSError) as error:
                 log.warning("a peer was turned away: %s", error)
                 return
-            except OSError as error:
-                log.error("a peer could not be served: %s", error)
+            if peer is None:
                 return
-            with self._lock:
-                self._peers[place] = peer
             try:
-                serve(connection, agreed.negotiated.buffer_size, peer.answer)
+                serve(connection, peer.buffer_size, peer.answer)
             except OSError:
                 log.exception("the connection to a peer failed")
             finally:
+                peer.end()
                 with self._lock:
                     del self._peers[place]
+                    self._lock.notify()
+
+    def _admit(self, place: int, connection: socket.socket, agreed: Agreed) -> "Peer":
+        """A new peer, from now on one of those that are served. OSError if the source cannot be opened, or the server ends."""
+        peer = Peer(self, connection, agreed, self._counters[place])
+        with self._lock:
+            if self._stopping:
                 peer.end()
+                raise OSError(errno.EBUSY, "the server is ending")
+            self._peers[place] = peer
+        return peer
 
     def _close(self, listener: socket.socket, bound: os.stat_result) -> None:
-        """Remove the socket, and cut the connections."""
+        """Remove the socket, and part with the peers: each gets the replies to what it has sent, so that it knows what was
+        done, and can send no more."""
         try:
             unlink_own(self.config.mountpoint, bound)
         finally:
             listener.close()
-            with self._lock:  # a peer's connection is closed after the peer is taken off the list
-                for peer in self._peers.values():
+            with self._lock:
+                self._stopping = True
+                for peer in self._peers.values():  # a peer's connection is closed after the peer is taken off the list
                     peer.close()
+                if not self._lock.wait_for(lambda: not self._peers, _END_TIMEOUT):
+                    log.warning("%d peers are left without a reply", len(self._peers))
 
     def _all_peers(self) -> "list[Peer]":
         with self._lock:
@@ -216,6 +229,8 @@ class Peer:
 
     def __init__(self, server: UnixServer, connection: socket.socket, agreed: Agreed, counters: Counters) -> None:
         """Raises OSError if the source cannot be opened."""
+        self.buffer_size = agreed.negotiated.buffer_size
+        """Bytes that each of its requests fits into."""
         self._connection = connection
         self._counters = counters
         config = server.config
@@ -274,5 +289,5 @@ class Peer:
         self.operations.source.cache.evict_all()
 
     def close(self) -> None:
-        """Cut the connection; its thread ends after the request it serves."""
-        self._connection.shutdown(socket.SHUT_RDWR)
+        """Take no more requests; its thread ends after those that have come."""
+        self._connection.shutdown(socket.SHUT_RD)
