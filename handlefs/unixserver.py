@@ -22,7 +22,7 @@ from handlefs.opening import attach_map, cache_size_of, close_map, open_source
 from handlefs.operations import Operations
 from handlefs.protocol import abi
 from handlefs.protocol.init import ProtocolError
-from handlefs.source import Source
+from handlefs.source import Source, with_descriptors
 from handlefs.transport.backing import BackingFiles
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.handles import HandleDispatcher
@@ -49,6 +49,7 @@ class UnixServer:
             self._cache_size //= MOST_PEERS
         self._source = source = open_source(config.source, 0, config)
         attach_map(source, config)
+        source.cache.more_room = self.make_room
         self.node_ids = source.map.nodeids
         self.codec = HandleCodec(source.map.key)
         self.numbers = new_numbers()
@@ -101,6 +102,7 @@ class UnixServer:
             except OSError as error:
                 if error.errno not in _PASSING:
                     raise
+                self.make_room()
                 log.warning("no peer can be let in: %s", error)
                 time.sleep(_PAUSE)
                 continue
@@ -187,9 +189,13 @@ class UnixServer:
 
     def open_source(self) -> Source:
         """The source once more, with a cache of its own: a peer's node IDs mean nothing to another. OSError if it has gone."""
-        source = Source(self.config.source, cache_size=self._cache_size, submounts=self.config.submounts)
+        config = self.config
+        source = with_descriptors(
+            self._source.cache,
+            lambda: Source(config.source, cache_size=self._cache_size, submounts=config.submounts),
+        )
         if source.identity != self._source.identity:
-            raise OSError(errno.ESTALE, "something else has taken the source's place", self.config.source)
+            raise OSError(errno.ESTALE, "something else has taken the source's place", config.source)
         source.attach_map(self._source.map)
         return source
 
@@ -223,6 +229,14 @@ class UnixServer:
         descriptors too; returns how many node IDs were dropped."""
         return sum(peer.evict(count) for peer in self._all_peers())
 
+    def make_room(self) -> int:
+        """The process is out of descriptors: close half of what is cached for each peer and half of what can be opened again of
+        the one that has most open; returns how many. In any thread, whatever is being served."""
+        peers = self._all_peers()
+        files = [peer.operations.open_files for peer in peers]
+        closed = max(files, key=lambda each: sum(each.counts())).make_room() if files else 0
+        return closed + sum(peer.shrink_cache() for peer in peers)
+
 
 class Peer:
     """One connection: its own source, node IDs and open files, which end with it. A plain peer has the node IDs of a mount."""
@@ -236,6 +250,7 @@ class Peer:
         config = server.config
         source = server.open_source()
         source.cache = InodeCache(source.cache.statistics().capacity, counters.cache)
+        source.cache.more_room = server.make_room
         self.operations = Operations(
             source, read_only=config.options.read_only, open_files=OpenFiles(counts=counters.files)
         )
@@ -270,13 +285,20 @@ class Peer:
 
     def evict(self, count: int | None) -> int:
         """As `UnixServer.evict`, for this peer."""
+        source = self.operations.source
         with self._busy:
             if self.nodes is None:
-                cache = self.operations.source.cache
-                return self.operations.source.evict_all() if count is None else cache.evict(count)
+                return source.evict_all() if count is None else source.cache.evict(count)
             stale = self.nodes.evict(len(self.nodes) if count is None else count)
             self._drop(stale)
+            if count is None:
+                source.evict_all()  # whatever is left, and the file systems below the source
             return len(stale)
+
+    def shrink_cache(self) -> int:
+        """Close half of the cached inodes; returns how many."""
+        cache = self.operations.source.cache
+        return cache.evict(cache.statistics().size // 2 + 1)
 
     def _drop(self, stale: Sequence[int]) -> None:
         """What is cached under a stale node ID would only be in the way."""
