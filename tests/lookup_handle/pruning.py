@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
+from handlefs.config import NodeIds
 from handlefs.protocol.client import Client
 from handlefs.protocol.client.stress import Stress, content_of
 
@@ -117,7 +119,7 @@ def visit(server: Served, stress: Stress) -> None:
 
 
 def torture(
-    source: Path, files: int, seconds: float, seed: int, *, sample: int | None = None, nodeids: str = "ephemeral"
+    source: Path, files: int, seconds: float, seed: int, *, sample: int | None = None, nodeids: NodeIds = "ephemeral"
 ) -> Report:
     """Make `files` files in `source`, work on them for so long, compare everything; AssertionError if anything is wrong. At
     the end `sample` files are read through the client, or all."""
@@ -159,12 +161,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Stress test of pruning; see tests/lookup_handle/pruning.py")
     parser.add_argument("--files", type=whole, default=100_000)
     parser.add_argument("--minutes", type=positive, default=10)
+    parser.add_argument("--nodeids", default="ephemeral", choices=get_args(NodeIds))
     parser.add_argument("--fs", default="ext4", choices=KINDS)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     options = parser.parse_args()
     print(f"{options.fs}, {options.files:,} files, {options.minutes:g} minutes, seed {options.seed}", flush=True)
     with filesystem(options.fs, "4G") as root:
-        report = torture(root, options.files, options.minutes * 60, options.seed)
+        report = torture(root, options.files, options.minutes * 60, options.seed, nodeids=options.nodeids)
     print(report.words)
     print(
         f"{report.kills} kills; the last server's memory in KiB: {report.memory}, its descriptors: {report.descriptors}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from handlefs.config import NodeIds
 from handlefs.protocol import abi
 from handlefs.protocol.client import replies
 from handlefs.protocol.client.link import Link
@@ -28,7 +29,7 @@ LARGEST_GROWTH = 100
 
 
 @pytest.mark.parametrize(("kind", "nodeids"), [("ext4", "ephemeral"), ("xfs", "stable"), ("btrfs", "ephemeral")])
-def test_no_wrong_file_ever(kind: str, nodeids: str, filesystems: FileSystems) -> None:
+def test_no_wrong_file_ever(kind: str, nodeids: NodeIds, filesystems: FileSystems) -> None:
     """A server that knows 64 node IDs of thousands, forgets them and is killed: each request gets its own file, or ESTALE
     if that is gone."""
     source: Path = filesystems[kind] / "pruning"
