@@ -56,14 +56,13 @@ def replaced(path: Path) -> Iterator[None]:
 
 def test_init_is_refused_where_the_peer_could_not_be_served(server: Served) -> None:
     """For want of descriptors: ENOMEM, and a client with patience comes in when there are some."""
-    pid = server.pid
-    Link(server.address).close()
-    assert in_the_end(lambda: server.status()["peers"], 0) == 0
     found: list[object] = []
     patient = threading.Thread(target=lambda: found.append(outcome(_connect_patiently, server.address)))
-    with descriptor_limit(pid, 1):
+    with descriptor_limit(server.pid, 1):
         assert in_the_end(lambda: Link(server.address), "ENOMEM") == "ENOMEM"
+        refused = server.read_log().count("turned away")
         patient.start()
+        assert in_the_end(lambda: server.read_log().count("turned away") > refused + 1, True) is True
     patient.join(PATIENCE)
     assert found == [None]
 
