@@ -87,6 +87,11 @@ class NodeTable:
     def __len__(self) -> int:
         return len(self._items)
 
+    def touch(self, nodeid: int) -> None:
+        """`nodeid`, if it is in the table, is in use: let all others be dropped before it."""
+        if nodeid in self._items:
+            self._items.move_to_end(nodeid)
+
     def resolve(self, nodeid: int) -> MappedHandle:
         """What `nodeid` stands for; OSError(ESTALE) if it is not in the table."""
         item = self._items.get(nodeid)

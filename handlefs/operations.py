@@ -603,7 +603,7 @@ class Operations:
         file, inode = self.open_file(nodeid, fh), self.inode(nodeid)
         entries = self._list(file, offset, size)
         if inode.ino_mask or self.source.volumes.may_nest(self.source.volumes.by_id(inode.volume_id)):
-            return [entry for entry, _ in self._with_nodes(file, inode, entries)]
+            return self._as_shown(file, inode, entries)
         if nodeid == ROOT_NODEID:
             return [entry._replace(ino=inode_number(inode)) if entry.name == b".." else entry for entry in entries]
         return entries
@@ -628,12 +628,19 @@ class Operations:
                 entries = getdents(file.fd, size)
             return entries
 
+    def _as_shown(self, file: OpenFile, inode: Inode, entries: Sequence[DirectoryEntry]) -> list[DirectoryEntry]:
+        """The `entries` of the directory `inode` with the inode numbers that the mount shows."""
+        itself = _names_of_itself(inode)
+        others = iter(self.source.numbers(file.fd, [entry.name for entry in entries if entry.name not in itself]))
+        numbers = (inode_number(inode) if entry.name in itself else next(others) or entry.ino for entry in entries)
+        return [entry._replace(ino=ino) for entry, ino in zip(entries, numbers, strict=True)]
+
     def _with_nodes(
         self, file: OpenFile, inode: Inode, entries: Sequence[DirectoryEntry]
     ) -> list[tuple[DirectoryEntry, Entry | None]]:
         """The `entries` of the directory `inode` with the inode numbers that the mount shows and with their nodes, which
         are given out in one transaction."""
-        itself = (b".", b"..") if inode.nodeid == ROOT_NODEID else (b".",)
+        itself = _names_of_itself(inode)
         nodes = iter(self.source.entries(file.fd, [entry.name for entry in entries if entry.name not in itself]))
         result: list[tuple[DirectoryEntry, Entry | None]] = []
         for entry in entries:
@@ -685,6 +692,11 @@ class Operations:
 def is_group_member(caller: Caller, gid: int) -> bool:
     """Whether `caller` is in the group `gid`, as far as can be told."""
     return caller.gid == gid or gid in supplementary_groups(caller.pid)
+
+
+def _names_of_itself(directory: Inode) -> tuple[bytes, ...]:
+    """What is listed of `directory` under its own node: what is above the source's root is not shown."""
+    return (b".", b"..") if directory.nodeid == ROOT_NODEID else (b".",)
 
 
 def inode_number(inode: Inode) -> int:

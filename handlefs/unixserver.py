@@ -22,7 +22,7 @@ from handlefs.opening import attach_map, cache_size_of, close_map, open_source
 from handlefs.operations import Operations
 from handlefs.protocol import abi
 from handlefs.protocol.init import ProtocolError
-from handlefs.source import Source
+from handlefs.source import Source, with_descriptors
 from handlefs.transport.backing import BackingFiles
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.handles import HandleDispatcher
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 MOST_PEERS = 64
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED)
 _PAUSE = 0.1  # seconds
+_END_TIMEOUT = 30.0
+"""Seconds for the requests that are being served when the server ends: less than `handlefs umount` waits."""
 
 
 class UnixServer:
@@ -47,6 +49,7 @@ class UnixServer:
             self._cache_size //= MOST_PEERS
         self._source = source = open_source(config.source, 0, config)
         attach_map(source, config)
+        source.cache.more_room = self.make_room
         self.node_ids = source.map.nodeids
         self.codec = HandleCodec(source.map.key)
         self.numbers = new_numbers()
@@ -56,7 +59,8 @@ class UnixServer:
         """One for each place that a peer may take, one peer after the other."""
         self._vacant = set(range(MOST_PEERS))
         self._rate = Rate()
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        """Notified when a peer has gone."""
         self._listener: socket.socket | None = None
         self._stopping = False
 
@@ -75,7 +79,8 @@ class UnixServer:
                 control.stop()
                 self._close(self._listener, bound)
         finally:
-            close_map(self._source)
+            if not self._peers:  # who is still served uses it
+                close_map(self._source)
         log.info("%s is closed", self.config.mountpoint)
 
     def stop(self) -> None:
@@ -97,6 +102,7 @@ class UnixServer:
             except OSError as error:
                 if error.errno not in _PASSING:
                     raise
+                self.make_room()
                 log.warning("no peer can be let in: %s", error)
                 time.sleep(_PAUSE)
                 continue
@@ -137,36 +143,45 @@ class UnixServer:
     def _serve_connection(self, place: int, connection: socket.socket) -> None:
         with connection:
             try:
-                agreed = answer_init(connection)
-                if agreed is None:
-                    return
-                peer = Peer(self, connection, agreed, self._counters[place])
-            except ProtocolError as error:
+                peer = answer_init(connection, lambda agreed: self._admit(place, connection, agreed))
+            except (ProtocolError, OSError) as error:
                 log.warning("a peer was turned away: %s", error)
                 return
-            except OSError as error:
-                log.error("a peer could not be served: %s", error)
+            if peer is None:
                 return
-            with self._lock:
-                self._peers[place] = peer
             try:
-                serve(connection, agreed.negotiated.buffer_size, peer.answer)
+                serve(connection, peer.buffer_size, peer.answer)
             except OSError:
                 log.exception("the connection to a peer failed")
             finally:
+                peer.end()
                 with self._lock:
                     del self._peers[place]
+                    self._lock.notify()
+
+    def _admit(self, place: int, connection: socket.socket, agreed: Agreed) -> "Peer":
+        """A new peer, from now on one of those that are served. OSError if the source cannot be opened, or the server ends."""
+        peer = Peer(self, connection, agreed, self._counters[place])
+        with self._lock:
+            if self._stopping:
                 peer.end()
+                raise OSError(errno.EBUSY, "the server is ending")
+            self._peers[place] = peer
+        return peer
 
     def _close(self, listener: socket.socket, bound: os.stat_result) -> None:
-        """Remove the socket, and cut the connections."""
+        """Remove the socket, and part with the peers: each gets the replies to what it has sent, so that it knows what was
+        done, and can send no more."""
         try:
             unlink_own(self.config.mountpoint, bound)
         finally:
             listener.close()
-            with self._lock:  # a peer's connection is closed after the peer is taken off the list
-                for peer in self._peers.values():
+            with self._lock:
+                self._stopping = True
+                for peer in self._peers.values():  # a peer's connection is closed after the peer is taken off the list
                     peer.close()
+                if not self._lock.wait_for(lambda: not self._peers, _END_TIMEOUT):
+                    log.warning("%d peers are left without a reply", len(self._peers))
 
     def _all_peers(self) -> "list[Peer]":
         with self._lock:
@@ -174,9 +189,13 @@ class UnixServer:
 
     def open_source(self) -> Source:
         """The source once more, with a cache of its own: a peer's node IDs mean nothing to another. OSError if it has gone."""
-        source = Source(self.config.source, cache_size=self._cache_size, submounts=self.config.submounts)
+        config = self.config
+        source = with_descriptors(
+            self._source.cache,
+            lambda: Source(config.source, cache_size=self._cache_size, submounts=config.submounts),
+        )
         if source.identity != self._source.identity:
-            raise OSError(errno.ESTALE, "something else has taken the source's place", self.config.source)
+            raise OSError(errno.ESTALE, "something else has taken the source's place", config.source)
         source.attach_map(self._source.map)
         return source
 
@@ -210,17 +229,28 @@ class UnixServer:
         descriptors too; returns how many node IDs were dropped."""
         return sum(peer.evict(count) for peer in self._all_peers())
 
+    def make_room(self) -> int:
+        """The process is out of descriptors: close half of what is cached for each peer and half of what can be opened again of
+        the one that has most open; returns how many. In any thread, whatever is being served."""
+        peers = self._all_peers()
+        files = [peer.operations.open_files for peer in peers]
+        closed = max(files, key=lambda each: sum(each.counts())).make_room() if files else 0
+        return closed + sum(peer.shrink_cache() for peer in peers)
+
 
 class Peer:
     """One connection: its own source, node IDs and open files, which end with it. A plain peer has the node IDs of a mount."""
 
     def __init__(self, server: UnixServer, connection: socket.socket, agreed: Agreed, counters: Counters) -> None:
         """Raises OSError if the source cannot be opened."""
+        self.buffer_size = agreed.negotiated.buffer_size
+        """Bytes that each of its requests fits into."""
         self._connection = connection
         self._counters = counters
         config = server.config
         source = server.open_source()
         source.cache = InodeCache(source.cache.statistics().capacity, counters.cache)
+        source.cache.more_room = server.make_room
         self.operations = Operations(
             source, read_only=config.options.read_only, open_files=OpenFiles(counts=counters.files)
         )
@@ -255,13 +285,20 @@ class Peer:
 
     def evict(self, count: int | None) -> int:
         """As `UnixServer.evict`, for this peer."""
+        source = self.operations.source
         with self._busy:
             if self.nodes is None:
-                cache = self.operations.source.cache
-                return self.operations.source.evict_all() if count is None else cache.evict(count)
+                return source.evict_all() if count is None else source.cache.evict(count)
             stale = self.nodes.evict(len(self.nodes) if count is None else count)
             self._drop(stale)
+            if count is None:
+                source.evict_all()  # whatever is left, and the file systems below the source
             return len(stale)
+
+    def shrink_cache(self) -> int:
+        """Close half of the cached inodes; returns how many."""
+        cache = self.operations.source.cache
+        return cache.evict(cache.statistics().size // 2 + 1)
 
     def _drop(self, stale: Sequence[int]) -> None:
         """What is cached under a stale node ID would only be in the way."""
@@ -274,5 +311,5 @@ class Peer:
         self.operations.source.cache.evict_all()
 
     def close(self) -> None:
-        """Cut the connection; its thread ends after the request it serves."""
-        self._connection.shutdown(socket.SHUT_RDWR)
+        """Take no more requests; its thread ends after those that have come."""
+        self._connection.shutdown(socket.SHUT_RD)

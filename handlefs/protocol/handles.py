@@ -2,6 +2,7 @@
 
 import errno
 import os
+import struct
 
 from handlefs.protocol import abi
 from handlefs.protocol.decoding import MalformedError
@@ -56,6 +57,15 @@ NOT_REPEATABLE = frozenset(
     }
 )
 """Requests that must not run twice: when the connection is lost before the answer, nobody knows whether they have run."""
+_WRITE_FLAGS_AT = 32
+
+
+def may_run_twice(opcode: int, body: bytes) -> bool:
+    """Whether the request may be repeated when the connection was lost before the answer. WRITE not to a file that is open for
+    appending: of one that nothing else can be done with (chattr +a) the server writes at the end, whatever the offset."""
+    if opcode == abi.FUSE_WRITE:
+        return not struct.unpack_from("=I", body, _WRITE_FLAGS_AT)[0] & os.O_APPEND
+    return opcode not in NOT_REPEATABLE
 
 
 def pack_handle(data: bytes) -> bytes:

@@ -73,15 +73,20 @@ def read_init(payload: bytes | memoryview) -> tuple[int, int, int]:
 
 
 def negotiate(
-    payload: bytes | memoryview, *, passthrough: bool = False, also: int = 0, largest_write: int = MAX_WRITE
+    payload: bytes | memoryview,
+    *,
+    passthrough: bool = False,
+    also: int = 0,
+    largest_write: int = MAX_WRITE,
+    exported: bool = True,
 ) -> tuple[Negotiated, bytes]:
     """Answer the INIT request with this `payload`: what was agreed on, and the reply's payload. The flags in `also` are taken
     beside those `WANTED`; `largest_write` is in bytes, and a multiple of `PAGE_SIZE`.
 
-    Raises ProtocolError if the kernel is older than 7.31 or does not know file handles on FUSE.
+    Raises ProtocolError if the kernel is older than 7.31, or does not know file handles on FUSE and it is to be `exported`.
     """
     minor, max_readahead, offered = read_init(payload)
-    if not offered & abi.FUSE_EXPORT_SUPPORT:
+    if exported and not offered & abi.FUSE_EXPORT_SUPPORT:
         raise ProtocolError("the kernel's FUSE has no export support")
     flags = offered & (WANTED | also | (abi.FUSE_PASSTHROUGH if passthrough else 0))
     max_write = min(largest_write, MAX_WRITE if flags & abi.FUSE_MAX_PAGES else 32 * PAGE_SIZE)

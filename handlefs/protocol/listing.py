@@ -10,7 +10,7 @@ _NO_ENTRY = bytes(abi.fuse_entry_out.size)
 
 
 def _dirents(entries: Sequence[Dirent], size: int, /) -> bytes:
-    return _as_fit(map(_dirent, entries), size)
+    return _as_fit(map(dirent, entries), size)
 
 
 def _direntplus(
@@ -18,9 +18,9 @@ def _direntplus(
 ) -> bytes:
     def piece(entry: Dirent, node: Node | None) -> bytes:
         if node is None:
-            return _NO_ENTRY + _dirent(entry)
+            return _NO_ENTRY + dirent(entry)
         nodeid, generation, attributes = node
-        return entry_out(nodeid, generation, entry_timeout, attr_timeout, *attributes) + _dirent(entry)
+        return entry_out(nodeid, generation, entry_timeout, attr_timeout, *attributes) + dirent(entry)
 
     return _as_fit((piece(entry, node) for entry, node in entries), size)
 
@@ -32,7 +32,8 @@ direntplus = _direntplus if native is None else native.direntplus
 timeouts of the entries and of the attributes."""
 
 
-def _dirent(entry: Dirent) -> bytes:
+def dirent(entry: Dirent) -> bytes:
+    """struct fuse_dirent, with its name and padding."""
     name, ino, kind, offset = entry
     head = abi.fuse_dirent.pack(ino, offset, len(name), kind)
     return (head + name).ljust(abi.padded(len(head) + len(name)), b"\0")

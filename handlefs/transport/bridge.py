@@ -22,6 +22,7 @@ from handlefs.protocol.client.link import Sender
 from handlefs.protocol.client.session import Entry, Target
 from handlefs.protocol.handles import ENTRY_REPLIES, OPEN_REPLIES, SECOND_NODE
 from handlefs.protocol.init import WANTED, Negotiated, ProtocolError, init_reply, read_init
+from handlefs.protocol.listing import dirent
 from handlefs.transport.receiver import Receiver
 
 log = logging.getLogger(__name__)
@@ -249,10 +250,9 @@ class Bridge:
     def _listing(self, directory: OpenFile, body: bytes, sender: Sender) -> bytes:
         """The reply to READDIRPLUS: the server's, without handles."""
         pieces = []
-        for dirent, entry in self._session.readdirplus(directory, body, sender):
+        for (name, ino, kind, offset), entry in self._session.readdirplus(directory, body, sender):
             head = bytes(abi.fuse_entry_out.size) if entry is None else self._entry(entry)
-            record = abi.fuse_dirent.pack(dirent.ino, dirent.offset, len(dirent.name), dirent.kind) + dirent.name
-            pieces.append(head + record.ljust(abi.padded(len(record)), b"\0"))
+            pieces.append(head + dirent((name, ino, kind, offset)))
         return b"".join(pieces)
 
 

@@ -11,7 +11,7 @@ import socket
 import stat as st
 import struct
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from handlefs.errors import StartupError
 from handlefs.protocol import abi
@@ -19,6 +19,8 @@ from handlefs.protocol.handles import pack_handle_init, unpack_handle_init
 from handlefs.protocol.init import PAGE_SIZE, Negotiated, ProtocolError, negotiate
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LARGEST_WRITE = 128 * 1024
 """Bytes of data in one message, where the socket's buffer is not smaller still: a packet must fit into it."""
@@ -28,6 +30,7 @@ _INIT_TIMEOUT = 5.0
 """Seconds for a peer's INIT to arrive: one that sends none would keep its place for ever."""
 _REFUSAL_TIMEOUT = 2.0
 """The same for a peer that is turned away: where no thread can be started, nobody else can connect meanwhile."""
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Agreed(NamedTuple):
@@ -96,9 +99,13 @@ def peer_uid(connection: socket.socket) -> int:
     return int(uid)
 
 
-def answer_init(connection: socket.socket) -> Agreed | None:
-    """Answer the peer's first message, which must be INIT: what was agreed on; None if the peer has gone. Raises ProtocolError
-    for anything that is not INIT as it should be, or too late; the peer then has its answer."""
+def answer_init(connection: socket.socket, admit: Callable[[Agreed], T]) -> T | None:
+    """Answer the peer's first message, which must be INIT: what `admit` returns for what was agreed on, made before the peer is
+    told that it can be served; None if it has gone.
+
+    Raises ProtocolError for anything that is not INIT as it should be, or too late, and the OSError that `admit` raises. The
+    peer then has its answer.
+    """
     message = _first_message(connection, _INIT_TIMEOUT)
     if not message:
         return None
@@ -107,18 +114,28 @@ def answer_init(connection: socket.socket) -> Agreed | None:
         if opcode != abi.FUSE_INIT:
             raise ProtocolError("the first request is not INIT")
         agreed, payload = _agree(connection, memoryview(message)[abi.fuse_in_header.size :])
-    except ProtocolError:
-        _refuse(connection, unique, errno.EPROTO)
+        peer = admit(agreed)
+    except (ProtocolError, OSError) as error:
+        _reply(connection, unique, _refusal(error))
         raise
-    connection.send(abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique) + payload)
-    return agreed
+    _reply(connection, unique, 0, payload)
+    return peer
+
+
+def _refusal(error: ProtocolError | OSError) -> int:
+    """The errno by which the peer knows whether to come again; ESTALE for whatever keeps the source from being opened."""
+    if isinstance(error, ProtocolError):
+        return errno.EPROTO
+    if error.errno in _SHORT:
+        return errno.ENOMEM
+    return errno.EBUSY if error.errno == errno.EBUSY else errno.ESTALE
 
 
 def turn_away(connection: socket.socket, number: int) -> None:
     """Answer the peer's first message with the errno `number`, if it comes soon, and end the connection."""
     with connection, contextlib.suppress(ProtocolError, ConnectionError):
         if message := _first_message(connection, _REFUSAL_TIMEOUT):
-            _refuse(connection, abi.fuse_in_header.unpack_from(message)[2], number)
+            _reply(connection, abi.fuse_in_header.unpack_from(message)[2], number)
 
 
 def _first_message(connection: socket.socket, seconds: float) -> bytes:
@@ -134,14 +151,16 @@ def _first_message(connection: socket.socket, seconds: float) -> bytes:
     return message
 
 
-def _refuse(connection: socket.socket, unique: int, number: int) -> None:
-    connection.send(abi.fuse_out_header.pack(abi.fuse_out_header.size, -number, unique))
+def _reply(connection: socket.socket, unique: int, number: int, payload: bytes = b"") -> None:
+    """To a peer that may have gone."""
+    with contextlib.suppress(ConnectionError):
+        connection.send(abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), -number, unique) + payload)
 
 
 def _agree(connection: socket.socket, body: memoryview) -> tuple[Agreed, bytes]:
     buffer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     largest = min(LARGEST_WRITE, (buffer - _OVERHEAD) // PAGE_SIZE * PAGE_SIZE)
-    negotiated, payload = negotiate(body, also=abi.FUSE_SERVER_HANDLES, largest_write=largest)
+    negotiated, payload = negotiate(body, also=abi.FUSE_SERVER_HANDLES, largest_write=largest, exported=False)
     if not negotiated.has(abi.FUSE_SERVER_HANDLES):
         return Agreed(negotiated, None), payload
     largest_handle = unpack_handle_init(body, abi.fuse_init_in.size)
@@ -149,7 +168,8 @@ def _agree(connection: socket.socket, body: memoryview) -> tuple[Agreed, bytes]:
 
 
 def serve(connection: socket.socket, buffer_size: int, answer: Callable[[memoryview], Sequence[bytes] | None]) -> None:
-    """Give each message to `answer` and send what it says, until the peer or `shutdown(2)` ends the connection."""
+    """Give each message to `answer` and send what it says, until the peer ends the connection. After shutdown(2) of
+    its reading half what has come before is still answered."""
     buffer = bytearray(buffer_size)
     view = memoryview(buffer)
     with contextlib.suppress(ConnectionError):

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
+from handlefs.config import NodeIds
 from handlefs.protocol.client import Client
 from handlefs.protocol.client.stress import Stress, content_of
 
@@ -90,6 +92,18 @@ def killing(server: Served, chance: random.Random, report: Report) -> Iterator[N
         yield
 
 
+@contextmanager
+def neighbour(server: Served, seed: int) -> Iterator[None]:
+    """Another client all the while, which does the same with files of its own."""
+    with Client(server.address, patience=PATIENCE) as client:
+        stress = Stress(client, "/other", seed)
+        stress.prepare(50)
+        with meanwhile(lambda: stress.run(0.1), lambda: 0.0):
+            yield
+        stress.verify()
+        stress.remove()
+
+
 def watch(server: Served, report: Report) -> None:
     """Note what the server process needs now."""
     status = Path(f"/proc/{server.pid}/status").read_text()
@@ -105,20 +119,22 @@ def visit(server: Served, stress: Stress) -> None:
             visitor.open_by_handle(file.inode.handle).pread(1, 0)
 
 
-def torture(source: Path, files: int, seconds: float, seed: int, *, sample: int | None = None) -> Report:
+def torture(
+    source: Path, files: int, seconds: float, seed: int, *, sample: int | None = None, nodeids: NodeIds = "ephemeral"
+) -> Report:
     """Make `files` files in `source`, work on them for so long, compare everything; AssertionError if anything is wrong. At
     the end `sample` files are read through the client, or all."""
     report, chance = Report(), random.Random(seed)
     (source / "base").mkdir()
     make_files(source / "base", files)
-    options = ("--node-table=64", "--cache-size=32", "--forget-chance=0")
+    options = (f"--nodeids={nodeids}", "--node-table=64", "--cache-size=32", "--forget-chance=0")
     with mounted(source, None, *options, kind=Served) as server:
         assert isinstance(server, Served)
         with Client(str(server.socket), patience=PATIENCE) as client:
             stress = Stress(client, "/base", seed)
             stress.adopt()
             assert len(stress.files) == files
-            with killing(server, chance, report):
+            with killing(server, chance, report), neighbour(server, seed + 1):
                 stress.run(seconds * (1 - SHARE_AFTER_KILLS))
                 found = client.session.statistics
                 for _ in range(PATIENCE):
@@ -147,12 +163,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Stress test of pruning; see tests/lookup_handle/pruning.py")
     parser.add_argument("--files", type=whole, default=100_000)
     parser.add_argument("--minutes", type=positive, default=10)
+    parser.add_argument("--nodeids", default="ephemeral", choices=get_args(NodeIds))
     parser.add_argument("--fs", default="ext4", choices=KINDS)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     options = parser.parse_args()
     print(f"{options.fs}, {options.files:,} files, {options.minutes:g} minutes, seed {options.seed}", flush=True)
     with filesystem(options.fs, "4G") as root:
-        report = torture(root, options.files, options.minutes * 60, options.seed)
+        report = torture(root, options.files, options.minutes * 60, options.seed, nodeids=options.nodeids)
     print(report.words)
     print(
         f"{report.kills} kills; the last server's memory in KiB: {report.memory}, its descriptors: {report.descriptors}"

@@ -21,16 +21,30 @@ import pytest
 from handlefs.protocol import abi
 from handlefs.protocol.client import Client, Offer, Session
 from handlefs.protocol.client.inodes import Inode
+from handlefs.protocol.client.link import Sender
+from handlefs.protocol.client.session import Entry
 from handlefs.protocol.client.stress import Stress
 from handlefs.protocol.handles import pack_handle, pack_handle_init
-from handlefs.protocol.init import WANTED
+from handlefs.protocol.init import WANTED, ProtocolError
 
 from ..posix.compare import in_the_end, outcome
 from ..support.filesystems import KINDS
 from ..support.server import Served
+from ..support.syscalls import FS_APPEND_FL, set_flags
 from .conftest import Serving
 
 CONTENT = b"content of the file"
+
+
+@contextmanager
+def switching_often() -> Iterator[None]:
+    """During the block threads take turns after every few steps of the interpreter."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 # -- recovery ------------------------------------------------------------------------------------------------------------
@@ -43,7 +57,7 @@ def test_every_stale_node_id_is_recovered(serving: Serving, source: Path, nodeid
     them meanwhile."""
     with serving(f"--nodeids={nodeids}") as server, Client(str(server.socket)) as client:
         inode, directory = client.inode("/file"), client.inode("/directory")
-        opened, listed = client.open_inode(inode, os.O_RDWR), client.open_inode
+        opened = client.open_inode(inode, os.O_RDWR)
         ways: list[Callable[[], object]] = [server.evict, server.restart, server.kill]
         for number, forget in enumerate(ways):
             (source / f"directory{number or ''}").rename(source / f"directory{number + 1}")
@@ -53,7 +67,7 @@ def test_every_stale_node_id_is_recovered(serving: Serving, source: Path, nodeid
             assert opened.pwrite(b"c", 0) == 1
             names = {dirent.name for dirent, _ in client.scan_inode(directory)}
             assert names == {b".", b"..", b"below"}
-            with listed(inode) as again:
+            with client.open_inode(inode) as again:
                 assert again.read() == CONTENT
         opened.close()
         assert client.session.statistics.recovered >= 5
@@ -125,7 +139,7 @@ def test_create_of_a_name_that_came_into_being_meanwhile(client: Client, source:
     directory = client.inode("/directory")
     below = abi.fuse_create_in.pack(os.O_RDWR | os.O_CREAT, 0o100600, 0, 0) + b"below\0"
     assert outcome(client.session.create, abi.FUSE_CREATE, directory, below) == "ESTALE"
-    assert client.session.statistics.stale == 3  # the node ID was the same each time
+    assert client.session.statistics.stale == 20  # the node ID was the same each time
     with client.open("/file", os.O_RDWR | os.O_CREAT) as file:
         assert file.read() == CONTENT
     assert outcome(client.open, "/file", os.O_RDWR | os.O_CREAT | os.O_EXCL) == "EEXIST"
@@ -208,6 +222,80 @@ def test_appends_and_large_files(client: Client, server: Served, source: Path) -
     assert client.open("/large").read() == (source / "large").read_bytes()
 
 
+def test_a_file_that_can_only_be_appended_to(client: Client, source: Path) -> None:
+    set_flags(source / "file", FS_APPEND_FL)
+    try:
+        assert outcome(client.open, "/file", os.O_WRONLY) == "EPERM"
+        with client.open("/file", os.O_WRONLY | os.O_APPEND) as file:
+            assert file.write(b"appended") == 8
+    finally:
+        set_flags(source / "file", 0)
+    assert (source / "file").read_bytes() == CONTENT + b"appended"
+
+
+# -- names ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_has_become_another_file(serving: Serving, source: Path) -> None:
+    """Whatever the client remembers, ESTALE makes it walk the path again: also that of the file to be linked."""
+    with serving("--entry-timeout=1000") as server, Client(str(server.socket)) as client:
+        client.inode("/file")
+        (source / "new").write_bytes(b"another file")
+        (source / "new").rename(source / "file")
+        server.evict()
+        client.link("/file", "/linked")
+        assert (source / "linked").samefile(source / "file")
+
+
+def test_threads_agree_on_what_a_name_stands_for(
+    serving: Serving, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that replaces a file while another looks for it finds the new one: the other must not remember the old one now."""
+    (source / "new").write_bytes(b"another file")
+    found, replaced = threading.Event(), threading.Event()
+    with serving("--entry-timeout=1000") as server, Client(str(server.socket)) as client:
+        lookup = client.session.lookup
+
+        def lookup_slowly(parent: Inode, name: bytes, sender: Sender) -> Entry:
+            entry = lookup(parent, name, sender)
+            found.set()
+            replaced.wait(0.2)  # so long the other one has to come in between, which it must not
+            return entry
+
+        monkeypatch.setattr(client.session, "lookup", lookup_slowly)
+        looking = threading.Thread(target=client.inode, args=("/file",))
+        looking.start()
+        assert found.wait(60)
+        client.rename("/new", "/file")
+        replaced.set()
+        looking.join(60)
+        assert client.open("/file").read() == b"another file"
+
+
+def test_names_that_end_with_a_slash(client: Client, source: Path) -> None:
+    """They are of directories, or of nothing."""
+    assert outcome(client.unlink, "/file/") == outcome(os.unlink, f"{source}/file/") == "ENOTDIR"
+    assert outcome(client.unlink, "/directory/") == outcome(os.unlink, f"{source}/directory/") == "EISDIR"
+    assert outcome(client.rename, "/file/", "/new") == outcome(os.rename, f"{source}/file/", source / "new")
+    assert outcome(client.rename, "/file", "/new/") == outcome(os.rename, source / "file", f"{source}/new/")
+    assert (source / "file").exists()
+    client.rename("/directory/", "/new/")
+    assert (source / "new" / "below").exists()
+    assert outcome(client.mkdir, "/") == "EEXIST"
+    assert outcome(client.rmdir, "/new/.") == outcome(os.rmdir, f"{source}/new/.") == "EINVAL"
+
+
+def test_what_is_too_large_to_be_sent_ends_nothing(client: Client) -> None:
+    """It has not been sent; the connection, and what is open with it, goes on."""
+    file = client.open("/file")
+    client.unlink("/file")
+    assert outcome(client.setxattr, "/directory", "user.test", bytes(300_000)) == "E2BIG"
+    assert outcome(client.symlink, "x" * 300_000, "/link") == outcome(client.stat, "x" * 300_000) == "ENAMETOOLONG"
+    assert outcome(client.session.request, abi.FUSE_GETXATTR, file.inode, bytes(300_000)) == "EMSGSIZE"
+    assert file.read() == CONTENT
+    assert client.session.statistics.connections == 1
+
+
 # -- connections ---------------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +326,11 @@ def test_a_request_that_must_not_run_twice_and_has_no_answer(client: Client, ser
     assert client.session.statistics.unknown == 1
     assert killed_over(lambda: client.stat_inode(held).st_size) == len(CONTENT)
     assert not (source / "made").exists()
+    with client.open("/file", os.O_RDWR) as file, client.open("/file", os.O_RDWR | os.O_APPEND) as appended:
+        assert killed_over(lambda: file.pwrite(b"C", 0)) == 1
+        assert killed_over(lambda: appended.pwrite(b"at the end, with chattr +a", 0)) == "ECONNABORTED"
+    assert client.session.statistics.unknown == 2
+    assert (source / "file").read_bytes() == b"C" + CONTENT[1:]
 
 
 _MKDIR = abi.fuse_mkdir_in.pack(0o700, 0) + b"made\0"
@@ -343,15 +436,11 @@ def test_threads_that_ask_for_a_handle_get_one_inode(client: Client) -> None:
             found[number].append(client.session.inode_of(b"handle %d" % number))
 
     asking = [threading.Thread(target=ask) for _ in range(threads)]
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
+    with switching_often():
         for thread in asking:
             thread.start()
         for thread in asking:
             thread.join(60)
-    finally:
-        sys.setswitchinterval(before)
     assert [len(inodes) for inodes in found] == [threads] * rounds
     assert all(inode is inodes[0] for inodes in found for inode in inodes)
 
@@ -368,10 +457,7 @@ def wrong_server(path: Path, answers: list[bytes | int], init: bytes | None = No
 
     def serve() -> None:
         peer, _ = listener.accept()
-        usual = abi.fuse_init_out.pack(7, 45, 0, 1 << 30, 0, 0, 1 << 16, 1, 16, 0, 1 << 30, 0, 0) + pack_handle_init(
-            128
-        )
-        for answer in [init or usual, *answers]:
+        for answer in [init or USUAL_INIT, *answers]:
             while True:
                 message = peer.recv(1 << 17)
                 _, opcode, unique, *_ = abi.fuse_in_header.unpack_from(message)
@@ -387,6 +473,35 @@ def wrong_server(path: Path, answers: list[bytes | int], init: bytes | None = No
     with listener:
         yield
     thread.join(60)
+
+
+USUAL_INIT = abi.fuse_init_out.pack(7, 45, 0, 1 << 30, 0, 0, 1 << 16, 1, 16, 0, 1 << 30, 0, 0) + pack_handle_init(128)
+
+
+@contextmanager
+def dropping_server(path: Path) -> Iterator[None]:
+    """A server that answers INIT, and each time ends the connection over the next request."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(path))
+    listener.listen(1)
+
+    def serve() -> None:
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                return
+            with peer:
+                unique = abi.fuse_in_header.unpack_from(peer.recv(1 << 17))[2]
+                peer.send(abi.fuse_out_header.pack(16 + len(USUAL_INIT), 0, unique) + USUAL_INIT)
+                peer.recv(1 << 17)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    with listener:
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(60)
 
 
 def entry_out(nodeid: int, mode: int, handle: bytes) -> bytes:
@@ -405,6 +520,7 @@ FILE, DIRECTORY = stat.S_IFREG | 0o600, stat.S_IFDIR | 0o700
     [
         pytest.param([entry_out(5, FILE, b"")], "lookup", id="an entry without a handle"),
         pytest.param([entry_out(1, DIRECTORY, b"handle")], "lookup", id="a handle for the root"),
+        pytest.param([entry_out(0, DIRECTORY, b"")], "mkdir", id="no node for what was made"),
         pytest.param([entry_out(5, FILE, b"one"), entry_out(6, DIRECTORY, b"one")], "lookup", id="another type"),
         pytest.param(
             [entry_out(5, FILE, b"one"), errno.ESTALE, entry_out(6, FILE, b"two")], "getattr", id="another object"
@@ -416,10 +532,82 @@ def test_a_server_that_contradicts_itself_gets_eio(tmp_path: Path, answers: list
     with wrong_server(path, answers), Session(str(path)) as session:
         root = session.table.root
         held = [session.lookup(root, b"name").inode] if len(answers) > 1 else []
-        if last == "lookup":
+        if last == "mkdir":
+            assert outcome(session.request_entry, abi.FUSE_MKDIR, root, _MKDIR) == "EIO"
+        elif last == "lookup":
             assert outcome(session.lookup, root, b"name") == "EIO"
         else:
             assert outcome(session.request, abi.FUSE_GETATTR, held[0], bytes(16)) == "EIO"
+
+
+def test_a_negative_entry_is_no_name(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with wrong_server(path, [entry_out(0, 0, b"")]), Session(str(path)) as session:
+        assert outcome(session.lookup, session.table.root, b"name") == "ENOENT"
+
+
+def test_a_passing_failure_of_a_recovery_is_waited_for(tmp_path: Path) -> None:
+    attributes = bytes(16) + abi.fuse_attr.pack(7, 0, 0, 0, 0, 0, 0, 0, 0, FILE, 1, 0, 0, 0, 4096, 0)
+    answers: list[bytes | int] = [entry_out(5, FILE, b"one"), errno.ESTALE, *[errno.ETIMEDOUT] * 3]
+    path = tmp_path / "socket"
+    with wrong_server(path, [*answers, entry_out(6, FILE, b"one"), attributes]), Session(str(path)) as session:
+        held = session.lookup(session.table.root, b"name").inode
+        assert session.request(abi.FUSE_GETATTR, held, bytes(16)) == attributes
+        assert held.nodeid == 6
+        assert session.statistics.stale == 1
+
+
+def test_a_passing_failure_that_does_not_pass(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    answers: list[bytes | int] = [entry_out(5, FILE, b"one"), errno.ESTALE, errno.ETIMEDOUT]
+    with wrong_server(path, answers), Session(str(path), patience=0) as session:
+        held = session.lookup(session.table.root, b"name").inode
+        assert outcome(session.request, abi.FUSE_GETATTR, held, bytes(16)) == "ETIMEDOUT"
+
+
+def test_a_server_that_wants_longer_handles_than_it_was_offered(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with wrong_server(path, []), pytest.raises(ProtocolError, match="longer handles"):
+        Session(str(path), Offer(max_handle=64))
+
+
+def test_a_server_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the connection, as one that is stopped does: the client does not wait for ever."""
+    monkeypatch.setattr("handlefs.protocol.client.link._INIT_TIMEOUT", 0.1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen(1)
+        assert outcome(Session, str(tmp_path / "socket"), patience=0) == "ECONNRESET"
+
+
+def test_a_server_that_comes_back_with_more_features(serving: Serving) -> None:
+    """As after an upgrade: the client goes on with what was agreed on before."""
+    with serving() as server:
+        server.crash()
+        server.socket.unlink()
+        init = abi.fuse_init_out.pack(7, 40, 0, 1 << 30, 0, 0, 1 << 16, 1, 16, 0, 1 << 30, 0, 0)
+        with wrong_server(server.socket, [], init=init + pack_handle_init(64)):
+            session = Session(str(server.socket))
+            assert (session.flags, session.minor) == (1 << 30 | 1 << 62, 40)
+            session._lost()
+        server.socket.unlink()
+        server.start()
+        with session:
+            assert session.lookup(session.table.root, b"file").reply.stat.st_size == len(CONTENT)
+            assert session.statistics.connections == 2
+            assert session._link is not None
+            assert session._link.flags == session.flags
+
+
+@pytest.mark.parametrize("patience", [0, 0.2])
+def test_a_server_that_ends_every_connection(tmp_path: Path, patience: float) -> None:
+    """The client comes again, with pauses, for as long as it has patience; no word of node IDs that were dropped."""
+    path = tmp_path / "socket"
+    with dropping_server(path), Session(str(path), patience=patience) as session:
+        body = abi.fuse_getattr_in.pack(0, 0, 0)
+        assert outcome(session.request, abi.FUSE_GETATTR, session.table.root, body) == "ENOTCONN"
+        connections = session.statistics.connections
+        assert connections == 2 if patience == 0 else 2 < connections < 30
 
 
 def test_a_server_that_forgets_faster_than_it_can_be_asked(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as some
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from handlefs.config import Config
+from handlefs.config import Config, NodeIds
 from handlefs.protocol.client import Client, File
 from handlefs.protocol.client.inodes import Inode
 from handlefs.protocol.client.replies import Stat
@@ -30,7 +30,7 @@ _numbers = itertools.count()
 class InThisProcess:
     """A server in threads of this process, which can be ended and started again in no time."""
 
-    def __init__(self, source: Path, base: Path, entry_timeout: float) -> None:
+    def __init__(self, source: Path, base: Path, entry_timeout: float, nodeids: NodeIds) -> None:
         self._config = Config(
             str(source),
             str(base / "socket"),
@@ -38,6 +38,7 @@ class InThisProcess:
             state_dir=str(base / "state"),
             node_table=8,
             entry_timeout=entry_timeout,
+            nodeids=nodeids,
         )
         self.start()
 
@@ -58,6 +59,25 @@ class InThisProcess:
         return self._config.mountpoint
 
 
+@dataclass(eq=False)
+class Opened:
+    """A file that is open on both sides."""
+
+    file: File
+    fd: int
+    connections: int
+    """Those of the client when it last used the file: it may be lost with any later one."""
+
+
+@dataclass(eq=False)
+class Held:
+    """An inode that is held on both sides."""
+
+    inode: Inode
+    ino: int
+    fd: int
+
+
 class AgainstADirectory(RuleBasedStateMachine):
     """Set by the test: where to work, and the server."""
 
@@ -73,16 +93,27 @@ class AgainstADirectory(RuleBasedStateMachine):
         (self.served / self.base).mkdir()
         self.directory = self.plain / self.base
         self.directory.mkdir()
-        self.opened: list[tuple[File, int]] = []
-        self.held: list[tuple[Inode, int]] = []
+        self.opened: list[Opened] = []
+        self.held: list[Held] = []
 
     def teardown(self) -> None:
-        for file, fd in self.opened:
-            os.close(fd)
-            with contextlib.suppress(OSError):  # ESTALE: removed, and then lost with a server
-                file.close()
-        for _, fd in self.held:
-            os.close(fd)
+        for each in self.opened:
+            self._closed(each)
+        for held in self.held:
+            os.close(held.fd)
+
+    @property
+    def connections(self) -> int:
+        return self.client.session.statistics.connections
+
+    def _may_be_lost(self, opened: Opened) -> bool:
+        """Its last reference died with a server."""
+        return os.fstat(opened.fd).st_nlink == 0 and self.connections > opened.connections
+
+    def _closed(self, opened: Opened) -> None:
+        found = outcome(opened.file.close)
+        assert found is None or (found == "ESTALE" and self._may_be_lost(opened))
+        os.close(opened.fd)
 
     def agree(self, name: str, ours: Callable[[str], object], theirs: Callable[[Path], object]) -> object:
         """Both calls on `name` must come to the same result or the same error."""
@@ -202,46 +233,52 @@ class AgainstADirectory(RuleBasedStateMachine):
         found = outcome(lambda: self.client.open(f"/{self.base}/{name}", os.O_RDWR))
         expected = outcome(lambda: os.open(self.directory / name, os.O_RDWR))
         if isinstance(found, File) and isinstance(expected, int):
-            self.opened.append((found, expected))
+            self.opened.append(Opened(found, expected, self.connections))
         else:
             assert found == expected
 
     @rule(data=some.data(), written=DATA, offset=some.integers(0, 50))
     def use_open(self, data: some.DataObject, written: bytes, offset: int) -> None:
-        """Until a server has died an open file works whatever happens to its names."""
+        """Until its server has died an open file works whatever happens to its names."""
         if not self.opened:
             return
-        file, fd = data.draw(some.sampled_from(self.opened), label="which")
+        opened = data.draw(some.sampled_from(self.opened), label="which")
+        file, fd = opened.file, opened.fd
         found = outcome(lambda: (file.pwrite(written, offset), file.pread(200, 0), _facts(file.stat())))
-        if found == "ESTALE" and os.fstat(fd).st_nlink == 0 and self.client.session.statistics.connections > 1:
-            self.opened.remove((file, fd))
+        if found == "ESTALE" and self._may_be_lost(opened):
+            self.opened.remove(opened)
             os.close(fd)
             return
+        opened.connections = self.connections
         assert found == (os.pwrite(fd, written, offset), os.pread(fd, 200, 0), _facts(os.fstat(fd)))
 
     @rule(data=some.data())
     def close(self, data: some.DataObject) -> None:
         if self.opened:
-            file, fd = data.draw(some.sampled_from(self.opened), label="which")
-            self.opened.remove((file, fd))
-            os.close(fd)
-            assert outcome(file.close) in (None, "ESTALE")
+            opened = data.draw(some.sampled_from(self.opened), label="which")
+            self.opened.remove(opened)
+            self._closed(opened)
 
     @rule(name=NAMES)
     def hold(self, name: str) -> None:
         found = outcome(lambda: self.client.inode(f"/{self.base}/{name}", follow=False))
         if isinstance(found, Inode):
-            self.held.append((found, os.open(self.directory / name, os.O_PATH | os.O_NOFOLLOW)))
+            ino = self.client.stat_inode(found).st_ino
+            self.held.append(Held(found, ino, os.open(self.directory / name, os.O_PATH | os.O_NOFOLLOW)))
 
     @rule(data=some.data())
     def use_held(self, data: some.DataObject) -> None:
         """An inode that is held is the same object by whatever name, or it is gone."""
         if not self.held:
             return
-        inode, fd = data.draw(some.sampled_from(self.held), label="which")
-        found, expected = outcome(lambda: _facts(self.client.stat_inode(inode))), os.fstat(fd)
-        gone = expected.st_nlink == 0
-        assert found == _facts(expected) or (gone and found == "ESTALE") or (gone and isinstance(found, tuple))
+        held = data.draw(some.sampled_from(self.held), label="which")
+        found, expected = outcome(lambda: self.client.stat_inode(held.inode)), os.fstat(held.fd)
+        if isinstance(found, Stat):
+            assert found.st_ino == held.ino
+            assert _facts(found) == _facts(expected)
+        else:
+            assert found == "ESTALE"
+            assert expected.st_nlink == 0
 
     # -- what must not be noticed --------------------------------------------------------------------------------------
 
@@ -290,14 +327,15 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("runtime")
-@pytest.mark.parametrize("entry_timeout", [0, 1000])
-def test_against_a_directory(ext4: Path, tmp_path: Path, entry_timeout: float) -> None:
+@pytest.mark.parametrize(("entry_timeout", "nodeids"), [(0, "ephemeral"), (1000, "stable")])
+def test_against_a_directory(ext4: Path, tmp_path: Path, entry_timeout: float, nodeids: NodeIds) -> None:
     """With names that the client asks for each time, and with names that it trusts: nobody else changes anything."""
-    served, plain = ext4 / f"model-served-{entry_timeout}", ext4 / f"model-plain-{entry_timeout}"
+    label = f"{entry_timeout}-{nodeids}"
+    served, plain = ext4 / f"model-served-{label}", ext4 / f"model-plain-{label}"
     served.mkdir()
     plain.mkdir()
     AgainstADirectory.served, AgainstADirectory.plain = served, plain
-    AgainstADirectory.server = InThisProcess(served, tmp_path, entry_timeout)
+    AgainstADirectory.server = InThisProcess(served, tmp_path, entry_timeout, nodeids)
     AgainstADirectory.client = Client(AgainstADirectory.server.socket)
     try:
         run_state_machine_as_test(

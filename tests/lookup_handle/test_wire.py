@@ -58,11 +58,12 @@ def test_init_as_bytes(server: Served) -> None:
     """The offsets of the page, by hand."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
         peer.connect(str(server.socket))
-        body = struct.pack("=IIIII44xII", 7, 45, 0, 1 << 30 | 1 << 4, 1 << 30, 8, 100)
+        body = struct.pack("=IIIII44xII", 7, 45, 0, 1 << 30, 1 << 30, 8, 100)
         peer.send(struct.pack("=IIQQIIIHH", 40 + len(body), 26, 2, 0, 0, 0, 0, 0, 0) + body)
         reply = peer.recv(4096)
     assert len(reply) == 16 + 64 + 8
     assert struct.unpack_from("=IiQ", reply) == (len(reply), 0, 2)
+    assert struct.unpack_from("=I", reply, 16 + 12)[0] & 1 << 30  # FUSE_INIT_EXT
     assert struct.unpack_from("=I", reply, 16 + 32) == (1 << 30,)  # flags2
     assert struct.unpack_from("=II", reply, 16 + 64) == (8, 100)  # fuse_handle_init
 
@@ -72,7 +73,7 @@ def test_a_malformed_init_is_refused(server: Served, appended: bytes) -> None:
     server.expected_log = "turned away"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
         peer.connect(str(server.socket))
-        body = struct.pack("=IIIII44x", 7, 45, 0, 1 << 30 | 1 << 4, 1 << 30) + appended
+        body = struct.pack("=IIIII44x", 7, 45, 0, 1 << 30, 1 << 30) + appended
         peer.send(struct.pack("=IIQQIIIHH", 40 + len(body), 26, 2, 0, 0, 0, 0, 0, 0) + body)
         assert struct.unpack("=IiQ", peer.recv(4096)) == (16, -errno.EPROTO, 2)
         assert peer.recv(4096) == b""
@@ -81,7 +82,7 @@ def test_a_malformed_init_is_refused(server: Served, appended: bytes) -> None:
 def test_a_longer_struct_of_a_later_version_is_understood(server: Served) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
         peer.connect(str(server.socket))
-        body = struct.pack("=IIIII44xIIQ", 7, 45, 0, 1 << 30 | 1 << 4, 1 << 30, 16, 64, 0x1234)
+        body = struct.pack("=IIIII44xIIQ", 7, 45, 0, 1 << 30, 1 << 30, 16, 64, 0x1234)
         peer.send(struct.pack("=IIQQIIIHH", 40 + len(body), 26, 2, 0, 0, 0, 0, 0, 0) + body)
         assert struct.unpack_from("=II", peer.recv(4096), 80) == (8, 64)
 
@@ -207,6 +208,39 @@ def test_readdirplus_never_cuts_a_record(link: Link, source: Path) -> None:
     assert sorted(seen) == sorted(names | {b".", b"..", b"file", b"directory"})
 
 
+def test_readdirplus_without_room_for_one_record_is_no_end(link: Link) -> None:
+    fh, *_ = abi.fuse_open_out.unpack(link.exchange(abi.FUSE_OPENDIR, 1, abi.fuse_open_in.pack(0, 0)))
+    read = abi.fuse_read_in.pack(fh, 0, 100, 0, 0, 0, 0)
+    assert outcome(link.exchange, abi.FUSE_READDIRPLUS, 1, read) == "EINVAL"
+
+
+def test_readdirplus_gives_node_ids_only_to_what_it_tells_of(serving: Serving, source: Path) -> None:
+    """Others would drop some that clients know; and the last of those it tells of are valid."""
+    for number in range(600):
+        (source / f"{number}").touch()
+    with serving("--node-table=64") as server:
+        link = Link(str(server.socket))
+        fh, *_ = abi.fuse_open_out.unpack(link.exchange(abi.FUSE_OPENDIR, 1, abi.fuse_open_in.pack(0, 0)))
+        payload = link.exchange(abi.FUSE_READDIRPLUS, 1, abi.fuse_read_in.pack(fh, 0, 1 << 16, 0, 0, 0, 0))
+        replies = [reply for _, reply in listing_plus(payload, handles=True) if reply is not None]
+        assert 300 < len(replies) < 600
+        assert server.status()["node_table"]["given"] == len(replies)
+        stale = [getattr_of(link, reply.nodeid) == "ESTALE" for reply in replies]
+        assert stale == [True] * (len(replies) - 64) + [False] * 64
+        link.close()
+
+
+@pytest.mark.parametrize("source", ["ext4", "btrfs"], indirect=True)
+def test_readdir_gives_no_node_ids(server: Served, link: Link) -> None:
+    """Also where it has to look at each entry for its inode number."""
+    fh, *_ = abi.fuse_open_out.unpack(link.exchange(abi.FUSE_OPENDIR, 1, abi.fuse_open_in.pack(0, 0)))
+    payload = link.exchange(abi.FUSE_READDIR, 1, abi.fuse_read_in.pack(fh, 0, 1 << 16, 0, 0, 0, 0))
+    assert {dirent.name for dirent in listing(payload)} == {b".", b"..", b"file", b"directory"}
+    assert server.status()["node_table"]["given"] == 0
+    for dirent in listing(payload):
+        assert dirent.ino == lookup(link, 1, dirent.name).stat.st_ino
+
+
 def test_the_root_has_no_handle(link: Link) -> None:
     for reply in (
         lookup(link, 1, b"."),
@@ -304,6 +338,7 @@ def test_names_by_handle(link: Link) -> None:
     assert outcome(lookup_handle, link, directory.handle, b"../file") == "EINVAL"
 
 
+@pytest.mark.parametrize("source", ["ext4", "btrfs"], indirect=True)
 def test_a_handle_that_is_too_long_is_refused(server: Served, source: Path) -> None:
     """Never truncated; and what was made for a request that fails does not stay."""
     link = Link(str(server.socket), Offer(max_handle=16))
@@ -338,21 +373,45 @@ def test_the_table_is_bounded_and_drops_what_was_not_used_for_longest(serving: S
         link.close()
 
 
+def test_what_is_used_stays_in_the_table(serving: Serving, source: Path) -> None:
+    """Though it is served from elsewhere: a directory from the cache, an open file by its fh. A request's second node, too."""
+    for number in range(20):
+        (source / f"f{number}").touch()
+    with serving("--node-table=8") as server:
+        link = Link(str(server.socket))
+        directory, file = lookup(link, 1, b"directory"), lookup(link, 1, b"file")
+        second = lookup(link, 1, b"f0")
+        flags = abi.fuse_open_in.pack(os.O_RDWR, 0)
+        fh, *_ = abi.fuse_open_out.unpack(link.exchange(abi.FUSE_OPEN, file.nodeid, flags))
+        for number in range(1, 20):
+            lookup(link, 1, b"f%d" % number)
+            assert isinstance(getattr_of(link, directory.nodeid), bytes)
+            link.exchange(abi.FUSE_READ, file.nodeid, abi.fuse_read_in.pack(fh, 0, 10, 0, 0, 0, 0))
+            body = abi.fuse_link_in.pack(second.nodeid) + b"linked-%d\0" % number
+            link.exchange(abi.FUSE_LINK, 1, body)
+        link.exchange(abi.FUSE_RELEASE, file.nodeid, abi.fuse_release_in.pack(fh, 0, 0, 0))
+        assert [lookup(link, 1, name).nodeid for name in (b"directory", b"file", b"f0")] == [
+            directory.nodeid,
+            file.nodeid,
+            second.nodeid,
+        ]
+        assert server.status()["node_table"]["forgotten"] == 14
+        link.close()
+
+
 def test_node_ids_are_never_given_twice(serving: Serving) -> None:
     """Within the life of a server, whatever is forgotten in between, and to whichever peer."""
     with serving("--forget-chance=0.9") as server:
-        seen: set[int] = set()
+        handles: dict[int, bytes] = {}
         for _ in range(3):
             link = Link(str(server.socket))
             for _ in range(200):
-                handles: dict[int, bytes] = {}
                 for name in (b"file", b"directory"):
                     found = lookup(link, 1, name)
                     assert handles.setdefault(found.nodeid, found.handle) == found.handle
-                seen |= handles.keys()
             link.close()
         given = server.status()["operations"]["lookup"]
-        assert len(seen) > given / 3
+        assert len(handles) > given / 3
 
 
 @pytest.mark.parametrize("stale", ["first", "second", "both"])

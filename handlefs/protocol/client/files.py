@@ -10,7 +10,7 @@ from handlefs.protocol.client.link import Sender
 from handlefs.protocol.client.replies import Stat
 from handlefs.protocol.client.session import Session
 
-OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
+OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 """The flags of open(2) that are the server's business."""
 
 

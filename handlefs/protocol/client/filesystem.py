@@ -7,6 +7,7 @@ symbolic links within the tree. It checks no permissions: whoever may connect is
 import errno
 import os
 import stat as st
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,6 +27,8 @@ Path = str | bytes
 
 _MOST_LINKS = 40  # as Linux: MAXSYMLINKS
 _MOST_NAMES = 10_000
+_LONGEST_PATH = 4096  # bytes, with its NUL: PATH_MAX
+_LARGEST_XATTR = 1 << 16  # bytes: XATTR_SIZE_MAX
 _LISTING_SIZE = 64 * 1024  # bytes
 
 
@@ -46,7 +49,7 @@ class Client:
     """A client of the server at one socket. Safe to use from several threads.
 
     Paths are relative to the source's root, with or without a leading slash. Every method raises OSError, with the errno that
-    the same call would have on a mount.
+    the same call would have on a mount; ProtocolError if the server says what no server says.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class Client:
         self._sender = Sender(uid, gid)
         self._umask = umask
         self._names: OrderedDict[tuple[Inode, bytes], tuple[Inode, float]] = OrderedDict()
+        self._lock = threading.RLock()
+        """Held over each request about a name, until `_names` is in step with it: no other thread's change comes in between."""
 
     def close(self) -> None:
         """End the connection. Files that are open are lost."""
@@ -83,18 +88,19 @@ class Client:
 
     def _at(self, path: Path, use: Callable[[Inode], T], *, follow: bool = True) -> T:
         """What `use` makes of the inode at `path`; once more from scratch if it is ESTALE (fs/namei.c, filename_lookup)."""
-        name = os.fsencode(path)
+        name = _encoded(path)
         try:
             return use(self._walk(self.session.table.root, name, follow=follow))
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
-        self._names.clear()
+        with self._lock:
+            self._names.clear()
         return use(self._walk(self.session.table.root, name, follow=follow))
 
     def _in(self, path: Path, use: Callable[[Inode, bytes], T]) -> T:
         """What `use` makes of the directory and the last component of `path`."""
-        directory, name = _split(os.fsencode(path))
+        directory, name = _split(_encoded(path))
         return self._at(directory, lambda parent: use(_directory(parent), name))
 
     def _walk(self, start: Inode, path: bytes, *, follow: bool, links: int = 0) -> Inode:
@@ -114,14 +120,15 @@ class Client:
 
     def _child(self, parent: Inode, name: bytes) -> Inode:
         """The inode of `name` in `parent`, remembered or looked up."""
-        known = self._names.get((_directory(parent), name))
-        if known is not None and time.monotonic() < known[1]:
-            return known[0]
-        # Whatever was known: the answer has a handle, and so the same inode if it still is the same object.
-        self._names.pop((parent, name), None)
-        entry = self.session.lookup(parent, name, self._sender)
-        self._remember(parent, name, entry)
-        return entry.inode
+        with self._lock:
+            known = self._names.get((_directory(parent), name))
+            if known is not None and time.monotonic() < known[1]:
+                return known[0]
+            # Whatever was known: the answer has a handle, and so the same inode if it still is the same object.
+            self._names.pop((parent, name), None)
+            entry = self.session.lookup(parent, name, self._sender)
+            self._remember(parent, name, entry)
+            return entry.inode
 
     def _remember(self, parent: Inode, name: bytes, entry: Entry) -> None:
         if name != b"..":
@@ -180,11 +187,13 @@ class Client:
 
     def getxattr(self, path: Path, name: str) -> bytes:
         """getxattr(2)."""
-        body = abi.fuse_getxattr_in.pack(1 << 16, 0) + os.fsencode(name) + b"\0"
+        body = abi.fuse_getxattr_in.pack(_LARGEST_XATTR, 0) + os.fsencode(name) + b"\0"
         return self._at(path, lambda inode: self.session.request(abi.FUSE_GETXATTR, inode, body, sender=self._sender))
 
     def setxattr(self, path: Path, name: str, value: bytes, flags: int = 0) -> None:
         """setxattr(2)."""
+        if len(value) > _LARGEST_XATTR:
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
         extended = self.session.flags & abi.FUSE_SETXATTR_EXT
         head = abi.fuse_setxattr_in.pack(len(value), flags, 0, 0)
         body = head if extended else abi.fuse_setxattr_in_compat.pack(len(value), flags)
@@ -193,7 +202,7 @@ class Client:
 
     def listxattr(self, path: Path) -> list[str]:
         """listxattr(2)."""
-        body = abi.fuse_getxattr_in.pack(1 << 16, 0)
+        body = abi.fuse_getxattr_in.pack(_LARGEST_XATTR, 0)
         names = self._at(path, lambda inode: self.session.request(abi.FUSE_LISTXATTR, inode, body, sender=self._sender))
         return [os.fsdecode(name) for name in names.split(b"\0") if name]
 
@@ -215,29 +224,32 @@ class Client:
 
     def symlink(self, target: Path, path: Path) -> None:
         """symlink(2)."""
-        self._make(path, abi.FUSE_SYMLINK, b"", os.fsencode(target) + b"\0")
+        self._make(path, abi.FUSE_SYMLINK, b"", _encoded(target) + b"\0")
 
     def _make(self, path: Path, opcode: int, head: bytes, tail: bytes = b"") -> None:
         def make(parent: Inode, name: bytes) -> None:
-            body = head + _checked(name) + b"\0" + tail
-            entry, _ = self.session.request_entry(opcode, parent, body, sender=self._sender)
-            self._remember(parent, name, entry)
+            body = head + _checked(name, errno.EEXIST) + b"\0" + tail
+            with self._lock:
+                entry, _ = self.session.request_entry(opcode, parent, body, sender=self._sender)
+                self._remember(parent, name, entry)
 
         self._in(path, make)
 
     def link(self, old: Path, new: Path) -> None:
         """link(2); a symbolic link is linked itself."""
-        inode = self.inode(old, follow=False)
 
-        def link(parent: Inode, name: bytes) -> None:
-            body = abi.fuse_link_in.pack(0) + _checked(name) + b"\0"
-            entry, _ = self.session.request_entry(abi.FUSE_LINK, parent, body, other=inode, sender=self._sender)
-            self._remember(parent, name, entry)
+        def link(inode: Inode, parent: Inode, name: bytes) -> None:
+            body = abi.fuse_link_in.pack(0) + _checked(name, errno.EEXIST) + b"\0"
+            with self._lock:
+                entry, _ = self.session.request_entry(abi.FUSE_LINK, parent, body, other=inode, sender=self._sender)
+                self._remember(parent, name, entry)
 
-        self._in(new, link)
+        self._at(old, lambda inode: self._in(new, lambda parent, name: link(inode, parent, name)), follow=False)
 
     def unlink(self, path: Path) -> None:
         """unlink(2)."""
+        if (name := _encoded(path)).endswith(b"/"):  # only a directory can be meant
+            _regular(_directory(self.inode(name.rstrip(b"/") or b"/", follow=False)))
         self._remove(path, abi.FUSE_UNLINK)
 
     def rmdir(self, path: Path) -> None:
@@ -245,24 +257,32 @@ class Client:
         self._remove(path, abi.FUSE_RMDIR)
 
     def _remove(self, path: Path, opcode: int) -> None:
+        otherwise = errno.EISDIR if opcode == abi.FUSE_UNLINK else errno.EINVAL
+
         def remove(parent: Inode, name: bytes) -> None:
-            try:
-                self.session.request(opcode, parent, _checked(name) + b"\0", sender=self._sender)
-            finally:
-                self._forget_name(parent, name)
+            body = _checked(name, otherwise) + b"\0"
+            with self._lock:
+                try:
+                    self.session.request(opcode, parent, body, sender=self._sender)
+                finally:
+                    self._forget_name(parent, name)
 
         self._in(path, remove)
 
     def rename(self, old: Path, new: Path, flags: int = 0) -> None:
         """renameat2(2); `flags` are RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2)."""
+        if _encoded(old).endswith(b"/") or _encoded(new).endswith(b"/"):
+            _directory(self.inode(_encoded(old).rstrip(b"/") or b"/", follow=False))
 
         def rename(old_parent: Inode, old_name: bytes, new_parent: Inode, new_name: bytes) -> None:
-            body = abi.fuse_rename2_in.pack(0, flags, 0) + _checked(old_name) + b"\0" + _checked(new_name) + b"\0"
-            try:
-                self.session.request(abi.FUSE_RENAME2, old_parent, body, other=new_parent, sender=self._sender)
-            finally:
-                self._forget_name(old_parent, old_name)
-                self._forget_name(new_parent, new_name)
+            names = (_checked(name, errno.EBUSY) + b"\0" for name in (old_name, new_name))
+            body = abi.fuse_rename2_in.pack(0, flags, 0) + b"".join(names)
+            with self._lock:
+                try:
+                    self.session.request(abi.FUSE_RENAME2, old_parent, body, other=new_parent, sender=self._sender)
+                finally:
+                    self._forget_name(old_parent, old_name)
+                    self._forget_name(new_parent, new_name)
 
         self._in(
             old,
@@ -338,8 +358,9 @@ class Client:
 
     def _create_new(self, parent: Inode, name: bytes, flags: int, mode: int) -> File:
         body = abi.fuse_create_in.pack(flags, st.S_IFREG | st.S_IMODE(mode), self._umask, 0) + name + b"\0"
-        entry, file, _ = self.session.create(abi.FUSE_CREATE, parent, body, self._sender)
-        self._remember(parent, name, entry)
+        with self._lock:
+            entry, file, _ = self.session.create(abi.FUSE_CREATE, parent, body, self._sender)
+            self._remember(parent, name, entry)
         return File(self.session, self._sender, file, flags)
 
     def open_inode(self, inode: Inode, flags: int = os.O_RDONLY) -> "File":
@@ -373,16 +394,23 @@ class Client:
 _GETATTR = abi.fuse_getattr_in.pack(0, 0, 0)
 
 
+def _encoded(path: Path) -> bytes:
+    name = os.fsencode(path)
+    if len(name) >= _LONGEST_PATH:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    return name
+
+
 def _split(path: bytes) -> tuple[bytes, bytes]:
     """The directory of `path` and its last component."""
     directory, _, name = path.rstrip(b"/").rpartition(b"/")
     return directory or b"/", name
 
 
-def _checked(name: bytes) -> bytes:
-    """`name`, if it can be the name of something that is made or removed."""
+def _checked(name: bytes, otherwise: int = errno.EISDIR) -> bytes:
+    """`name`, if it can be the name of something that is made or removed; OSError(`otherwise`) if not."""
     if name in (b"", b".", b".."):
-        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise OSError(otherwise, os.strerror(otherwise))
     return name
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import struct
 import time
 from typing import NamedTuple
 
@@ -12,13 +13,17 @@ from handlefs.protocol.init import PAGE_SIZE, WANTED, ProtocolError
 
 _RETRY_INTERVAL = 0.01  # seconds
 _NOBODY_THERE = (errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.EAGAIN)
-_PASSING = (errno.ECONNRESET, errno.EBUSY)
+_PASSING = (errno.ECONNRESET, errno.EBUSY, errno.ENOMEM, errno.ESTALE)
 """After these another attempt may succeed."""
 _REFUSALS = {
     errno.EACCES: "the server does not let this user in",
-    errno.EBUSY: "the server has as many peers as it takes",
+    errno.EBUSY: "the server has as many peers as it takes, or is ending",
+    errno.ENOMEM: "the server is short of descriptors or memory",
+    errno.ESTALE: "the server cannot open its source",
 }
 """Answers to INIT."""
+_INIT_TIMEOUT = 10.0
+"""Seconds for a server to take the connection and to answer INIT, where there is not more patience."""
 _INIT_REPLY = 4096  # bytes; larger than any version's
 _ANSWER_HEADROOM = 64 * 1024  # bytes beyond max_write: the largest answer without file data is a list of xattr names
 
@@ -71,6 +76,7 @@ class Link:
             self._socket = _connected(path, deadline)
             try:
                 self._begin(offer)
+                _limit(self._socket, 0)
                 return
             except OSError as error:
                 if error.errno not in _PASSING or time.monotonic() >= deadline:
@@ -81,7 +87,7 @@ class Link:
         try:
             self._init(offer)
         except LinkLost as loss:
-            raise OSError(errno.ECONNRESET, "the server has ended the connection before it began") from loss
+            raise OSError(errno.ECONNRESET, "the server has not answered INIT") from loss
         except BaseException:
             self._socket.close()
             raise
@@ -97,13 +103,16 @@ class Link:
         payload = self.exchange(abi.FUSE_INIT, 0, body)
         if len(payload) < abi.fuse_init_out.size:
             raise ProtocolError("the server's answer to INIT is too short")
-        major, self.minor, _, low, _, _, max_write, _, _, _, high, _, _ = abi.fuse_init_out.unpack_from(payload)
+        major, minor, _, low, _, _, max_write, _, _, _, high, _, _ = abi.fuse_init_out.unpack_from(payload)
         if major != abi.FUSE_KERNEL_VERSION:
             raise ProtocolError(f"the server speaks FUSE {major}")
-        self.flags = low | high << 32
+        self.minor = min(minor, offer.minor)  # many a server says what it could
+        self.flags = flags & (low | (high << 32 if low & abi.FUSE_INIT_EXT else 0))
         self.max_handle = 0
         if self.has_handles:
             self.max_handle = unpack_handle_init(payload, abi.fuse_init_out.size)
+        if self.max_handle > offer.max_handle:
+            raise ProtocolError("the server wants to send longer handles than it was offered")
         room = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - PAGE_SIZE
         self.max_write = min(max_write, room // PAGE_SIZE * PAGE_SIZE)
         """Bytes of data in one request or reply."""
@@ -117,10 +126,13 @@ class Link:
     def exchange(self, opcode: int, nodeid: int, body: bytes, sender: Sender = ROOT) -> bytes:
         """Send a request and return the payload of its reply. Raises OSError as the reply says, LinkLost, ProtocolError.
 
-        Whatever else comes in between ends the connection: its reply would be taken for that to the next request.
+        OSError also for what cannot be sent (EMSGSIZE: it is too large); the connection is as it was then. Whatever else comes
+        in between ends it: the reply would be taken for that to the next request.
         """
         try:
             size, number = self._answer(self._send(opcode, nodeid, body, sender))
+        except OSError:  # of sendmsg(2), which sends all of a packet or nothing
+            raise
         except BaseException:
             self.close()
             raise
@@ -132,7 +144,7 @@ class Link:
         """Receive the reply to the request `unique` into the buffer: its size and errno."""
         try:
             size = self._socket.recv_into(self._buffer)
-        except ConnectionError as error:
+        except OSError as error:
             raise LinkLost(sent=True) from error
         if size == 0:
             raise LinkLost(sent=True)
@@ -144,7 +156,7 @@ class Link:
         return size, -number
 
     def tell(self, opcode: int, body: bytes) -> None:
-        """Send what has no reply (FORGET); raises LinkLost."""
+        """Send what has no reply (FORGET). Raises LinkLost, and OSError if it cannot be sent."""
         self._send(opcode, 0, body, ROOT)
 
     def _send(self, opcode: int, nodeid: int, body: bytes, sender: Sender) -> int:
@@ -166,8 +178,10 @@ class Link:
 
 
 def _connected(path: str, deadline: float) -> socket.socket:
+    """A connection; what it waits for has a limit."""
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        _limit(connection, max(deadline - time.monotonic(), _INIT_TIMEOUT))  # until INIT is answered
         try:
             connection.connect(path)
             return connection
@@ -176,3 +190,10 @@ def _connected(path: str, deadline: float) -> socket.socket:
             if error.errno not in _NOBODY_THERE or time.monotonic() >= deadline:
                 raise OSError(error.errno, error.strerror or str(error), path) from None  # a path too long has no errno
         time.sleep(_RETRY_INTERVAL)
+
+
+def _limit(connection: socket.socket, seconds: float) -> None:
+    """Let no call wait for longer; 0: for any time. Not by settimeout: connect(2) is to wait for a place in the queue."""
+    timeval = struct.pack("@ll", *divmod(int(seconds * 10**6), 10**6))
+    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        connection.setsockopt(socket.SOL_SOCKET, option, timeval)

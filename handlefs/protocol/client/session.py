@@ -9,6 +9,7 @@ import errno
 import os
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,11 +19,16 @@ from handlefs.protocol.client import replies
 from handlefs.protocol.client.inodes import Inode, InodeTable, OpenFile, check
 from handlefs.protocol.client.link import ROOT, USUAL, Link, LinkLost, Offer, Sender
 from handlefs.protocol.client.replies import Dirent, EntryReply
-from handlefs.protocol.handles import NOT_REPEATABLE, OPEN_REPLIES, SECOND_NODE, pack_handle
+from handlefs.protocol.handles import OPEN_REPLIES, SECOND_NODE, may_run_twice, pack_handle
+from handlefs.protocol.init import ProtocolError
 
 _MOST_ATTEMPTS = 100
-_MOST_WITH_THE_SAME_NODES = 3
+_MOST_WITH_THE_SAME_NODES = 20
+"""Answers of ESTALE in a row after which it is the request's own. No fewer: a server that makes node IDs from handles gives
+the same one again, and may drop it again at once."""
 _FORGET_BATCH = 64
+_PAUSE = 0.01  # seconds
+_LOOKUPS = (abi.FUSE_LOOKUP, abi.FUSE_LOOKUP_HANDLE)
 _NODEID = struct.Struct("=Q")
 
 Target = Inode | OpenFile
@@ -51,6 +57,24 @@ class Statistics:
     connections: int = 0
     unknown: int = 0
     """Requests of which nobody knows whether they were done: the connection was lost, and they must not run twice."""
+
+
+class _Patience:
+    """What is left of so many seconds, which begin to run with the first failure."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._end: float | None = None
+
+    def wait(self) -> bool:
+        """Wait a moment before another attempt; False if there is to be none."""
+        now = time.monotonic()
+        if self._end is None:
+            self._end = now + self._seconds
+        if now >= self._end:
+            return False
+        time.sleep(_PAUSE)
+        return True
 
 
 class Session:
@@ -110,6 +134,7 @@ class Session:
         with self._lock:
             payload = self.request(opcode, target, body, other=other, sender=sender)
             reply = replies.entry(payload, opened=opcode in OPEN_REPLIES, handles=self.has_handles)
+            check(reply.nodeid != 0 or opcode in _LOOKUPS, "an entry without a node for something that was made")
             return self._enter(reply), payload
 
     def lookup(self, parent: Inode, name: bytes, sender: Sender = ROOT) -> Entry:
@@ -173,8 +198,9 @@ class Session:
 
     def _until_answered(self, opcode: int, targets: Sequence[Target], body: bytes, sender: Sender) -> bytes:
         """Send the request, with the node IDs that the targets have then, until there is an answer that is not about them."""
-        same = 0
-        for _ in range(_MOST_ATTEMPTS):
+        attempts = same = losses = 0
+        patience = _Patience(self._patience)
+        while attempts < _MOST_ATTEMPTS:
             sending = False
             try:
                 self._reconnect()
@@ -183,14 +209,18 @@ class Session:
                 return self._exchange(opcode, nodeids, body, sender)
             except LinkLost as loss:
                 self._lost()
-                if sending and loss.sent and opcode in NOT_REPEATABLE:
+                if sending and loss.sent and not may_run_twice(opcode, body):
                     self.statistics.unknown += 1
                     raise OSError(errno.ECONNABORTED, "the server has gone, perhaps after it did this") from loss
+                losses += 1
+                if losses > 1 and not patience.wait():
+                    raise OSError(errno.ENOTCONN, "the server ends every connection", self._path) from loss
                 continue
             except OSError as error:
                 if not sending or error.errno != errno.ESTALE or not any(target.inode.handle for target in targets):
                     raise
                 self.statistics.stale += 1
+                attempts += 1
                 failure = error
             try:
                 same = 0 if self._recover_stale(targets, nodeids) else same + 1
@@ -244,10 +274,14 @@ class Session:
     # -- the connection ------------------------------------------------------------------------------------------------
 
     def _connect(self, *, patience: float) -> Link:
-        """The connection; a new one begins a new epoch, in which every node ID but the root's is stale."""
+        """The connection; a new one begins a new epoch, in which every node ID but the root's is stale. It is offered what was
+        agreed on: a newer server may have taken more of the first offer."""
         if self._link is None:
-            link = Link(self._path, self._offer, patience=patience)
-            if self.epoch and (link.flags != self.flags or link.max_write < self.max_write):
+            offer = self._offer
+            if self.epoch:
+                offer = offer._replace(flags=self.flags, minor=self.minor)
+            link = Link(self._path, offer, patience=patience)
+            if self.epoch and not self._goes_on_as_before(link):
                 link.close()
                 raise OSError(errno.EPROTO, "the server has come back with other features", self._path)
             self._link = link
@@ -256,12 +290,17 @@ class Session:
             self.statistics.connections += 1
         return self._link
 
+    def _goes_on_as_before(self, link: Link) -> bool:
+        return (link.flags, link.minor) == (self.flags, self.minor) and link.max_write >= self.max_write
+
     def _reconnect(self) -> None:
         """Make the connection again if it is lost. OSError: ENOTCONN if nobody is there, EPROTO with other features."""
         if self._closed:
             raise OSError(errno.ENOTCONN, "the session is closed", self._path)
         try:
             self._connect(patience=self._patience)
+        except ProtocolError as error:
+            raise OSError(errno.EPROTO, str(error), self._path) from error
         except OSError as error:
             if error.errno == errno.EPROTO:
                 raise
@@ -280,8 +319,14 @@ class Session:
             body = body[:at] + _NODEID.pack(nodeids[1]) + body[at + _NODEID.size :]
         if len(self.table.forgets) >= _FORGET_BATCH:
             self._forget(self._link)
-        self.statistics.requests += 1
-        return self._link.exchange(opcode, nodeids[0] if nodeids else 0, body, sender)
+        patience = _Patience(self._patience)
+        while True:
+            self.statistics.requests += 1
+            try:
+                return self._link.exchange(opcode, nodeids[0] if nodeids else 0, body, sender)
+            except OSError as error:  # of LOOKUP_HANDLE it is a passing failure of the server's
+                if opcode != abi.FUSE_LOOKUP_HANDLE or error.errno != errno.ETIMEDOUT or not patience.wait():
+                    raise
 
     def _forget(self, link: Link) -> None:
         """Send the FORGETs that are due; those of an earlier epoch mean nothing any more."""
