@@ -1,11 +1,12 @@
 """What a worker may do: its requests come from clients, so it keeps no privilege that serving them does not need.
 
-The capabilities below are those without which some operation of a client fails (tests/crash/test_sandbox.py). CAP_SYS_RESOURCE
-is not among them: data is written by a worker whoever the client is, so it must not be exempt from disk quotas.
+The capabilities below are those without which some operation of a client fails (tests/crash/test_sandbox.py); fewer, if the
+mount is read-only. CAP_SYS_RESOURCE is not among them: data is written by a worker whoever the client is, so it must not be
+exempt from disk quotas.
 """
 
 import resource
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from handlefs.credentials import (
@@ -26,32 +27,43 @@ class Capability(NamedTuple):
 
     name: str
     use: str
+    to_read: bool = False
+    """Whether a read-only mount needs it, too."""
 
 
 CAPABILITIES: Mapping[int, Capability] = {
     0: Capability("CAP_CHOWN", "give files to the users that make them, and to others"),
-    CAP_DAC_OVERRIDE: Capability("CAP_DAC_OVERRIDE", "serve any user: the kernel of the mount has checked permissions"),
-    CAP_DAC_READ_SEARCH: Capability("CAP_DAC_READ_SEARCH", "open files by their handles"),
-    3: Capability("CAP_FOWNER", "change modes, times and attributes of files of any user"),
+    CAP_DAC_OVERRIDE: Capability(
+        "CAP_DAC_OVERRIDE", "serve any user: the kernel of the mount has checked permissions", True
+    ),
+    CAP_DAC_READ_SEARCH: Capability("CAP_DAC_READ_SEARCH", "open files by their handles", True),
+    # Read-only: to read files of any user with O_NOATIME.
+    3: Capability("CAP_FOWNER", "change modes, times and attributes of files of any user", True),
     CAP_FSETID: Capability("CAP_FSETID", "keep set-id bits for clients that may"),
     6: Capability("CAP_SETGID", "make files in the name of any group"),
     7: Capability("CAP_SETUID", "make files in the name of any user"),
     9: Capability("CAP_LINUX_IMMUTABLE", "set the flags of chattr +i and +a"),
-    CAP_SYS_ADMIN: Capability("CAP_SYS_ADMIN", "pass reads and writes through, and set trusted.* attributes"),
+    CAP_SYS_ADMIN: Capability("CAP_SYS_ADMIN", "pass reads and writes through, and serve trusted.* attributes", True),
     27: Capability("CAP_MKNOD", "make device files"),
     31: Capability("CAP_SETFCAP", "give files capabilities (setcap)"),
 }
 """What workers keep, of what handlefs was started with."""
 
 
-def confine() -> None:
+def needed(*, read_only: bool) -> Collection[int]:
+    """Those that the workers of a mount need, which may be `read_only`."""
+    return [number for number, capability in CAPABILITIES.items() if capability.to_read or not read_only]
+
+
+def confine(*, read_only: bool) -> None:
     """Give up everything else, for this process and its children, for good. Call it before any thread is started."""
+    kept = needed(read_only=read_only)
     _, limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if has_capability(CAP_SYS_RESOURCE):
         limit = resource.RLIM_INFINITY  # for the slot, instead of CAP_IPC_LOCK
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
     if has_capability(CAP_SETPCAP):
         keep_capabilities()
-        drop_from_bounding_set(CAPABILITIES)
-    keep_only(CAPABILITIES)
+        drop_from_bounding_set(kept)
+    keep_only(kept)
     no_new_privileges()
