@@ -28,7 +28,7 @@ from ..support.server import ALARMING
 from ..support.systemd import Systemd, booted
 from ..support.users import Child
 from .conftest import TIMEOUT
-from .processes import name, settled, state
+from .processes import has_come_to, name, settled, state
 from .test_kills import Model
 from .test_takeover import Code, code, workload
 
@@ -243,12 +243,6 @@ def test_what_is_open_goes_on(systemd: Systemd, ext4: Path, passthrough: str, en
 
         Child(client).result(TIMEOUT)
         assert in_the_end(service.stored, stored, seconds=TIMEOUT) == stored
-
-
-def has_come_to(fault: Path, request: Child[object]) -> bool:
-    """Whether a worker has died at `fault`; if not, the request has been answered before it came to that point."""
-    in_the_end(lambda: request.has_result(0) or not fault.exists(), True)
-    return not fault.exists()
 
 
 @pytest.mark.parametrize("end", ["restart", "crash"])
