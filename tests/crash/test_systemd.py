@@ -192,9 +192,10 @@ def test_restarts_and_crashes_under_a_checked_workload(
         assert service.status()["upgrades"] == 0
 
 
-def test_a_worker_that_is_slow_to_die(systemd: Systemd, ext4: Path) -> None:
-    """What it is doing is not done again meanwhile, even if the manager does not wait for its end."""
-    with running(systemd, ext4, "--workers=1", service="KillMode=process") as service:
+@pytest.mark.parametrize("service_lines", ["KillMode=process", "TimeoutStopSec=1"])
+def test_a_worker_that_is_slow_to_die(systemd: Systemd, ext4: Path, service_lines: str) -> None:
+    """What it is doing is not done again meanwhile, even if the manager does not wait for its end, or no longer."""
+    with running(systemd, ext4, "--workers=1", service=service_lines) as service:
         (service.path / "file").touch()
         (worker,) = (child for child in settled(service.pid(), 1) if name(child) == "handlefs-0")
         run("fsfreeze", "--freeze", ext4)
@@ -442,11 +443,19 @@ def test_other_options_need_a_new_mount(systemd: Systemd, ext4: Path) -> None:
         assert "its options have changed" in service.log_file.read_text()
 
 
-def test_a_server_that_cannot_be_brought_back(systemd: Systemd, ext4: Path) -> None:
-    """Its clients do not wait for ever."""
-    with running(systemd, ext4, unit="StartLimitBurst=2") as service:
+@pytest.mark.parametrize(
+    ("module", "line"), [("cli.main", "raise SystemExit(1)"), ("template", "import nothing_like_it")]
+)
+def test_a_server_that_cannot_be_brought_back(
+    systemd: Systemd, ext4: Path, code: Code, module: str, line: str
+) -> None:
+    """Its clients do not wait for ever: neither if the supervisor does not start, nor if no worker does."""
+    unit, expected = "StartLimitBurst=2", "the supervisor has failed|^Traceback|No module named|StartupError"
+    with (
+        running(systemd, ext4, unit=unit, code=code.package.parent, expected_log=expected) as service,
+        code.changed(module.replace(".", "/"), "^(?=import logging|import argparse)", f"{line}\n"),
+    ):
         (service.path / "file").touch()
-        service.configure(unit="StartLimitBurst=2", service="ExecStart=\nExecStart=/bin/false")
         service.kill()
 
         def has_ended() -> bool:  # a worker that is just dying may still answer
@@ -455,6 +464,24 @@ def test_a_server_that_cannot_be_brought_back(systemd: Systemd, ext4: Path) -> N
         assert in_the_end(has_ended, True) is True
         run("umount", service.path)
         systemd.systemctl("reset-failed", service.name)
+
+
+def test_a_stop_of_a_server_whose_workers_do_not_start(systemd: Systemd, ext4: Path, code: Code) -> None:
+    """It does not wait for them, and the mount is taken away."""
+    with (
+        running(systemd, ext4, code=code.package.parent) as service,
+        code.changed("template", "^(?=import logging)", "import signal\n\nsignal.pause()\n"),
+    ):
+        before = service.main_pid
+        service.kill()
+        assert in_the_end(partial(service.has_replaced, before), True, TIMEOUT) is True
+        service.do("stop")
+        assert not is_mounted(service.path)
+
+
+def test_it_is_ordered_before_the_nfs_server(systemd: Systemd, tmp_path: Path) -> None:
+    name = systemd.instance(UNIT.name, tmp_path)
+    assert "nfs-server.service" in systemd.property(name, "Before").split()
 
 
 def test_without_a_source_it_is_not_tried_again(systemd: Systemd, tmp_path: Path) -> None:
