@@ -2,12 +2,16 @@
 
 HANDLEFS_FAULT names a file that says when: ``OPERATION POINT``, as ``mkdir 3``: at the third point, counted from 0, of the next
 MKDIR that a worker serves, or finishes for one that was killed. Points are before and after each system call and each change
-of the slot. The file is removed first, so it happens once; with ``OPERATION POINT POINT`` the successor dies, too, at the
-second point of what it does about the request; with ``OPERATION always`` it stays, and all such requests kill their workers. A
-file that is still there after the request had fewer points. With ``OPERATION POINT stop`` the worker is stopped (SIGSTOP).
+of the slot; the point ``done`` is when the reply is about to be recorded. The file is removed first, so it happens once. A file
+that is still there after the request had fewer points.
+
+``OPERATION POINT POINT``: the successor dies, too, at the second one, counted in what it does about the request.
+``OPERATION POINT stop``: the worker is stopped (SIGSTOP).
+``OPERATION always``: the file stays, and all such requests kill their workers.
 """
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -44,7 +48,7 @@ class _Faulty:
             return self._serve(message)
         if point == "always":
             _end(signal.SIGKILL)
-        self._left = int(point)
+        self._left = math.inf if point == "done" else int(point)
         self._signal = signal.SIGKILL
         self._next = ""
         if then == ["stop"]:
@@ -70,6 +74,8 @@ class _Faulty:
             if module in _SYSTEM_CALLS:
                 self._point()
         elif frame.f_code.co_filename in _FILES:
+            if self._left == math.inf and frame.f_code is slot.Slot.executed.__code__:
+                self._left = 0
             self._point()
 
     def _point(self) -> None:

@@ -446,9 +446,7 @@ def test_other_options_need_a_new_mount(systemd: Systemd, ext4: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "line"), [("cli.main", "raise SystemExit(1)"), ("template", "import nothing_like_it")]
 )
-def test_a_server_that_cannot_be_brought_back(
-    systemd: Systemd, ext4: Path, code: Code, module: str, line: str
-) -> None:
+def test_a_server_that_cannot_be_brought_back(systemd: Systemd, ext4: Path, code: Code, module: str, line: str) -> None:
     """Its clients do not wait for ever: neither if the supervisor does not start, nor if no worker does."""
     unit, expected = "StartLimitBurst=2", "the supervisor has failed|^Traceback|No module named|StartupError"
     with (
