@@ -116,7 +116,7 @@ class Totals:
             "open_files": max(opened["open"] + opened["create"] + opened["tmpfile"] - operations["release"], 0),
             "open_dirs": max(opened["opendir"] - operations["releasedir"], 0),
             "reopened": self._words[_FILES][REOPENED],
-            "backing_ids": backing[REGISTERED] - backing[CLOSED],
+            "backing_ids": max(backing[REGISTERED] - backing[CLOSED], 0),
             "operations_total": operations.total(),
             "operations": dict(operations),
             "errors": dict(errors),
