@@ -211,7 +211,6 @@ static PyObject *native_look(PyObject *module, PyObject *args)
     const char *name;
     struct handle_buffer handle = {.head.handle_bytes = MAX_HANDLE};
     struct stat found;
-    PyObject *stat;
     if (!PyArg_ParseTuple(args, "iy", &directory, &name))
         return NULL;
     SYSTEM_CALL(result, name_to_handle_at(directory, name, &handle.head, &mount_id, 0) ||
@@ -220,11 +219,8 @@ static PyObject *native_look(PyObject *module, PyObject *args)
         Py_RETURN_NONE;
     if (result)
         return error_about(name);
-    stat = new_stat(&found);
-    if (stat == NULL)
-        return NULL;
     return Py_BuildValue("iy#iN", handle.head.handle_type, handle.data, (Py_ssize_t)handle.head.handle_bytes, mount_id,
-                         stat);
+                         new_stat(&found));
 }
 
 /* The node ID in an inline handle of `size` bytes: u32 or u64 inode, u32 generation. 0 if it is none (nodeid.py), and on
@@ -304,11 +300,14 @@ static enum finding look_inline(int directory, const char *name, const struct in
     return finding;
 }
 
-static PyObject *find_inline(int directory, const char *name, const struct inline_rule *rule)
+static PyObject *find_inline(int directory, PyObject *name, const struct inline_rule *rule)
 {
+    char *text;
     uint64_t nodeid;
     struct stat found;
-    switch (look_inline(directory, name, rule, &nodeid, &found)) {
+    if (PyBytes_AsStringAndSize(name, &text, NULL) < 0)
+        return NULL;
+    switch (look_inline(directory, text, rule, &nodeid, &found)) {
     case FOUND:
         return Py_BuildValue("KN", (unsigned long long)nodeid, new_stat(&found));
     case ABSENT:
@@ -351,8 +350,9 @@ static PyObject *native_find_inline(PyObject *module, PyObject *args)
     begin_looking(&rule);
     result = PyList_New(0);
     for (Py_ssize_t index = 0; result != NULL && index < PyList_GET_SIZE(names); index++) {
-        const char *name = PyBytes_AsString(PyList_GET_ITEM(names, index));
-        PyObject *item = name == NULL ? NULL : find_inline(directory, name, &rule);
+        PyObject *name = Py_NewRef(PyList_GET_ITEM(names, index)); /* another thread may change the list meanwhile */
+        PyObject *item = find_inline(directory, name, &rule);
+        Py_DECREF(name);
         if (item == NULL || PyList_Append(result, item) < 0)
             Py_CLEAR(result);
         Py_XDECREF(item);
@@ -805,9 +805,11 @@ static PyObject *reply_to_getattr(const struct replier *self, const struct reque
     if (inode == NULL)
         return NULL;
     SYSTEM_CALL(result, fstat(fd, &found));
-    Py_DECREF(inode);
     if (result < 0)
-        return PyErr_SetFromErrno(PyExc_OSError);
+        PyErr_SetFromErrno(PyExc_OSError);
+    Py_DECREF(inode); /* which may close it, and change errno */
+    if (result < 0)
+        return NULL;
     set_stat(&stat, &found);
     fill_attr(&out.attr, stat.ino ^ ino_mask, &stat);
     return new_reply(request, 0, &out, sizeof out);
@@ -912,6 +914,11 @@ static PyObject *native_ioctl_without(PyObject *module, PyObject *args)
     if (capability >= 32 * _LINUX_CAPABILITY_U32S_3) {
         PyBuffer_Release(&argument);
         PyErr_SetString(PyExc_ValueError, "no such capability");
+        return NULL;
+    }
+    if ((size_t)argument.len < _IOC_SIZE(request)) {
+        PyBuffer_Release(&argument);
+        PyErr_SetString(PyExc_ValueError, "the argument is smaller than the request says");
         return NULL;
     }
     SYSTEM_CALL(result, ioctl_without(capability, fd, request, argument.buf));

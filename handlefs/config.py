@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, cast, get_args
@@ -15,33 +16,43 @@ Passthrough = Literal["auto", "on", "off"]
 NodeIds = Literal["ephemeral", "stable"]
 
 MAX_WORKERS = 64
+LONGEST_TIMEOUT = (1 << 32) - 1
+"""Seconds: longer than any mount lives."""
 SMALLEST_NODE_TABLE = 8
 """Node IDs. A request needs two at most, and a client may have some requests under way."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a server is started with; equal configurations serve the same mount."""
+    """Everything a server is started with; equal configurations serve the same mount. Paths are absolute."""
 
     source: str
     mountpoint: str
     options: MountOptions = field(default_factory=MountOptions)
     state_dir: str | None = None
+    """None: one by the source's identity."""
     key_file: str | None = None
     cache_size: int | None = None
+    """Inodes, of all workers together, or for each peer on a socket. None: by how many descriptors there may be."""
     entry_timeout: float = 1.0
+    """Seconds for which the kernel, or a peer, may trust a name; `attr_timeout` likewise for attributes."""
     attr_timeout: float = 1.0
     submounts: Submounts = "cross"
     transport: Transport = "auto"
     passthrough: Passthrough = "auto"
     workers: int = 4
+    """Processes, of the direct transport."""
     metrics: str | None = None
+    """HOST:PORT, where to serve them."""
     log_file: str | None = None
+    """None: stderr in the foreground, else syslog, or a file where there is none."""
     socket: bool = False
     """Serve a Unix socket at `mountpoint` instead of a mount."""
     nodeids: NodeIds = "ephemeral"
     node_table: int = 16384
+    """Ephemeral node IDs that are kept for each peer."""
     forget_chance: float = 0.0
+    """The probability with which any of them is forgotten between two requests, for tests."""
 
     def with_options(self, own: Mapping[str, str]) -> "Config":
         """This configuration with handlefs's own mount options (``cache-size=…``) applied. Raises OptionError."""
@@ -75,8 +86,8 @@ _DEFAULTS = {entry.name: entry.default for entry in fields(Config)}
 
 
 def _whole(name: str, text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise OptionError(f"bad {name} '{text}': expected a whole number, 0 or more")
+    if not re.fullmatch(r"[0-9]{1,18}", text):  # what fits 64 bits
+        raise OptionError(f"bad {name} '{text}': expected a whole number, 0 or more, of 18 digits at most")
     return int(text)
 
 
@@ -85,8 +96,8 @@ def _seconds(name: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise OptionError(f"bad {name} '{text}': expected a number of seconds, 0 or more")
+    if not 0 <= value <= LONGEST_TIMEOUT:
+        raise OptionError(f"bad {name} '{text}': expected a number of seconds, from 0 to {LONGEST_TIMEOUT}")
     return value
 
 
@@ -116,8 +127,9 @@ def split_address(text: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         raise ValueError("an IPv6 address needs brackets")
-    if not (host and colon and port.isascii() and port.isdigit() and int(port) < 1 << 16):
+    if not (host and colon and re.fullmatch(r"[0-9]{1,5}", port) and int(port) < 1 << 16):
         raise ValueError("not an address")
+    host.encode("idna")  # as the resolver will; UnicodeError is a ValueError
     return host, int(port)
 
 
@@ -156,7 +168,9 @@ def _choice(name: str, text: str, choices: tuple[str, ...]) -> str:
     return text
 
 
-def _path(_name: str, text: str) -> str:
+def _path(name: str, text: str) -> str:
+    if not text:  # as from a variable of the shell that is not set; it does not mean the current directory
+        raise OptionError(f"{name} is empty")
     return os.path.abspath(text)
 
 

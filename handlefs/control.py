@@ -88,6 +88,7 @@ class Record:
 
     @property
     def mountpoint(self) -> str:
+        """Absolute and canonical; the socket's path for a server on one."""
         return self.config.mountpoint
 
     def alive(self) -> bool:
@@ -216,13 +217,14 @@ def request(mountpoint: str, message: Mapping[str, object], timeout: float = REP
 
 
 def _ask(mountpoint: str, message: Mapping[str, object], timeout: float) -> bytes:
-    """The line that is the reply; empty if the connection ends without one."""
+    """The line that is the reply; empty if the connection ends before that is whole."""
     with _connected(mountpoint) as connection:
         connection.settimeout(timeout)
         try:
             connection.sendall(json.dumps(message).encode() + b"\n")
             with connection.makefile("rb") as replies:
-                return replies.readline()
+                line = replies.readline()
+                return line if line.endswith(b"\n") else b""  # else the server was killed while it wrote
         except (BrokenPipeError, ConnectionResetError):
             return b""
         except OSError as error:
@@ -285,8 +287,8 @@ class ControlServer:
         return self._server.fileno()
 
     def stop(self, *, keep_record: bool = False) -> None:
-        """Stop listening and remove the socket and the record, unless a successor has replaced them. With `keep_record` they
-        stay, as those of a killed server do, for `handlefs restart`."""
+        """Stop listening and remove the socket and the record, unless a successor has replaced them; what cannot be removed is
+        logged. With `keep_record` they stay, as those of a killed server do, for `handlefs restart`."""
         if self._server is None:
             return
         self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which else looks for an end twice a second
@@ -295,6 +297,12 @@ class ControlServer:
         self._server = None
         if keep_record:
             return
+        try:
+            self._remove_files()
+        except (OSError, UserError) as error:  # why the server ends must not be lost
+            log.error("the server's record cannot be removed: %s", error)
+
+    def _remove_files(self) -> None:
         with _locked_runtime_dir():
             kept = record(self._config.mountpoint)
             if kept is not None and kept.pid == os.getpid():

@@ -22,12 +22,20 @@ from typing import NamedTuple
 from handlefs.accelerator import native
 from handlefs.process import keep_capabilities
 
+# linux/capability.h
+CAP_CHOWN = 0
 CAP_DAC_OVERRIDE = 1
 CAP_DAC_READ_SEARCH = 2
+CAP_FOWNER = 3
 CAP_FSETID = 4
+CAP_SETGID = 6
+CAP_SETUID = 7
 CAP_SETPCAP = 8
+CAP_LINUX_IMMUTABLE = 9
 CAP_SYS_ADMIN = 21
 CAP_SYS_RESOURCE = 24
+CAP_MKNOD = 27
+CAP_SETFCAP = 31
 
 _CLONE_FS = 0x200
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
@@ -127,7 +135,7 @@ def set_gid_for_members(caller: Caller) -> Iterator[None]:
     that directory's group or root (mode_strip_sgid in fs/inode.c).
 
     The kernel of the mount has done so already, but by the directory's group as it knew it, and before Linux 6.0 not at all.
-    Where the caller's groups are not told it is believed.
+    Without the caller's groups, the kernel's decision stands.
     """
     if caller.groups is None or caller.uid == 0:
         yield

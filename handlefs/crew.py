@@ -19,10 +19,11 @@ from handlefs.errors import StartupError
 from handlefs.handover import ServingWorker
 from handlefs.loopcalls import LoopCalls
 from handlefs.metrics import Counters
+from handlefs.process import how_it_ended
 from handlefs.protocol import abi
 from handlefs.slot import Slot
 from handlefs.worker import Assignment, answer_eio
-from handlefs.workforce import REPLY_TIMEOUT, ProcessGroups, Template, WorkerProcess, how_it_ended
+from handlefs.workforce import REPLY_TIMEOUT, ProcessGroups, Template, WorkerProcess
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from types import FrameType
 from typing import NoReturn
 
 from handlefs import notify
-from handlefs.errors import ConnectionAborted, StartupError
+from handlefs.errors import ConnectionAborted, StartupError, UserError
 from handlefs.mount import mount_at, unmount
+from handlefs.process import how_it_ended
 
 log = logging.getLogger(__name__)
 
@@ -45,19 +46,26 @@ def set_up_logging(destination: str | None, *, foreground: bool) -> None:
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
 
 
+class _Formatter(logging.Formatter):
+    """Names that are not UTF-8 are escaped: a handler that cannot encode a line would lose it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).encode(errors="backslashreplace").decode()
+
+
 def _log_handler(destination: str | None, foreground: bool) -> logging.Handler:
     handler: logging.Handler
     if destination is None and not foreground and default_log() == SYSLOG:
         handler = logging.handlers.SysLogHandler(os.fspath(SYSLOG), facility=logging.handlers.SysLogHandler.LOG_DAEMON)
         handler.ident = f"handlefs[{os.getpid()}]: "
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
         return handler
     if destination is None and foreground:
         handler = logging.StreamHandler()
     else:
         # Watched: logrotate may move the file away.
         handler = logging.handlers.WatchedFileHandler(destination or default_log(), encoding="utf-8")
-    handler.setFormatter(logging.Formatter(f"%(asctime)s handlefs[{os.getpid()}] %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter(f"%(asctime)s handlefs[{os.getpid()}] %(levelname)s %(name)s: %(message)s"))
     return handler
 
 
@@ -91,8 +99,7 @@ def in_background(serve: Callable[[Callable[[], None]], None]) -> None:
     _, status = os.waitpid(pid, 0)
     if message:
         raise StartupError(message.decode(errors="replace"))
-    code = os.waitstatus_to_exitcode(status)
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    how = how_it_ended(os.waitstatus_to_exitcode(status))
     raise StartupError(f"the server {how} before the mount was ready")
 
 
@@ -114,14 +121,14 @@ def _child(serve: Callable[[Callable[[], None]], None], writer: int) -> NoReturn
     status = 0
     try:
         serve(on_ready)
-    except StartupError as error:
-        _report(writer, str(error))
-        status = 1
     except ConnectionAborted:  # it is in the log, and nobody waits any more
+        status = 1
+    except UserError as error:
+        _report(writer, str(error))
         status = 1
     except OSError as error:
         log.exception("the server failed")
-        _report(writer, f"cannot serve: {error.strerror}{f': {error.filename}' if error.filename else ''}")
+        _report(writer, f"cannot serve: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         status = 1
     except BaseException as error:
         log.exception("the server failed")

@@ -14,6 +14,7 @@ import errno
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import struct
@@ -38,6 +39,7 @@ SCHEMA_VERSION = 1
 FLUSH_INTERVAL = 1.0
 """Seconds between moves of new entries to the durable environment: what a power cut may lose."""
 
+_RECENT = re.compile(r"recent-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _META = b"meta"
 _NODES = b"nodes"
 _VALUE = struct.Struct("<16si")
@@ -340,6 +342,6 @@ def _boot_id() -> str:
 def _remove_other_boots(directory: Path) -> None:
     current = f"recent-{_boot_id()}"
     for old in directory.glob("recent-*"):
-        if old.name != current:
+        if old.name != current and _RECENT.fullmatch(old.name):  # else it is none of ours
             with contextlib.suppress(FileNotFoundError):  # another process does the same
                 shutil.rmtree(old)

@@ -59,6 +59,7 @@ class State:
 
     @property
     def assignment(self) -> Assignment:
+        """What the workers of the mount are told."""
         return self.connection.assignment
 
     def descriptors(self) -> tuple[int, ...]:

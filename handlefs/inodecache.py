@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cachetools import LRUCache
 
-from handlefs.metrics import CACHE_COUNTS, Counts
+from handlefs.counts import CACHE_COUNTS, Counts
 
 _SIZE, _CAPACITY, _HITS, _MISSES, _EVICTIONS = range(len(CACHE_COUNTS))
 

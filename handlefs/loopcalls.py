@@ -32,8 +32,9 @@ class LoopCalls:
         return future.result()
 
     def wake(self) -> None:
-        """Have the loop run once, with nothing to call; for signal handlers."""
-        os.eventfd_write(self.fd, 1)
+        """Have the loop run once, with nothing to call; for signal handlers of its thread. Nothing if it has ended."""
+        if not self._has_ended:  # else the number may be another file's
+            os.eventfd_write(self.fd, 1)
 
     def run(self) -> None:
         """Call what waits."""

@@ -12,8 +12,9 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from handlefs.counts import CACHE_COUNTS, CLOSED, REGISTERED, REOPENED
 from handlefs.protocol import abi
 
 RATE_WINDOW = 10
@@ -37,20 +38,6 @@ _FILES = slice(_BEGAN + 16, _BEGAN + 24)
 _BACKING = slice(_BEGAN + 24, _BEGAN + 32)
 
 _OPERATIONS = {0: "unknown"} | {number: name for number, name in abi.OPCODE_NAMES.items() if number < _ROWS}
-
-CACHE_COUNTS = ("size", "capacity", "hits", "misses", "evictions")
-"""What an inode cache counts, in this order; the first two are numbers of inodes now."""
-REOPENED = 0
-"""What open files count: those of another process that were opened again, by their node ID."""
-REGISTERED, CLOSED = 0, 1
-"""What backing files count: the backing IDs that the kernel gave out, and took back."""
-
-
-class Counts(Protocol):
-    """Numbers that somebody counts: a list, or shared memory."""
-
-    def __getitem__(self, index: int, /) -> int: ...
-    def __setitem__(self, index: int, value: int, /) -> None: ...
 
 
 class Counters:

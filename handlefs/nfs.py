@@ -1,7 +1,9 @@
 """knfsd, the kernel's NFS server: what it exports, export lines, and stopping it around a restart of ours."""
 
 import contextlib
+import errno
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -9,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from handlefs.errors import UserError
+
+log = logging.getLogger(__name__)
 
 NFSD = Path("/proc/fs/nfsd")
 ETAB = Path("/var/lib/nfs/etab")
@@ -98,7 +102,7 @@ def apply(export: Export) -> None:
 
 
 def threads() -> int:
-    """How many threads knfsd has; 0 when it does not run."""
+    """How many threads knfsd has; 0 when it does not run. Raises PermissionError for others than root where it does."""
     try:
         return int((NFSD / "threads").read_text())
     except FileNotFoundError:
@@ -120,9 +124,12 @@ def paused(mountpoint: str) -> Iterator[None]:
 
 def release(mountpoint: str) -> None:
     """Make knfsd close the files below *mountpoint* that it keeps open, and drop its clients' locks there."""
-    # Newer kernels say EINVAL when knfsd has been stopped: then there is nothing left to close.
-    with contextlib.suppress(OSError):
+    try:
         (NFSD / "unlock_filesystem").write_text(mountpoint + "\n")
+    except OSError as error:
+        # Newer kernels say EINVAL when knfsd has been stopped: then there is nothing left to close.
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            log.warning("the NFS server may keep files of %s open: %s", mountpoint, error.strerror)
 
 
 def _set_threads(count: int) -> None:

@@ -43,7 +43,7 @@ def store_size() -> float:
 
 
 def has_no_store() -> None:
-    """Take it from now on, also in what this process executes, that the manager keeps nothing."""
+    """From now on act as if the manager keeps no descriptors, across exec too."""
     os.environ["FDSTORE"] = "0"
 
 

@@ -10,7 +10,7 @@ import secrets
 import threading
 from collections.abc import Iterator
 
-from handlefs.metrics import REOPENED, Counts
+from handlefs.counts import REOPENED, Counts
 
 _ACCESS_MASK = os.O_ACCMODE  # bits 0 and 1
 _DIRECTORY = 1 << 2

@@ -1,4 +1,4 @@
-"""What a process tells the kernel about itself (prctl(2))."""
+"""What a process tells the kernel about itself (prctl(2)), and how it has ended."""
 
 import ctypes
 import errno
@@ -64,6 +64,17 @@ def drop_from_bounding_set(capabilities: Collection[int]) -> None:
             return  # this kernel has no more
         if held and capability not in capabilities:
             _prctl(_PR_CAPBSET_DROP, capability)
+
+
+def how_it_ended(code: int) -> str:
+    """What to say of a process with this exit code, as subprocess has it."""
+    if code >= 0:
+        return f"ended with status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # of the real-time signals only the first and the last have names
+        name = f"signal {-code}"
+    return f"was killed by {name}"
 
 
 def _prctl(option: int, value: object = 0) -> int:

@@ -60,7 +60,8 @@ class MetricsServer:
             family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             self._server = _HttpServer(family, place, StatusCollector(status), listening)
         except OSError as error:  # socket.gaierror too
-            raise StartupError(f"cannot serve metrics at {address}: {error.strerror}") from error
+            why = f"cannot serve metrics at {address}: {error.strerror}; give another --metrics HOST:PORT"
+            raise StartupError(why) from error
         name, port = self._server.socket.getsockname()[:2]
         self.url = f"http://{f'[{name}]' if ':' in name else name}:{port}/metrics"
         """Where the metrics are."""
@@ -254,7 +255,12 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         if self.path.partition("?")[0] != "/metrics":
             self.send_error(http.HTTPStatus.NOT_FOUND, explain="The metrics are at /metrics.")
             return
-        content = generate_latest(self.server.registry)
+        try:
+            content = generate_latest(self.server.registry)
+        except Exception:  # of ours, while the errors of clients are nobody's concern
+            log.exception("the metrics cannot be told")
+            self.send_error(http.HTTPStatus.INTERNAL_SERVER_ERROR, explain="See the server's log.")
+            return
         self.send_response(http.HTTPStatus.OK)
         self.send_header("Content-Type", _CONTENT_TYPE)
         self.send_header("Content-Length", str(len(content)))

@@ -3,8 +3,8 @@
 A worker hands over a descriptor of what is about to lose a name, before it takes the name away. Whoever holds an inode, any
 process opens it by its file handle (measured on ext4, XFS, btrfs, tmpfs), so nothing has to come back from here.
 
-Most removed files are wanted by nobody, and their space must be free at once. So an object is looked at as soon as the
-request that removes it is over, and what the kernel knows then, when the kernel has forgotten it: the drop log tells.
+Most removed files are wanted by nobody, and their space must be free at once. So each object is looked at when the request
+that removed it is over. If the kernel still knows it then, it is looked at again when the drop log says it was forgotten.
 """
 
 import contextlib

@@ -10,10 +10,17 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from handlefs.credentials import (
+    CAP_CHOWN,
     CAP_DAC_OVERRIDE,
     CAP_DAC_READ_SEARCH,
+    CAP_FOWNER,
     CAP_FSETID,
+    CAP_LINUX_IMMUTABLE,
+    CAP_MKNOD,
+    CAP_SETFCAP,
+    CAP_SETGID,
     CAP_SETPCAP,
+    CAP_SETUID,
     CAP_SYS_ADMIN,
     CAP_SYS_RESOURCE,
     has_capability,
@@ -27,32 +34,29 @@ class Capability(NamedTuple):
 
     name: str
     use: str
-    to_read: bool = False
-    """Whether a read-only mount needs it, too."""
 
 
 CAPABILITIES: Mapping[int, Capability] = {
-    0: Capability("CAP_CHOWN", "give files to the users that make them, and to others"),
-    CAP_DAC_OVERRIDE: Capability(
-        "CAP_DAC_OVERRIDE", "serve any user: the kernel of the mount has checked permissions", True
-    ),
-    CAP_DAC_READ_SEARCH: Capability("CAP_DAC_READ_SEARCH", "open files by their handles", True),
-    # Read-only: to read files of any user with O_NOATIME.
-    3: Capability("CAP_FOWNER", "change modes, times and attributes of files of any user", True),
+    CAP_CHOWN: Capability("CAP_CHOWN", "give files to the users that make them, and to others"),
+    CAP_DAC_OVERRIDE: Capability("CAP_DAC_OVERRIDE", "serve any user: the kernel of the mount has checked permissions"),
+    CAP_DAC_READ_SEARCH: Capability("CAP_DAC_READ_SEARCH", "open files by their handles"),
+    CAP_FOWNER: Capability("CAP_FOWNER", "change modes, times and attributes of files of any user"),
     CAP_FSETID: Capability("CAP_FSETID", "keep set-id bits for clients that may"),
-    6: Capability("CAP_SETGID", "make files in the name of any group"),
-    7: Capability("CAP_SETUID", "make files in the name of any user"),
-    9: Capability("CAP_LINUX_IMMUTABLE", "set the flags of chattr +i and +a"),
-    CAP_SYS_ADMIN: Capability("CAP_SYS_ADMIN", "pass reads and writes through, and serve trusted.* attributes", True),
-    27: Capability("CAP_MKNOD", "make device files"),
-    31: Capability("CAP_SETFCAP", "give files capabilities (setcap)"),
+    CAP_SETGID: Capability("CAP_SETGID", "make files in the name of any group"),
+    CAP_SETUID: Capability("CAP_SETUID", "make files in the name of any user"),
+    CAP_LINUX_IMMUTABLE: Capability("CAP_LINUX_IMMUTABLE", "set the flags of chattr +i and +a"),
+    CAP_SYS_ADMIN: Capability("CAP_SYS_ADMIN", "pass reads and writes through, and serve trusted.* attributes"),
+    CAP_MKNOD: Capability("CAP_MKNOD", "make device files"),
+    CAP_SETFCAP: Capability("CAP_SETFCAP", "give files capabilities (setcap)"),
 }
 """What workers keep, of what handlefs was started with."""
+_TO_READ = (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_SYS_ADMIN)
+"""Those that a read-only mount needs, too; CAP_FOWNER to open files of any user with O_NOATIME."""
 
 
 def needed(*, read_only: bool) -> Collection[int]:
     """Those that the workers of a mount need, which may be `read_only`."""
-    return [number for number, capability in CAPABILITIES.items() if capability.to_read or not read_only]
+    return _TO_READ if read_only else CAPABILITIES
 
 
 def confine(*, read_only: bool) -> None:

@@ -143,20 +143,19 @@ class Server:
                 threading.Thread(target=self._finish_upgrade, args=(self._inherited.client,), daemon=True).start()
 
         aborted = False
-        try:
-            self._control.start(self._inherited.control if self._inherited else None)
-            self._serve(ready)
-            aborted = device is not None and _stays(self.config.mountpoint, device)
-        except OSError as error:
-            if device is not None:
-                raise
-            raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
-        finally:
-            self._control.stop(keep_record=aborted)
+        with contextlib.ExitStack() as ending:
+            ending.callback(self._close_map)
             if self._metrics is not None:
-                self._metrics.close()
-            self._map_in_use.acquire()  # for good: who still asks for the status hears that the server has ended
-            close_map(self.source)
+                ending.callback(self._metrics.close)
+            ending.callback(lambda: self._control.stop(keep_record=aborted))
+            try:
+                self._control.start(self._inherited.control if self._inherited else None)
+                self._serve(ready)
+                aborted = device is not None and _stays(self.config.mountpoint, device)
+            except OSError as error:
+                if device is not None:
+                    raise
+                raise StartupError(f"cannot mount at {self.config.mountpoint}: {error.strerror or error}") from error
         if aborted:
             message = f"the connection to {self.config.mountpoint} was aborted: handlefs restart brings it back"
             log.error("%s", message)
@@ -194,6 +193,11 @@ class Server:
     def _open_map(self) -> None:
         key_file = Path(self.config.key_file) if self.config.key_file else None
         self.source.attach_map(open_map(self.state_dir, self.source, key_file))
+
+    def _close_map(self) -> None:
+        """For good: who still asks for the status waits, and hears that the server has ended."""
+        self._map_in_use.acquire()
+        close_map(self.source)
 
     def status(self) -> dict[str, object]:
         """What `handlefs status` shows; docs/control.md lists the keys."""

@@ -101,9 +101,9 @@ class Source:
         self.root = Inode(root_fd, ROOT_NODEID, self.volumes.root.id, 0)
         root_ino = os.fstat(root_fd).st_ino
         self.inline: InlineFormat | None = None
+        """How handles of the source's own file system go into node IDs; None if all have to be mapped."""
         if self.volumes.root.filesystem.type in INLINE_FILESYSTEMS:
             self.inline = inline_format(self.handle, root_ino)
-        """How handles of the source's own file system go into node IDs; None if all have to be mapped."""
         self.inline_nodes: InlineNodes | None = None
         if self.inline is not None:
             root = self.volumes.root

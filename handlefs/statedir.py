@@ -17,6 +17,7 @@ SHARED_MEMORY = Path("/dev/shm")
 _LOCK_FILE_SIZE = 64 << 10
 """Room for some 1000 readers of one environment."""
 _TOKEN_SIZE = 16
+_PREFIX = "handlefs-"
 
 
 class StateDirectory:
@@ -94,7 +95,10 @@ class StateDirectory:
         _link(self.path / "locks", locks)
         for name in environments:
             (self.path / name).mkdir(mode=0o700, exist_ok=True)
-            _link(self.path / name / "lock.mdb", None if locks is None else locks / name)
+            lock = self.path / name / "lock.mdb"
+            if not lock.is_symlink():  # of LMDB's, from where there was no tmpfs
+                lock.unlink(missing_ok=True)
+            _link(lock, None if locks is None else locks / name)
             if locks is not None:
                 allocate_lock_file(locks / name)
         if locks is not None:
@@ -118,7 +122,7 @@ class StateDirectory:
                 with contextlib.suppress(FileExistsError):
                     before.mkdir(mode=0o700)
                     return before
-            return Path(tempfile.mkdtemp(prefix="handlefs-", dir=SHARED_MEMORY))
+            return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=SHARED_MEMORY))
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS, errno.EPERM):
                 return None
@@ -128,7 +132,7 @@ class StateDirectory:
         """Remove the directory on the tmpfs, if it is ours; returns its path."""
         link = self.path / "locks"
         locks = link.readlink() if link.is_symlink() else None
-        if locks is None or locks.parent != SHARED_MEMORY:
+        if locks is None or locks.parent != SHARED_MEMORY or not locks.name.startswith(_PREFIX):
             return None
         if locks.is_dir() and not locks.is_symlink() and locks.stat().st_uid == os.geteuid():
             shutil.rmtree(locks)
@@ -136,11 +140,14 @@ class StateDirectory:
 
 
 def _link(link: Path, target: Path | None) -> None:
-    """Make `link` lead to `target`, without a write if it does already: the disk may be full."""
-    if target is None or not link.is_symlink() or link.readlink() != target:
-        link.unlink(missing_ok=True)
-        if target is not None:
-            link.symlink_to(target)
+    """Make `link` lead to `target`, without a write if it does already: the disk may be full. Raises FileExistsError if there
+    is something else, which is not ours to replace."""
+    if link.is_symlink():
+        if link.readlink() == target:
+            return
+        link.unlink()
+    if target is not None:
+        link.symlink_to(target)
 
 
 def allocate_lock_file(path: Path) -> None:

@@ -44,7 +44,7 @@ from handlefs.transport.backing import KEPT_FILES, KEPT_SECONDS, BackingFiles
 from handlefs.transport.backingtable import BackingTable
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.receiver import Receiver
-from handlefs.transport.replay import RECORDED, Replay, failure, identity, size_intent
+from handlefs.transport.replay import RECORDED, Replay, identity, size_intent
 from handlefs.volumes import OpenedSource, Volume
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class Worker:
         try:
             intent = self._replay.intent(opcode, message)
         except OSError as error:
-            self._reply(message, failure(message, error.errno or errno.EIO))
+            self._reply(message, self._dispatcher.failure(message, error))
             return
         if intent:
             self._slot.executing(intent)
@@ -169,15 +169,22 @@ class Worker:
         if state == EXECUTED:
             self._reply(message, (self._slot.reply,))
         elif state == EXECUTING:
-            self._record_and_reply(message, self._replay.finish(_opcode(message), message, self._slot.intent))
+            self._record_and_reply(message, self._once(message, self._slot.intent))
         elif _opcode(message) == abi.FUSE_WRITE:  # perhaps to a file that has become append-only since it was opened
-            self._record_and_reply(message, self._replay.finish_write(message, b""))
+            self._record_and_reply(message, self._once(message, b""))
         else:
             if _opcode(message) == abi.FUSE_TMPFILE:  # nothing leads back to the file that a killed worker has made
                 self._dispatcher.abandoned(self._slot.unique)
             self._serve(message)
         self._slot.count_finished()
         self._replay.keep_nothing()
+
+    def _once(self, message: memoryview, intent: bytes) -> Sequence[bytes] | None:
+        """The reply to a request that may have been executed."""
+        try:
+            return self._replay.finish(_opcode(message), message, intent)
+        except OSError as error:
+            return self._dispatcher.failure(message, error)
 
     def _record_and_reply(self, message: memoryview, reply: Sequence[bytes] | None) -> None:
         if reply is not None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from handlefs import interpreter
 from handlefs.handover import ServingWorker
+from handlefs.process import how_it_ended
 from handlefs.worker import Assignment
 
 REPLY_TIMEOUT = 10.0
@@ -55,6 +56,7 @@ class WorkerProcess:
 
     @property
     def is_spare(self) -> bool:
+        """Whether it is ready, and waits for a slot."""
         return bool(self.pid) and self.slot is None and not self.is_retired
 
     def is_heard_within(self, seconds: float) -> bool:
@@ -110,7 +112,7 @@ class WorkerProcess:
         self.commands.close()
 
     def close(self) -> None:
-        """Let go of its descriptors. Who just asks it gets None."""
+        """Let go of its descriptors. A caller inside `ask` gets None."""
         with contextlib.suppress(OSError):  # it is dismissed, or dead
             self.commands.shutdown(socket.SHUT_RDWR)
         with self._lock:  # the number will be another socket's, which must not get what is meant for this one
@@ -224,8 +226,3 @@ def _readable(fd: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(seconds * 1000))
-
-
-def how_it_ended(status: int) -> str:
-    """What to say of a process with this exit code, as subprocess has it."""
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

@@ -24,7 +24,9 @@ import pytest
 from handlefs import control, nfs
 from handlefs.cli.check import _direct, _passthrough
 from handlefs.cli.fuseprobe import FuseProtocol, ask_kernel
+from handlefs.cli.handle import Node, parse
 from handlefs.cli.main import COMMANDS, cli
+from handlefs.config import Config
 from handlefs.handle import AT_FDCWD, name_to_handle_at, open_by_handle_at
 from handlefs.mount import mount_at, mounts, unmount
 
@@ -470,7 +472,10 @@ def test_mistakes_are_told(place: Place, tmp_path: Path) -> None:
         ([source, path, "--key-file", a_file], "is not a key file"),
         (["/proc", path], "no file handles"),
         ([source, path, "--metrics", "no.such.host.invalid:1"], "cannot serve metrics at no.such.host.invalid:1: "),
-        ([source, path, "--metrics", "192.0.2.1:0"], "cannot serve metrics at 192.0.2.1:0: Cannot assign"),
+        (
+            [source, path, "--metrics", "192.0.2.1:0"],
+            "cannot serve metrics at 192.0.2.1:0: Cannot assign requested address; give another --metrics HOST:PORT",
+        ),
     ]
     for words, message in cases:
         assert message in fails(*place.options(), *words), words
@@ -495,9 +500,29 @@ def test_mistakes_are_told(place: Place, tmp_path: Path) -> None:
     assert control.servers() == []
 
 
-@pytest.mark.parametrize("command", ["umount", "restart", "reload", "upgrade", "status", "evict", "top", "export"])
-def test_an_empty_mount_point_is_not_the_current_directory(command: str) -> None:
-    assert "it is empty" in fails(command, "", *(["*"] if command == "export" else []), status=2)
+@pytest.mark.parametrize(
+    "name", ["umount", "restart", "reload", "upgrade", "status", "evict", "top", "export", "check", "handle"]
+)
+def test_an_empty_path_is_not_the_current_directory(name: str) -> None:
+    words = ["", *(["*"] if name == "export" else [])]
+    assert "is empty" in fails(name, *words, status=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "empty"),
+    [
+        (["", "/mnt"], "SOURCE"),
+        (["serve", "", "--socket", "/run/socket"], "SOURCE"),
+        (["client", "", "ls"], "SOCKET"),
+        (["client", "/run/socket", "mount", ""], "MOUNTPOINT"),
+        (["map", "stats", ""], "SOURCE|MOUNTPOINT"),
+        (["map", "rebuild", "/srv", "--key-file", ""], "--key-file"),
+        (["handle", "1", "--source", ""], "--source"),
+        (["/srv", "/mnt", "--state-dir", ""], "state-dir"),
+    ],
+)
+def test_which_path_is_empty_is_told(words: list[str], empty: str) -> None:
+    assert fails(*words, status=2).startswith(f"handlefs: {empty} is empty\n")
 
 
 @needs_root
@@ -514,14 +539,16 @@ def test_a_runtime_directory_without_room(place: Place, monkeypatch: pytest.Monk
 
 
 @needs_root
-def test_without_capabilities_it_says_which(place: Place) -> None:
+@pytest.mark.parametrize("as_client", [False, True])
+def test_without_capabilities_it_says_which(place: Place, as_client: bool) -> None:
     if shutil.which("setpriv") is None:
         pytest.skip("setpriv(1) is not installed")
-    argv = ["setpriv", "--bounding-set=-sys_admin,-dac_read_search", *HANDLEFS, str(place.source), str(place.path)]
+    words = ["client", "/no/socket", "mount"] if as_client else [str(place.source)]
+    argv = ["setpriv", "--bounding-set=-sys_admin,-dac_read_search", *HANDLEFS, *words, str(place.path)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert done.returncode == 1
     assert "run it as root" in done.stderr
-    assert "CAP_DAC_READ_SEARCH" in done.stderr
+    assert ("CAP_DAC_READ_SEARCH" in done.stderr) is not as_client
     assert "CAP_SYS_ADMIN" in done.stderr
 
 
@@ -531,6 +558,7 @@ def test_a_second_mount_at_the_same_place_is_refused(place: Place) -> None:
     place.mount()
     message = fails(place.source, place.path, *place.options())
     assert f"{place.path} is already a handlefs mount of {place.source} (process {place.pid})" in message
+    assert f"handlefs umount {place.path}" in message
     ok("umount", place.path)
 
 
@@ -791,6 +819,22 @@ def test_umount_elsewhere_is_refused(place: Place, tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "none", place.path], check=True)
     assert "is not a handlefs mount but one of type tmpfs" in fails("umount", place.path)
     unmount(str(place.path))
+
+
+@needs_root
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_is_mounted_over_it_is_left_alone(place: Place, killed: bool) -> None:
+    place.mount()
+    if killed:
+        place.kill()
+        unmount(str(place.path), lazy=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", place.path], check=True)
+    for command in "umount", "restart":
+        assert f"of type tmpfs is mounted over {place.path}: unmount that first" in fails(command, place.path)
+        assert mount_at(str(place.path)).fstype == "tmpfs"  # type: ignore[union-attr]
+    unmount(str(place.path))
+    ok("umount", place.path)
+    assert not place.is_mounted()
 
 
 # --- restart --------------------------------------------------------------------------------------------------------
@@ -1167,6 +1211,33 @@ def name_to_handle(path: Path) -> str:
     return str(name_to_handle_at(AT_FDCWD, os.fsencode(path))[0])
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("007", Node(7)),
+        ("0X1f", Node(31)),
+        (str(2**64 - 1), Node(2**64 - 1)),
+        (str(2**64), None),
+        ("0", None),
+        ("7" * 5001, None),
+        ("\u0661", None),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_node_ids_as_they_are_typed(text: str, expected: Node | None) -> None:
+    assert parse(text) == expected
+
+
+def test_names_that_are_not_utf_8_are_printed(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    runtime.mkdir(mode=0o700)
+    record = {"pid": 1, "config": Config("/srv", "/mnt/\udce9").to_dict()}
+    (runtime / "0123.json").write_text(json.dumps(record))
+    done = subprocess.run([*HANDLEFS, "status"], capture_output=True, check=True, timeout=TIMEOUT)
+    assert b"/mnt/\xe9" in done.stdout
+    assert not done.stderr
+
+
 @needs_root
 @both_transports
 def test_handle_searches_for_a_path(place: Place) -> None:
@@ -1191,9 +1262,22 @@ def test_export_prints_the_line(place: Place) -> None:
     assert f"fsid={number})" in ok("export", place.path, "client.example")
     assert "use --fsid N" in fails("export", place.path, "*", "-o", "fsid=3")
     assert "bad CLIENT" in fails("export", place.path, "a b", status=2)
+    for options in "ro, sync", "ro)*(rw":
+        assert "bad -o" in fails("export", place.path, "*", "-o", options, status=2)
     assert "--fsid" in fails("export", place.path, "*", "--fsid", "0", status=2)
     ok("umount", place.path)
     assert "no handlefs server runs" in fails("export", place.path, "*")
+
+
+@needs_root
+def test_what_a_server_on_a_socket_cannot_do(place: Place, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    ok("serve", place.source, "--socket", path, "--state-dir", place.state_dir, "--log-file", place.log)
+    try:
+        assert f"to export {place.source}, mount it" in fails("export", path, "*")
+        assert "has no --transport" in fails("restart", path, "--transport=direct", status=2)
+    finally:
+        ok("umount", path)
 
 
 @needs_root

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from .posix.compare import in_the_end
 from .support.cli import HANDLEFS, TIMEOUT, fails, ok
 from .support.modes import TRANSPORTS
 from .support.server import Mounted, mounted
@@ -48,6 +49,7 @@ def direct(ext4: Path) -> Iterator[Mounted]:
 def test_once(server: Mounted) -> None:
     """Operations of the interval are there with their latencies, those before it are not."""
     (server.path / "before").symlink_to("x")
+    assert in_the_end(lambda: server.status()["operations"].get("symlink"), 1) == 1  # counted after the reply
     with subprocess.Popen([*TOP, server.path, "--once"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         number = 0
@@ -84,7 +86,8 @@ def test_mistakes_are_told(direct: Mounted, tmp_path: Path) -> None:
     assert "no handlefs server runs at" in fails("top", tmp_path, "--once")
     assert "this is no terminal: use --once or --batch N" in fails("top", status=2)
     assert "--once and --batch exclude each other" in fails("top", "--once", "--batch", 2, status=2)
-    assert "--interval" in fails("top", "--once", "--interval", 0, status=2)
+    for interval in 0, "nan", "inf":
+        assert "--interval" in fails("top", "--once", "--interval", interval, status=2)
     direct.stop()
     assert "no handlefs server runs here" in fails("top", "--once")
 

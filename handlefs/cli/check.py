@@ -13,7 +13,7 @@ import click
 from handlefs import nfs
 from handlefs.accelerator import native
 from handlefs.cli.fuseprobe import FEATURES, FuseProtocol, ask_kernel, try_passthrough
-from handlefs.cli.launch import CAPABILITIES, missing_capabilities
+from handlefs.cli.launch import NEEDED, missing_capabilities
 from handlefs.cli.params import DIRECTORY, json_option, print_json, print_table
 from handlefs.credentials import CAP_SETPCAP, has_capability
 from handlefs.filesystem import identify
@@ -21,8 +21,7 @@ from handlefs.handle import FileHandle, handle_of, open_by_handle_at
 from handlefs.mount import mounts_below
 from handlefs.nodeid import inline_format
 from handlefs.protocol import abi
-from handlefs.sandbox import CAPABILITIES as WORKER_CAPABILITIES
-from handlefs.sandbox import Capability
+from handlefs.sandbox import CAPABILITIES, Capability
 
 Verdict = Literal["ok", "limited", "missing"]
 STYLES = {"ok": "green", "limited": "yellow", "missing": "bold red"}
@@ -176,13 +175,13 @@ def _has_handles(path: str) -> bool:
 
 def _capabilities() -> Iterator[Finding]:
     missing = missing_capabilities()
-    for name, use in CAPABILITIES.values():
-        if name in missing:
-            yield Finding(name, "missing", f"needed to {use}", "run handlefs as root")
+    for capability in NEEDED.values():
+        if capability in missing:
+            yield Finding(capability.name, "missing", f"needed to {capability.use}", "run handlefs as root")
         else:
-            yield Finding(name, "ok", f"may {use}")
-    for number, capability in {CAP_SETPCAP: OTHERS, **WORKER_CAPABILITIES}.items():
-        if number not in CAPABILITIES and not has_capability(number):
+            yield Finding(capability.name, "ok", f"may {capability.use}")
+    for number, capability in {CAP_SETPCAP: OTHERS, **CAPABILITIES}.items():
+        if number not in NEEDED and not has_capability(number):
             advice = "run handlefs as root; in a container, allow it"
             yield Finding(capability.name, "limited", f"cannot {capability.use}", advice)
 
@@ -306,7 +305,11 @@ def _nfs_server() -> Iterator[Finding]:
         )
     else:
         yield Finding("NFS tools", "ok", "rpc.nfsd, rpc.mountd, exportfs")
-    threads = nfs.threads()
+    try:
+        threads = nfs.threads()
+    except PermissionError:
+        yield Finding("NFS server", "limited", "whether it runs cannot be seen", "check again as root")
+        return
     if threads:
         yield Finding("NFS server", "ok", f"running with {threads} threads")
     elif _has_nfsd():

@@ -13,7 +13,9 @@ from typing import BinaryIO
 
 import click
 
+from handlefs.cli.launch import require_capabilities
 from handlefs.cli.params import DIRECTORY, json_option, print_json, progress
+from handlefs.credentials import CAP_SYS_ADMIN
 from handlefs.daemon import in_background, set_up_logging, unmount_on_signals
 from handlefs.errors import StartupError
 from handlefs.mount import canonical
@@ -217,6 +219,7 @@ def mount(socket: str, mountpoint: str, foreground: bool, log_file: str | None) 
 
     umount(8) ends it. For trying, and for testing the client with a real kernel.
     """
+    require_capabilities([CAP_SYS_ADMIN])
     mountpoint = canonical(mountpoint)
     log_path = None if log_file is None else os.path.abspath(log_file)
 

@@ -22,7 +22,12 @@ def _our_mount(mountpoint: str) -> Mount:
     mount = mount_at(mountpoint)
     if mount is None:
         raise click.ClickException(f"nothing is mounted at {mountpoint}")
-    if mount.fstype != "fuse.handlefs" and control.record(mountpoint) is None:
+    known = control.record(mountpoint)
+    if known is not None and mount.fstype != known.config.options.fstype():
+        raise click.ClickException(
+            f"a file system of type {mount.fstype} is mounted over {mountpoint}: unmount that first"
+        )
+    if known is None and mount.fstype != "fuse.handlefs":
         hint = ": umount(8) ends it" if mount.fstype == "fuse.handlefs-client" else ""
         raise click.ClickException(f"{mountpoint} is not a handlefs mount but one of type {mount.fstype}{hint}")
     return mount

@@ -1,5 +1,8 @@
 """``handlefs export``."""
 
+import re
+import shlex
+
 import click
 
 from handlefs import control, nfs
@@ -18,9 +21,15 @@ def command(mountpoint: str, client: str, options: str | None, fsid: int | None,
 
     Its fsid= is derived from the source's identity: it is the same on every boot, and NFS handles depend on it.
     """
-    if any(character.isspace() or character in "()," for character in client) or not client:
+    if not re.fullmatch(r"[^\s(),]+", client):
         raise click.UsageError(f"bad CLIENT '{client}': expected one host, network or *", click.get_current_context())
+    if options and not re.fullmatch(r"[^\s()]+", options):
+        raise click.UsageError(f"bad -o '{options}': expected OPTION,...", click.get_current_context())
     mountpoint = canonical(mountpoint)
+    known = control.record(mountpoint)
+    if known is not None and known.config.socket:
+        source = shlex.quote(known.config.source)
+        raise click.ClickException(f"a server on a socket is no mount: to export {source}, mount it")
     status = control.request(mountpoint, {"op": "status"})
     number = fsid if fsid is not None else nfs.fsid(status["source_id"])
     extra = [option for option in (options or "").split(",") if option]

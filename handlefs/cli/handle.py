@@ -12,7 +12,7 @@ import click
 
 from handlefs import control
 from handlefs.cli.lookup import config_for, config_of_path, names, opened
-from handlefs.cli.params import DIRECTORY, json_option, print_json, print_table
+from handlefs.cli.params import DIRECTORY, TEXT, json_option, print_json, print_table
 from handlefs.config import Config
 from handlefs.handle import FileHandle, open_by_handle_at
 from handlefs.inodecache import Inode
@@ -32,7 +32,7 @@ class Node(NamedTuple):
 
 
 @click.command("handle", short_help="Show a file's handle and node ID, and back.")
-@click.argument("what", metavar="PATH|NODEID|HEX")
+@click.argument("what", metavar="PATH|NODEID|HEX", type=TEXT)
 @click.option("--source", type=DIRECTORY, metavar="DIR", help="The source or mount point it belongs to.")
 @click.option("--state-dir", type=DIRECTORY, metavar="DIR", help="Where the source's handle map is.")
 @click.option("--search", is_flag=True, help="Walk the source for a path if the kernel knows none.")
@@ -67,8 +67,9 @@ def parse(text: str) -> Node | FileHandle | None:
     digits = text.replace(" ", "")
     if re.fullmatch(r"(?:[0-9a-fA-F]{2}){12,64}", digits):
         return _parse_nfs(bytes.fromhex(digits))
-    if re.fullmatch(r"\d+|0[xX][0-9a-fA-F]+", text) and 0 < (nodeid := int(text, 0)) < 1 << 64:
-        return Node(nodeid)
+    if number := re.fullmatch(r"([0-9]{1,20})|0[xX]([0-9a-fA-F]{1,16})", text):
+        nodeid = int(number[1]) if number[1] else int(number[2], 16)
+        return Node(nodeid) if 0 < nodeid < 1 << 64 else None
     return None
 
 

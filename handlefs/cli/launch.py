@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +23,13 @@ from handlefs.daemon import (
 )
 from handlefs.errors import StartupError
 from handlefs.mount import mount_at, unmount
+from handlefs.sandbox import Capability
 
-CAPABILITIES = {
-    CAP_DAC_READ_SEARCH: ("CAP_DAC_READ_SEARCH", "open files by their handles"),
-    CAP_SYS_ADMIN: ("CAP_SYS_ADMIN", "mount"),
+NEEDED: Mapping[int, Capability] = {
+    CAP_DAC_READ_SEARCH: Capability("CAP_DAC_READ_SEARCH", "open files by their handles"),
+    CAP_SYS_ADMIN: Capability("CAP_SYS_ADMIN", "mount"),
 }
+"""Without these there is no mount."""
 
 if TYPE_CHECKING:
     from handlefs.handover import State
@@ -38,9 +40,16 @@ Serve = Callable[[Callable[[], None]], None]
 """Serves to the end; calls its argument when that can be seen."""
 
 
-def missing_capabilities(needed: Collection[int] = CAPABILITIES) -> list[str]:
-    """The names of the `needed` ones of `CAPABILITIES` that this process does not have."""
-    return [CAPABILITIES[number][0] for number in needed if not has_capability(number)]
+def missing_capabilities(needed: Collection[int] = NEEDED) -> list[Capability]:
+    """Those of the `needed` ones, all in `NEEDED`, that this process does not have."""
+    return [NEEDED[number] for number in needed if not has_capability(number)]
+
+
+def require_capabilities(needed: Collection[int]) -> None:
+    """Raise StartupError when this process does not have the `needed` ones, all in `NEEDED`."""
+    if missing := missing_capabilities(needed):
+        uses = ", ".join(f"{name} (to {use})" for name, use in missing)
+        raise StartupError(f"not permitted: run it as root; needed: {uses}")
 
 
 def launch(config: Config, *, foreground: bool = False) -> None:
@@ -131,11 +140,10 @@ def rehearse(config: Config) -> None:
 
 def check_privileges(config: Config) -> None:
     """Raise StartupError when this process may not open handles or, for a mount, may not mount, or the kernel has no FUSE."""
-    if missing := missing_capabilities([CAP_DAC_READ_SEARCH] if config.socket else CAPABILITIES):
-        uses = ", ".join(f"{name} (to {use})" for name, use in CAPABILITIES.values() if name in missing)
-        raise StartupError(f"not permitted: run it as root; needed: {uses}")
     if config.socket:
+        require_capabilities([CAP_DAC_READ_SEARCH])
         return
+    require_capabilities(NEEDED)
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR))
     except FileNotFoundError as error:
@@ -153,7 +161,11 @@ def replace_dead_mount(mountpoint: str) -> None:
         pid = control.server_pid(mountpoint)
         known = control.record(mountpoint)
         source = f" of {known.config.source}" if known else ""
-        raise StartupError(f"{mountpoint} is already a handlefs mount{source} (process {pid})")
+        quoted = shlex.quote(mountpoint)
+        raise StartupError(
+            f"{mountpoint} is already a handlefs mount{source} (process {pid}): handlefs umount {quoted} ends it, "
+            f"handlefs restart {quoted} starts it anew"
+        )
     known = control.record(mountpoint)
     ours = known is not None or mount.fstype == "fuse.handlefs"
     try:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -76,6 +77,8 @@ def run(action: Callable[[], object]) -> int:
     """The exit status of *action*: 1 and a message when it fails, 2 for wrong usage. What is logged meanwhile, but by a server,
     is a message too."""
     logging.basicConfig(format="handlefs: %(message)s", level=logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names are bytes, whatever the locale
     try:
         outcome = action()
         sys.stdout.flush()
@@ -96,8 +99,8 @@ def complain(error: BaseException) -> None:
         complain(error.__context__)
     if isinstance(error, click.ClickException):
         message = error.format_message()
-    elif isinstance(error, OSError) and error.filename:
-        message = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     else:
         message = str(error)
     if message.startswith("Usage: "):  # a group without a command

@@ -14,7 +14,19 @@ from click.types import StringParamType
 from handlefs import control
 
 
-class Directory(StringParamType):
+class Text(StringParamType):
+    """A text that is not empty: one that is, as from a variable of the shell that is not set, would be the current directory
+    where it is taken for a path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text: str = super().convert(value, param, ctx)
+        if not text and param is not None:
+            name = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
+            raise click.UsageError(f"{name} is empty", ctx)
+        return text
+
+
+class Directory(Text):
     """A directory; unlike click.Path this never touches it: a mount point may be dead or hang."""
 
     name = "directory"
@@ -24,13 +36,7 @@ class Directory(StringParamType):
 
 
 class MountPoint(Directory):
-    """The mount point of a server; empty, as from a variable of the shell that is not set, it is not the current directory."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        text: str = super().convert(value, param, ctx)
-        if not text:
-            self.fail("it is empty", param, ctx)
-        return text
+    """The mount point of a server."""
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         points = [record.mountpoint for record in control.servers()]
@@ -54,6 +60,7 @@ def word_option(name: str, words: Sequence[str], text: str) -> Callable[[Any], A
     return click.option(name, metavar="|".join(words), type=Word(words), help=text)
 
 
+TEXT = Text()
 DIRECTORY = Directory()
 MOUNTPOINT = MountPoint()
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")

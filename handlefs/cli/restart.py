@@ -34,6 +34,8 @@ def command(mountpoint: str, transport: str | None) -> None:
         raise click.ClickException(
             f"no handlefs server is known for {mountpoint}: mount it with handlefs SOURCE {shlex.quote(mountpoint)}"
         )
+    if transport and known.config.socket:
+        raise click.UsageError("a server on a socket has no --transport", click.get_current_context())
     if known.alive():
         _refuse_managed(known)
     else:

@@ -39,8 +39,6 @@ def command(source: str, path: str, ro: bool, foreground: bool, **own: str | Non
 
 def configure(source: str, path: str, ro: bool, **own: str | None) -> Config:
     """The configuration for these arguments."""
-    if not path:
-        raise click.UsageError("--socket is empty")
     given = {name.replace("_", "-"): value for name, value in own.items() if value is not None}
     options = MountOptions(read_only=ro)
     return Config(os.path.realpath(source), os.path.realpath(path), options, socket=True).with_options(given)

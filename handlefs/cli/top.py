@@ -21,6 +21,9 @@ from handlefs.cli.params import MOUNTPOINT, doing, short_time
 from handlefs.metrics import BUCKETS, quantile
 from handlefs.mount import canonical
 
+LONGEST_INTERVAL = 86400
+"""Seconds."""
+
 
 class Sample(NamedTuple):
     """What the server at a mount point has told, at a time of time.monotonic()."""
@@ -34,7 +37,7 @@ Samples = dict[str, Sample]
 
 @click.command("top", short_help="Show what servers do, live.")
 @click.argument("mountpoints", metavar="[MOUNTPOINT]...", nargs=-1, type=MOUNTPOINT)
-@click.option("--interval", type=click.FloatRange(min=0.1), default=1.0, metavar="SECONDS", help="Default: 1.")
+@click.option("--interval", type=float, default=1.0, metavar="SECONDS", help="Default: 1.")
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Print N times, as plain text, and end.")
 @click.option("--once", is_flag=True, help="The same as --batch 1.")
 def command(mountpoints: tuple[str, ...], interval: float, batch: int | None, once: bool) -> None:
@@ -43,6 +46,9 @@ def command(mountpoints: tuple[str, ...], interval: float, batch: int | None, on
     """
     if once and batch is not None:
         raise click.UsageError("--once and --batch exclude each other", click.get_current_context())
+    if not 0.1 <= interval <= LONGEST_INTERVAL:
+        why = f"bad --interval '{interval:g}': expected a number of seconds, from 0.1 to {LONGEST_INTERVAL}"
+        raise click.UsageError(why, click.get_current_context())
     rounds = 1 if once else batch
     if rounds is None and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise click.UsageError("this is no terminal: use --once or --batch N", click.get_current_context())

@@ -19,7 +19,7 @@ def command(mountpoint: str, lazy: bool) -> None:
     """
     mountpoint = canonical(mountpoint)
     if mount_at(mountpoint) is None and _forget_killed(mountpoint):
-        click.echo(f"{mountpoint} was not mounted any more; its killed server is forgotten")
+        click.echo(f"nothing is served at {mountpoint} any more; its killed server is forgotten")
     elif serves_socket(mountpoint):
         end_socket(mountpoint)
     else:

@@ -38,8 +38,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from handlefs.accelerator import fstat
+from handlefs.counts import CLOSED, REGISTERED, Counts
 from handlefs.credentials import CAP_FSETID, ioctl_without
-from handlefs.metrics import CLOSED, REGISTERED, Counts
 from handlefs.openfiles import number_of, reopen_flags
 from handlefs.protocol import abi
 from handlefs.transport.backingtable import KEPT, NO_BACKING, BackingTable

@@ -85,14 +85,14 @@ class BackingTable:
             )
         except lmdb.Error as error:
             raise _as_oserror(error) from error
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._env.close)
             self._file = os.open(f"{path}/data.mdb", os.O_RDWR | os.O_CLOEXEC)
-        except BaseException:
-            self._env.close()
-            raise
+            undo.callback(os.close, self._file)
+            self._drop_dead_readers()
+            undo.pop_all()
         self._allocated = 0
         self._has_room_until = 0
-        self._env.reader_check()  # killed processes have left their places: there are not many
 
     def close(self) -> None:
         """Close it; the records stay."""
@@ -103,72 +103,77 @@ class BackingTable:
         """Record that `nodeid` is opened as `fh`. Returns the backing ID that all its opens have, or `NO_BACKING` if they
         have none: what `register` returns, which is called if it is the first. With `keep` there is one of `KEPT` too, then.
         IDs that killed processes could not record are given to `close`. Raises OSError, nothing recorded."""
-        try:
-            with self._env.begin(write=True) as transaction:
-                backing_id = _backing_id(transaction, nodeid)
-                if not self._writable(transaction):
-                    return NO_BACKING if backing_id is None else backing_id
-                if backing_id is None:
-                    backing_id = register()
-                    _count_up_to(transaction, backing_id, close)
-                    if keep and backing_id != NO_BACKING:
-                        transaction.put(_KEY.pack(nodeid, KEPT), _VALUE.pack(backing_id))
-                transaction.put(_KEY.pack(nodeid, fh), _VALUE.pack(backing_id))
-                return backing_id
-        except lmdb.Error as error:
-            raise _as_oserror(error) from error
+        with self._transaction(write=True) as transaction:
+            backing_id = _backing_id(transaction, nodeid)
+            if not self._writable(transaction):
+                return NO_BACKING if backing_id is None else backing_id
+            if backing_id is None:
+                backing_id = register()
+                _count_up_to(transaction, backing_id, close)
+                if keep and backing_id != NO_BACKING:
+                    transaction.put(_KEY.pack(nodeid, KEPT), _VALUE.pack(backing_id))
+            transaction.put(_KEY.pack(nodeid, fh), _VALUE.pack(backing_id))
+            return backing_id
 
     def released(self, nodeid: int, fh: int, close: Close) -> None:
         """Forget the open `fh` of `nodeid`, and `close` its backing ID if it was the last one. Raises OSError."""
-        try:
-            with self._env.begin(write=True) as transaction:
-                if not self._writable(transaction):
-                    return
-                value = transaction.pop(_KEY.pack(nodeid, fh))
-                if value is None or _backing_id(transaction, nodeid) is not None:
-                    return
-                (backing_id,) = _VALUE.unpack(value)
-                if backing_id == NO_BACKING:
-                    return
-                _close_last(transaction, close)  # whoever has released that one may have been killed
-                transaction.put(_CLOSING, value)
-        except lmdb.Error as error:
-            raise _as_oserror(error) from error
+        with self._transaction(write=True) as transaction:
+            if not self._writable(transaction):
+                return
+            value = transaction.pop(_KEY.pack(nodeid, fh))
+            if value is None or _backing_id(transaction, nodeid) is not None:
+                return
+            (backing_id,) = _VALUE.unpack(value)
+            if backing_id == NO_BACKING:
+                return
+            _close_last(transaction, close)  # whoever has released that one may have been killed
+            transaction.put(_CLOSING, value)
         close(backing_id)
 
     def close_last(self, close: Close) -> None:
         """A process was killed, perhaps before it could `close` what it had released last. Raises OSError."""
-        try:
-            with self._env.begin() as transaction:
-                _close_last(transaction, close)
-        except lmdb.Error as error:
-            raise _as_oserror(error) from error
+        with self._transaction() as transaction:
+            _close_last(transaction, close)
 
     def needs_server(self, nodeid: int) -> bool:
-        """Whether `nodeid` is open, or may be, without a backing ID: its data goes through a process of ours."""
-        with self._env.begin() as transaction:
+        """Whether `nodeid` is open, or may be, without a backing ID: its data goes through a process of ours. Raises
+        OSError."""
+        with self._transaction() as transaction:
             return _backing_id(transaction, nodeid) == NO_BACKING or transaction.get(_FROZEN) is not None
 
     def opened_by(self, request: int) -> list[tuple[int, int]]:
-        """Node ID and `fh` of what the request of that number has opened. All records are looked at."""
-        try:
-            with self._env.begin() as transaction:
-                keys = map(_KEY.unpack, transaction.cursor().iternext(values=False))
-                return [(nodeid, fh) for nodeid, fh in keys if nodeid and number_of(fh) == request]
-        except lmdb.Error as error:
-            raise _as_oserror(error) from error
+        """Node ID and `fh` of what the request of that number has opened. All records are looked at. Raises OSError."""
+        with self._transaction() as transaction:
+            keys = map(_KEY.unpack, transaction.cursor().iternext(values=False))
+            return [(nodeid, fh) for nodeid, fh in keys if nodeid and number_of(fh) == request]
 
     def make_room(self) -> None:
         """Make sure that there is memory for `_TRANSACTIONS` changes more. OSError: ENOSPC, also when it is full."""
         needed = (self._env.info()["last_pgno"] + 1) * _PAGE_SIZE + _TRANSACTIONS * _ROOM
         if needed <= self._allocated:
             return
-        self._env.reader_check()  # the slot of a process that was killed while it opened the table keeps pages from reuse
+        self._drop_dead_readers()
         size = -(-needed // _STEP) * _STEP
         if size > _MAP_SIZE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.posix_fallocate(self._file, 0, size)
         self._allocated = size
+
+    @contextlib.contextmanager
+    def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction]:
+        """A transaction for the block. Raises OSError, nothing changed."""
+        try:
+            with self._env.begin(write=write) as transaction:
+                yield transaction
+        except lmdb.Error as error:
+            raise _as_oserror(error) from error
+
+    def _drop_dead_readers(self) -> None:
+        """Those of killed processes, which keep their places and pages from reuse. Raises OSError."""
+        try:
+            self._env.reader_check()
+        except lmdb.Error as error:
+            raise _as_oserror(error) from error
 
     def _writable(self, transaction: lmdb.Transaction) -> bool:
         """Whether `transaction` may change something."""

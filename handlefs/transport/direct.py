@@ -172,7 +172,7 @@ class Dispatcher:
             if reply is None:
                 return self._step_by_step(message)
         except Exception as error:
-            return self._failure(message, error)
+            return self.failure(message, error)
         return reply[: abi.fuse_out_header.size], reply[abi.fuse_out_header.size :]
 
     def _step_by_step(self, message: memoryview) -> Sequence[bytes] | None:
@@ -189,7 +189,8 @@ class Dispatcher:
             return None
         return abi.fuse_out_header.pack(abi.fuse_out_header.size + len(payload), 0, unique), payload
 
-    def _failure(self, message: memoryview, error: Exception) -> Sequence[bytes] | None:
+    def failure(self, message: memoryview, error: Exception) -> Sequence[bytes] | None:
+        """The reply to a request that has met `error`, in pieces as of `answer`; what is our own failure is logged."""
         size, opcode, unique, *_ = abi.fuse_in_header.unpack_from(message)
         name = _name_of(opcode)
         if isinstance(error, OSError):

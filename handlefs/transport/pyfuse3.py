@@ -4,6 +4,7 @@ Requests that work on data, or may take long, run in threads, so that one slow f
 else runs in the event loop. What libfuse or pyfuse3 cannot express is listed in docs/transports.md.
 """
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -64,28 +65,28 @@ def _is_of_interest(record: logging.LogRecord) -> bool:
 
 
 async def _serve(handlers: "Handlers", config: Config, on_ready: Callable[[], None]) -> None:
-    options = config.options
-    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    mount_fuse(
-        options.device(config.source), config.mountpoint, options.fstype(), options.flags(), options.fuse_data(device)
-    )
-    ready = False
-    ours, libfuses = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    session_fd = libfuses.detach()
-    pyfuse3.init(handlers, f"/dev/fd/{session_fd}", set())
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_main, nursery.cancel_scope)
-            await _hand_over(config.mountpoint, device, ours, session_fd)
-            ready = True
-            on_ready()
-            while True:  # in this loop, so that the manager hears nothing of one that hangs
-                notify.watchdog()
-                await trio.sleep(_WATCHDOG_INTERVAL)
-    finally:
-        if not ready:
-            unmount(config.mountpoint, lazy=True)
-        pyfuse3.close(unmount=False)
+    with contextlib.ExitStack() as undo:
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        undo.callback(os.close, device)
+        options = config.options
+        data = options.fuse_data(device)
+        mount_fuse(options.device(config.source), config.mountpoint, options.fstype(), options.flags(), data)
+        undo.callback(unmount, config.mountpoint, lazy=True)
+        ours, libfuses = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        session_fd = libfuses.detach()
+        pyfuse3.init(handlers, f"/dev/fd/{session_fd}", set())
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_main, nursery.cancel_scope)
+                await _hand_over(config.mountpoint, device, ours, session_fd)
+                on_ready()
+                undo.pop_all()
+                os.close(device)  # libfuse has its own
+                while True:  # in this loop, so that the manager hears nothing of one that hangs
+                    notify.watchdog()
+                    await trio.sleep(_WATCHDOG_INTERVAL)
+        finally:
+            pyfuse3.close(unmount=False)
 
 
 async def _main(others: trio.CancelScope) -> None:
@@ -113,7 +114,6 @@ async def _hand_over(mountpoint: str, device: int, ours: socket.socket, session_
         # The event loop still waits on the socket: another descriptor keeps it open, and a byte ends the wait.
         old_socket = os.dup(session_fd)
         os.dup2(device, session_fd, inheritable=False)
-        os.close(device)
         ours.send(b"\0")
     os.close(old_socket)
     ours.close()

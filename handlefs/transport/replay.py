@@ -143,34 +143,32 @@ class Replay:
             raise
 
     def finish(self, opcode: int, message: memoryview, intent: bytes) -> Reply:
-        """The reply to the request `message`, which was being executed after its `intent` was recorded."""
+        """The reply to the request `message`, which was being executed after its `intent` was recorded. Raises OSError if
+        that cannot be found out: it must not be executed then."""
         if opcode == abi.FUSE_WRITE:
-            return self.finish_write(message, intent)
+            return self._finish_write(message, intent)
         once = self._once[opcode]
         request = _Request.parse(message, once.head_size)
         try:
             was_done = once.was_done(self._operations, request, intent)
         except OSError as error:
             if error.errno not in _NOT_THERE:
-                return failure(message, error.errno or errno.EIO)
+                raise
             was_done = False
         return once.rest(self._answer, request) if was_done else self._answer(message)
 
-    def finish_write(self, message: memoryview, intent: bytes) -> Reply:
-        """The reply to the WRITE `message`, which may have been executed, in part too; after its `intent` (`size_intent`) was
-        recorded, if there is one. Without, it was written at its offset, if at all."""
+    def _finish_write(self, message: memoryview, intent: bytes) -> Reply:
+        """For a WRITE, which may have been executed in part too; after its `intent` (`size_intent`) was recorded, if there is
+        one. Without, it was written at its offset, if at all."""
         request = _Request.parse(message, abi.fuse_write_in.size)
         fh, offset, _, flags, *_ = abi.fuse_write_in.unpack(request.head)
         (size,) = _SIZE.unpack(intent) if intent else (offset,)
         kill = bool(flags & abi.FUSE_WRITE_KILL_SUIDGID)
-        try:
-            done = self._operations.appended(request.nodeid, fh, request.tail, size)
-            if not done:
-                return self._answer(message)
-            # The size stays recorded as it was: who dies in the midst of this leaves more of the same.
-            written = self._operations.write(request.nodeid, fh, request.tail, offset, kill_suidgid=kill, done=done)
-        except OSError as error:
-            return failure(message, error.errno or errno.EIO)
+        done = self._operations.appended(request.nodeid, fh, request.tail, size)
+        if not done:
+            return self._answer(message)
+        # The size stays recorded as it was: who dies in the midst of this leaves more of the same.
+        written = self._operations.write(request.nodeid, fh, request.tail, offset, kill_suidgid=kill, done=done)
         return _payload(request, abi.fuse_write_out.pack(written, 0))
 
     def keep_nothing(self) -> None:
@@ -178,12 +176,6 @@ class Replay:
         it."""
         self._operations.open_files.close_restored()
         self._operations.source.evict_all()
-
-
-def failure(message: memoryview, number: int) -> Reply:
-    """The reply that the request `message` has failed with errno `number`."""
-    unique = abi.fuse_in_header.unpack_from(message)[2]
-    return (abi.fuse_out_header.pack(abi.fuse_out_header.size, -number, unique),)
 
 
 def identity(volume: Volume, handle: FileHandle) -> bytes:

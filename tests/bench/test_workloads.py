@@ -108,7 +108,6 @@ def test_fio_has_several_clients(directory: Path, workload: Workload) -> None:
     sample = workload.run(directory, replace(SIZES, fio_ms=1000), Share(0, 4))
     assert sample.operations > 4
     assert 0 < sample.seconds <= time.monotonic() - began
-    assert sample.seconds < 4
 
 
 def test_stopwatch_counts_only_what_runs() -> None:

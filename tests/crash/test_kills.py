@@ -395,6 +395,7 @@ def test_status_needs_no_worker(server: Mounted) -> None:
 
 
 def test_what_the_dead_have_counted_stays(server: Mounted) -> None:
+    assert in_the_end(lambda: {worker["busy_for"] for worker in server.status()["workers"]}, {None}) == {None}
     # Not 0, if an earlier test has killed a worker between a reply and its count.
     first = server.status()["open_files"]
     with (server.path / "counted").open("w"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -43,6 +44,14 @@ def test_processes_can_be_told_apart(source: Path) -> None:
 
         expected = ["handlefs-0", "handlefs-1", "handlefs-spare", "handlefs-tmpl"]
         assert in_the_end(names, expected, seconds=TIMEOUT) == expected
+
+
+def test_a_worker_is_killed_by_a_signal_without_a_name(source: Path) -> None:
+    with mounted(source, None, "--transport=direct", "--workers=2") as server:
+        victim = workers(server)[0]
+        os.kill(victim, signal.SIGRTMIN + 6)
+        assert in_the_end(lambda: f"worker {victim} was killed by signal" in server.read_log(), True) is True
+        assert answers(server)
 
 
 def test_workers_that_die_before_they_are_ready(source: Path) -> None:
@@ -112,6 +121,7 @@ def test_the_template_hangs(source: Path) -> None:
             for pid in children(server.pid) - {old}:
                 kill(pid)
             assert answers(server)
+        assert has_ended(old)
         assert template(server.pid) != old
 
 

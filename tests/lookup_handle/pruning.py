@@ -26,6 +26,7 @@ from ..support.meanwhile import meanwhile
 from ..support.server import Served, mounted
 
 NODE_TABLE = 64
+MOST_DESCRIPTORS = 32 + 50 + 40  # cached, open, its own
 FILES_PER_DIRECTORY = 250
 LARGEST_CHANCE = 0.3
 LEAST_KILLS = 3
@@ -129,6 +130,7 @@ def torture(source: Path, files: int, seconds: float, seed: int, *, sample: int 
                 stress.run(seconds * SHARE_AFTER_KILLS / 10)
                 alone = in_the_end(lambda: server.status()["peers"], 1)  # it has noticed that the visitor is gone
                 assert alone == 1
+                in_the_end(lambda: server.descriptors() < MOST_DESCRIPTORS, True)  # and closes what that had open
                 watch(server, report)
             stress.verify(sample)
             assert server.status()["node_table"]["size"] <= NODE_TABLE

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ..support.filesystems import FileSystems
-from .pruning import LEAST_GONE, LEAST_KILLS, LEAST_RECOVERED, torture
+from .pruning import LEAST_GONE, LEAST_KILLS, LEAST_RECOVERED, MOST_DESCRIPTORS, torture
 
 SEED = 20260101
 FILES = 10_000
@@ -28,5 +28,5 @@ def test_no_wrong_file_ever(kind: str, filesystems: FileSystems) -> None:
     assert report.gone >= LEAST_GONE
     assert report.missed <= report.gone <= report.missed + report.unknown  # nothing else was ESTALE
     assert kind == "btrfs" or report.reused > 10  # btrfs does not use inode numbers again
-    assert max(report.descriptors) < 32 + 50 + 40  # cached, open, its own
+    assert max(report.descriptors) < MOST_DESCRIPTORS
     assert max(report.memory) - report.memory[0] < FLAT

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 import pytest
 
-from handlefs.metrics import CLOSED, REGISTERED, Counts
+from handlefs.counts import CLOSED, REGISTERED, Counts
 from handlefs.mount import MountOptions, mount_fuse
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated

@@ -263,17 +263,19 @@ def mounted(
             nofile=nofile,
             expected_log=expected_log,
         )
-        server.start()
-        stack.callback(_end, server)
-        yield server
+        try:
+            server.start()
+            yield server
+        finally:
+            _end(server)
+        server.check_log()
 
 
 def _end(server: Mounted) -> None:
-    """Stop the server if it runs, leave no mount behind whatever happens, and look at the whole log."""
+    """Stop the server if it runs, and leave no mount behind whatever happens."""
     try:
         if server.running:
             server.stop()
     finally:
         unmount(server.path)
         control.forget(server.address)  # what a killed server leaves for `handlefs restart`
-    server.check_log()

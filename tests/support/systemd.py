@@ -25,9 +25,10 @@ set -e
 awk -v own="$4/" 'index($5 "/", own) != 1 { print $5 }' /proc/self/mountinfo | while read -r place; do
     mount --make-private "$(printf %b "$place")" || :
 done
-# Copies of other servers' mounts would keep those alive.
-awk '{ for (i = 1; i < NF; i++) if ($i == "-" && $(i + 1) ~ /^fuse/) print $5 }' /proc/self/mountinfo |
-    xargs --no-run-if-empty --max-args=1 umount --lazy
+# Copies of other servers' mounts would keep those alive. Some go by themselves meanwhile, with their directories.
+fuse_mounts() { awk '{ for (i = 1; i < NF; i++) if ($i == "-" && $(i + 1) ~ /^fuse/) print $5 }' /proc/self/mountinfo; }
+fuse_mounts | while read -r place; do umount --lazy "$(printf %b "$place")" || :; done
+[ -z "$(fuse_mounts)" ]
 mount --bind "$3" /dev/console # where it logs
 mount -t tmpfs none /run
 mkdir -p /run/systemd/system

@@ -1,5 +1,6 @@
 """The compiled accelerator and its counterparts in Python say the same."""
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from handlefs import accelerator, handle, syscalls
 from handlefs.accelerator import Dirent, Native, Node
-from handlefs.protocol import attributes, listing
+from handlefs.credentials import CAP_FSETID
+from handlefs.protocol import abi, attributes, listing
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
@@ -176,6 +178,26 @@ def test_wrong_arguments_are_refused(native: Native) -> None:
         native.getdents(0, 4096, dict)  # type: ignore[type-var]
     with pytest.raises(ValueError, match="null byte"):
         native.look(0, b"a\0b")
+    with pytest.raises(ValueError, match="null byte"):
+        native.find_inline(0, [b"a\0b"], (0, 1, 8, 0, 0, 0))
+    with pytest.raises(ValueError, match="smaller than the request"):
+        native.ioctl_without(CAP_FSETID, 0, 0x80086601, bytearray(7))  # FS_IOC_GETFLAGS, of 8 bytes
+
+
+def test_an_error_is_that_of_its_system_call(native: Native) -> None:
+    """The last reference to an inode goes with the call, and closes its descriptor."""
+
+    class Closing:
+        fd, ino_mask = -1, 0
+
+        def __del__(self) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                os.stat("/no such file")
+
+    replier = native.replier(lambda _: Closing(), None, None, (1, 0), (1, 0))
+    request = abi.fuse_in_header.pack(56, abi.FUSE_GETATTR, 7, 1, 0, 0, 1, 0, 0) + bytes(16)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        native.reply(replier, memoryview(request))
 
 
 def test_it_can_be_switched_off() -> None:

@@ -79,6 +79,15 @@ def test_an_open_that_fails_leaves_nothing(table: BackingTable) -> None:
     assert released(table, 5, 2) == 77
 
 
+def test_a_failure_of_the_table_is_an_errno(table: BackingTable) -> None:
+    with contextlib.ExitStack() as readers:
+        for _ in range(table._env.info()["max_readers"]):
+            readers.enter_context(table._env.begin())
+        assert code(lambda: table.needs_server(5)) == "EIO"
+        assert code(lambda: table.opened_by(16)) == "EIO"
+    assert not table.needs_server(5)
+
+
 def test_an_id_is_kept(table: BackingTable) -> None:
     """As one open more; not if there is none."""
     assert table.opened(5, 16, lambda: 77, ignore, keep=True) == 77

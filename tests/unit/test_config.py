@@ -15,7 +15,7 @@ from handlefs.config import MOUNT_OPTIONS, Config, NodeIds
 from handlefs.mount import MountOptions, OptionError
 
 BASE = Config("/srv", "/mnt")
-SECONDS = st.floats(0, 1e9, allow_nan=False)
+SECONDS = st.floats(0, 2**32 - 1)
 PATHS = st.none() | st.text("abc ,\\=", min_size=1).map(lambda name: f"/{name}")
 CONFIGS = st.builds(
     Config,
@@ -89,6 +89,9 @@ def test_options_are_applied(name: str, text: str, expected: Config) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
+        ("state-dir", ""),
+        ("key-file", ""),
+        ("log-file", ""),
         ("cache-size", "-1"),
         ("cache-size", "many"),
         ("cache-size", "1e3"),
@@ -96,6 +99,11 @@ def test_options_are_applied(name: str, text: str, expected: Config) -> None:
         ("entry-timeout", "-0.1"),
         ("entry-timeout", "nan"),
         ("attr-timeout", "inf"),
+        ("attr-timeout", "4294967296"),
+        ("attr-timeout", "1e305"),
+        ("cache-size", "9" * 5000),
+        ("metrics", "a..b:80"),
+        ("metrics", "localhost:" + "8" * 5000),
         ("attr-timeout", "soon"),
         ("submounts", "maybe"),
         ("transport", "pigeon"),

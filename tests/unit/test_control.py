@@ -191,6 +191,21 @@ def test_a_successor_takes_over_and_keeps_its_files(runtime: Path) -> None:
     assert path.exists()
 
 
+@pytest.mark.parametrize("obstacle", ["damaged record", "open directory"])
+def test_what_cannot_be_removed_does_not_keep_a_server_from_its_end(
+    runtime: Path, caplog: pytest.LogCaptureFixture, obstacle: str
+) -> None:
+    server = ControlServer(Server().status, Server().evict, CONFIG)
+    server.start()
+    if obstacle == "open directory":
+        runtime.chmod(0o755)
+    else:
+        (path,) = runtime.glob("*.json")
+        path.write_text("{")
+    server.stop()
+    assert "cannot be removed" in caplog.text
+
+
 def test_a_hanging_server_is_alive(runtime: Path) -> None:
     listener = socket.socket(socket.AF_UNIX)
     server = ControlServer(Server().status, Server().evict, CONFIG)
@@ -200,6 +215,27 @@ def test_a_hanging_server_is_alive(runtime: Path) -> None:
     listener.listen()
     assert control.server_pid(MOUNTPOINT) == os.getpid()
     listener.close()
+
+
+def test_half_a_reply_is_none(runtime: Path) -> None:
+    """The server was killed in the middle of it."""
+    runtime.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(control._file(MOUNTPOINT, "sock")))
+        listener.listen()
+
+        def answer() -> None:
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection:
+                    assert connection.recv(4096)
+                    connection.sendall(b'{"ok": tr')
+
+        server = threading.Thread(target=answer, daemon=True)
+        server.start()
+        with pytest.raises(NoServer, match="has just ended"):
+            control.request(MOUNTPOINT, {"op": "status"})
+        server.join()
 
 
 def test_a_damaged_record_is_named(runtime: Path) -> None:

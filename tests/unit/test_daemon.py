@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from handlefs import daemon
-from handlefs.errors import StartupError
+from handlefs.control import ControlError
+from handlefs.errors import StartupError, UserError
 
 Ready = Callable[[], None]
 
@@ -30,11 +31,12 @@ def test_the_caller_goes_on_when_the_child_is_ready(tmp_path: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
 
 
-def test_its_error_is_the_callers() -> None:
+@pytest.mark.parametrize("error", [StartupError, ControlError])
+def test_its_error_is_the_callers(error: type[UserError]) -> None:
     def serve(on_ready: Ready) -> None:
-        raise StartupError("the source is on fire: é\udce9")
+        raise error("the source is on fire: é\udce9")
 
-    with pytest.raises(StartupError, match="the source is on fire: é"):
+    with pytest.raises(StartupError, match=r"^the source is on fire: é"):
         daemon.in_background(serve)
 
 
@@ -46,6 +48,14 @@ def test_an_error_of_the_system_is_told() -> None:
         daemon.in_background(serve)
 
 
+def test_an_error_without_a_number_is_told() -> None:
+    def serve(on_ready: Ready) -> None:
+        raise TimeoutError("no answer")
+
+    with pytest.raises(StartupError, match="cannot serve: no answer"):
+        daemon.in_background(serve)
+
+
 def test_a_bug_is_told() -> None:
     def serve(on_ready: Ready) -> None:
         raise ZeroDivisionError
@@ -54,11 +64,14 @@ def test_a_bug_is_told() -> None:
         daemon.in_background(serve)
 
 
-def test_a_sudden_death_is_told() -> None:
-    def serve(on_ready: Ready) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGRTMIN + 6, r"signal \d+")])
+def test_a_sudden_death_is_told(number: int, name: str) -> None:
+    """Also by a signal that has no name in Python."""
 
-    with pytest.raises(StartupError, match="was killed by SIGKILL before the mount was ready"):
+    def serve(on_ready: Ready) -> None:
+        os.kill(os.getpid(), number)
+
+    with pytest.raises(StartupError, match=rf"was killed by {name} before the mount was ready"):
         daemon.in_background(serve)
 
 
@@ -90,7 +103,7 @@ def log_and_end(destination: str | None) -> Callable[[Ready], None]:
     def serve(on_ready: Ready) -> None:
         logging.root.handlers.clear()  # pytest's own, whose files are closed here
         daemon.set_up_logging(destination, foreground=False)
-        logging.getLogger("handlefs.test").warning("one line")
+        logging.getLogger("handlefs.test").warning("one line of %s", "\udce9")
         on_ready()
 
     return serve
@@ -105,14 +118,14 @@ def test_the_background_logs_to_syslog(tmp_path: Path, monkeypatch: pytest.Monke
         assert readable
         message = syslog.recv(4096).decode()
     assert message.startswith("<28>handlefs[")  # daemon.warning
-    assert "WARNING handlefs.test: one line" in message
+    assert r"WARNING handlefs.test: one line of \udce9" in message
 
 
 def test_the_log_is_a_file_on_request(tmp_path: Path) -> None:
     daemon.in_background(log_and_end(str(tmp_path / "log")))
     line = (tmp_path / "log").read_text()
     assert line.startswith(time.strftime("%Y-"))
-    assert "] WARNING handlefs.test: one line" in line
+    assert r"] WARNING handlefs.test: one line of \udce9" in line
 
 
 def test_a_log_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -407,6 +408,32 @@ def test_a_directory_of_others_is_left_alone(tmp_path: Path) -> None:
     assert "is not a state directory" in refused(shared)
     assert stat.S_IMODE(shared.stat().st_mode) == 0o1777
     assert os.listdir(shared) == ["somebody's"]
+
+
+def test_a_private_directory_of_others_loses_nothing(tmp_path: Path) -> None:
+    """As somebody's home, where the map must not take anything for its own."""
+    for path in tmp_path / "recent-photos", tmp_path / f"recent-{uuid.uuid4()}":
+        path.mkdir()
+        (path / "1").touch()
+    tmp_path.chmod(0o700)
+    make_map(tmp_path)
+    assert os.listdir(tmp_path / "recent-photos") == ["1"]
+    assert len(list(tmp_path.glob("recent-*"))) == 2  # with that of this boot
+
+
+def test_what_stands_for_the_lock_files_is_not_removed(tmp_path: Path) -> None:
+    make_map(tmp_path)
+    locks = tmp_path / "locks"
+    locks.unlink()
+    with TemporaryDirectory(prefix="test-", dir="/dev/shm") as others:
+        locks.symlink_to(others)
+        make_map(tmp_path)
+        assert Path(others).is_dir()
+    locks.unlink()
+    locks.write_text("mine")
+    with pytest.raises(FileExistsError):
+        make_map(tmp_path)
+    assert locks.read_text() == "mine"
 
 
 def test_a_file_is_no_state_directory(tmp_path: Path) -> None:

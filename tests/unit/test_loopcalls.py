@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 from collections.abc import Iterator
@@ -49,6 +50,20 @@ def test_many_callers(calls: LoopCalls) -> None:
     with ThreadPoolExecutor(8) as pool:
         results = pool.map(lambda number: calls.call(lambda: number + 1), range(200))
         assert list(results) == list(range(1, 201))
+
+
+def test_a_loop_that_has_ended_is_not_woken() -> None:
+    """Its descriptor's number is another file's by then."""
+    calls = LoopCalls()
+    calls.close()
+    other = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        assert other == calls.fd
+        calls.wake()
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(other)
+    finally:
+        os.close(other)
 
 
 def test_nobody_waits_for_a_loop_that_has_ended() -> None:

@@ -11,8 +11,9 @@ import signal
 
 import pytest
 
+from handlefs.counts import CACHE_COUNTS
 from handlefs.inodecache import InodeCache
-from handlefs.metrics import BUCKETS, CACHE_COUNTS, WORDS, Counters, Totals, bucket_bound, quantile
+from handlefs.metrics import BUCKETS, WORDS, Counters, Totals, bucket_bound, quantile
 from handlefs.protocol import abi
 
 

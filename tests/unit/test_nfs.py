@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlefs import nfs
+from handlefs.cli.check import _nfs_server
 from handlefs.nfs import Export, NfsError, export_for, parse_exports
+from tests.support.filesystems import scratch_directory
+from tests.support.users import ALICE, as_user
 
 SOURCE_ID = "00112233445566778899aabbccddeeff"
 ETAB = """\
@@ -105,6 +108,26 @@ def test_without_knfsd_there_are_no_exports(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(nfs, "NFSD", tmp_path / "nfsd")
     assert nfs.exports() == []
     assert nfs.threads() == 0
+
+
+def test_a_user_may_not_see_whether_knfsd_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with scratch_directory() as nfsd:
+        nfsd.chmod(0o755)
+        (nfsd / "threads").touch(mode=0o600)
+        monkeypatch.setattr(nfs, "NFSD", nfsd)
+        *_, server = as_user(ALICE, lambda: list(_nfs_server()))
+    assert (server.name, server.verdict, server.advice) == ("NFS server", "limited", "check again as root")
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_files_that_knfsd_may_keep_open_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_refused: bool
+) -> None:
+    monkeypatch.setattr(nfs, "NFSD", tmp_path)
+    if is_refused:
+        (tmp_path / "unlock_filesystem").mkdir()
+    nfs.release("/mnt/exp")
+    assert ("may keep files of /mnt/exp open" in caplog.text) is is_refused
 
 
 def fake_rpc_nfsd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:

@@ -55,6 +55,13 @@ def test_descriptors_are_stored(manager: socket.socket, tmp_path: Path) -> None:
     assert [manager.recv(100) for _ in range(2)] == [b"FDSTOREREMOVE=1\nFDNAME=one", b"FDSTOREREMOVE=1\nFDNAME=two"]
 
 
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manager that takes long is waited for."""
+    monkeypatch.setattr(notify, "TIMEOUT", 60.0)
+
+
+@pytest.mark.usefixtures("patience")
 def test_waiting_until_all_is_taken_in(manager: socket.socket) -> None:
     waiting = threading.Thread(target=notify.wait, daemon=True)
     waiting.start()
@@ -66,6 +73,7 @@ def test_waiting_until_all_is_taken_in(manager: socket.socket) -> None:
     assert not waiting.is_alive()
 
 
+@pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("room", [True, False])
 def test_whether_all_was_kept(manager: socket.socket, room: bool) -> None:
     """What has no room is closed, as systemd does it, by the time of the barrier."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,14 @@ from pathlib import Path
 import pytest
 
 from handlefs.config import Config
+from handlefs.metrics import Counters
 from handlefs.protocol import abi
 from handlefs.protocol.init import Negotiated
+from handlefs.slot import SlotMemory
 from handlefs.transport.backing import BackingFiles
 from handlefs.transport.direct import Dispatcher
 from handlefs.transport.replay import Replay, size_intent
+from handlefs.worker import Worker
 from tests.support.syscalls import FS_APPEND_FL, set_flags
 from tests.support.users import Child
 from tests.unit.serving import ROOT, new_directory, serving
@@ -44,28 +48,41 @@ def no_descriptor_left() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_without_descriptors(ext4: Path, tmp_path: Path) -> None:
-    """Neither is a request executed of which no intent can be recorded, nor one that may have been executed."""
+@contextmanager
+def device() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """What stands for /dev/fuse: the kernel's end and the worker's."""
+    theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, ours:
+        yield theirs, ours
+
+
+@pytest.mark.parametrize("is_left", [False, True])
+def test_without_descriptors(ext4: Path, tmp_path: Path, is_left: bool) -> None:
+    """Neither is a request executed of which no intent can be recorded, nor one that a killed worker has left and that may
+    have been executed. It is answered as for any operation."""
     source = new_directory(ext4)
 
-    def work() -> tuple[int | None, object, list[str]]:
-        with serving(source, tmp_path / "state") as operations:
+    def work() -> tuple[bytes, list[str]]:
+        with serving(source, tmp_path / "state") as operations, device() as (theirs, ours):
             parent = operations.mkdir(1, b"parent", 0o755, ROOT).nodeid
+            dispatcher = Dispatcher(operations, NEGOTIATED, BackingFiles(-1, None), Config("/", "/"))
             replay = Replay(operations, NEGOTIATED, never)
             message = mkdir_request(parent, b"new")
-            intent = replay.intent(abi.FUSE_MKDIR, message)
+            slot = SlotMemory.create(1, 8192)[0]
+            if is_left:
+                slot.request[: len(message)] = message
+                slot.executing(replay.intent(abi.FUSE_MKDIR, message))
+            else:
+                theirs.send(message)
+            theirs.shutdown(socket.SHUT_WR)
             operations.source.evict_all()
+            worker = Worker(ours.fileno(), slot, dispatcher, replay, Counters())
             with no_descriptor_left():
-                reply = replay.finish(abi.FUSE_MKDIR, message, intent)
-                try:
-                    replay.intent(abi.FUSE_MKDIR, message)
-                    failed = None
-                except OSError as error:
-                    failed = error.errno
-            return failed, reply, os.listdir(source / "parent")
+                worker.run()
+            return theirs.recv(4096), os.listdir(source / "parent")
 
-    expected = (abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.EMFILE, 8),)
-    assert Child(work).result(60) == (errno.EMFILE, expected, [])
+    expected = abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.ENOMEM, 8)
+    assert Child(work).result(60) == (expected, [])
 
 
 RECORD = b"a record\n"
