@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -17,6 +18,7 @@ from concurrent.futures import CancelledError
 from handlefs.errors import StartupError
 from handlefs.handover import ServingWorker
 from handlefs.loopcalls import LoopCalls
+from handlefs.metrics import Counters
 from handlefs.process import how_it_ended
 from handlefs.protocol import abi
 from handlefs.slot import Slot
@@ -79,15 +81,18 @@ class Crew:
         """What they are to serve; to be called before all that follows."""
         self._assignment, self._slots = assignment, slots
 
-    def inherit(self, workers: Sequence[ServingWorker], groups: Sequence[int]) -> list[WorkerProcess]:
-        """Go on with those of a predecessor in this process; returns them. To be called before the first `step`."""
+    def inherit(
+        self, workers: Sequence[ServingWorker], groups: Sequence[int], *, is_served: bool
+    ) -> list[WorkerProcess]:
+        """Go on with those of a predecessor in this process; returns them. To be called before the first `step`. `is_served`:
+        the mount is, and starts that fail are tried again and again; else the first one is an error, as with a new mount."""
         self._groups.add(*groups)
         for serving in workers:
             worker = WorkerProcess.inherited(serving)
             self._watch(worker)
             del self._vacant[serving.slot]
             self._workers.append(worker)
-        self.was_complete = True
+        self.was_complete = is_served
         return self._workers.copy()
 
     @property
@@ -301,6 +306,7 @@ class Crew:
         log.error("a request for %s has killed %d workers: it is answered with EIO", name, deaths)
         answer_eio(self._assignment.device, message)
         slot.answered()
+        Counters(slot.counters).answered(opcode, errno.EIO)
         return 0
 
     # -- new code --------------------------------------------------------------------------------------------------------
@@ -321,6 +327,20 @@ class Crew:
     def start_new_code(self) -> list[WorkerProcess]:
         """While `changing`: have the next workers forked by a new template, once a first worker of it is ready. Returns the
         workers that serve with the old code. Raises ReloadError if the new code does not start; then nothing has changed."""
+        with self._new_code() as (undo, template, first):
+            outdated = self._calls.call(lambda: self._use_new_code(template, first))
+            undo.pop_all()
+            return outdated
+
+    def try_new_code(self) -> None:
+        """While `changing`: the same up to a first worker that is ready, and end both again. Raises as `start_new_code`."""
+        with self._new_code():
+            pass
+
+    @contextlib.contextmanager
+    def _new_code(self) -> Iterator[tuple[contextlib.ExitStack, Template, WorkerProcess]]:
+        """A new template and a first worker of it that is ready; the stack ends both at the end of the block. Raises
+        ReloadError."""
         with contextlib.ExitStack() as undo:
             try:
                 template = self._calls.call(self._new_template)
@@ -339,9 +359,7 @@ class Crew:
                 how = template.end()
                 why = failure or how.splitlines()[-1]  # of a traceback
                 raise ReloadError(f"the new code does not start, and the old workers go on: {why}")
-            outdated = self._calls.call(lambda: self._use_new_code(template, first))
-            undo.pop_all()
-            return outdated
+            yield undo, template, first
 
     def _use_new_code(self, template: Template, first: WorkerProcess) -> list[WorkerProcess]:
         old, self._template = self._template, None

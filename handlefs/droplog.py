@@ -10,13 +10,16 @@ import fcntl
 import os
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from handlefs.syscalls import fallocate
 
 _EVENT = struct.Struct("=QQ")  # node ID, fh; an fh of 0: the node is forgotten
-_KEPT = 16 << 20
-"""Bytes that are never trimmed: a million events that readers may be behind."""
+_KEPT = 8 << 20
+"""Bytes that are never trimmed: half a million events that readers may be behind."""
+_STEP = 1 << 20
+"""Bytes that are trimmed, or read, at a time."""
+_RECENT = 64 << 10
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
@@ -28,7 +31,7 @@ class DropLog:
     """The log of one mount, by its descriptor `fd`, which all processes share."""
 
     def __init__(self, fd: int, position: int | None = None) -> None:
-        """For who wants to read on from `position`, that of a predecessor; or from the end."""
+        """For who wants to read on from `position`, that of a predecessor or `recently`; or from the end."""
         self.fd = fd
         self.position = self._size() if position is None else position
         """How far it has been read, in bytes."""
@@ -50,19 +53,28 @@ class DropLog:
         """Nobody uses these nodes any more."""
         os.write(self.fd, b"".join([_EVENT.pack(nodeid, FORGOTTEN) for nodeid in nodeids]))
 
-    def news(self) -> list[tuple[int, int]]:
-        """The events since the last call: (node ID, fh or `FORGOTTEN`); of too many, the latest."""
+    @property
+    def recently(self) -> int:
+        """A position some thousand events ago."""
+        return max(self._size() - _RECENT, 0)
+
+    def news(self) -> Iterator[tuple[int, int]]:
+        """The events since the last one that was taken: (node ID, fh or `FORGOTTEN`); of too many, the latest."""
+        while words := self._read():
+            yield from zip(words[::2], words[1::2], strict=True)
+
+    def _read(self) -> "array.array[int]":
         with self._lock:
             end = self._size()
             self.position = max(self.position, end - _KEPT)
-            words = array.array("Q", os.pread(self.fd, end - self.position, self.position))
+            words = array.array("Q", os.pread(self.fd, min(end - self.position, _STEP), self.position))
             self.position += len(words) * words.itemsize
-        return list(zip(words[::2], words[1::2], strict=True))
+        return words
 
     def trim(self) -> None:
         """Free the memory of old events, for one process to call now and then."""
         end = self._size() - _KEPT
-        if end > self._trimmed + _KEPT:
+        if end > self._trimmed + _STEP:
             fallocate(self.fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, self._trimmed, end - self._trimmed)
             self._trimmed = end
 

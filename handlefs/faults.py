@@ -1,12 +1,17 @@
 """Fault injection, for tests only: a worker that kills or stops itself at a given point of a given operation.
 
 HANDLEFS_FAULT names a file that says when: ``OPERATION POINT``, as ``mkdir 3``: at the third point, counted from 0, of the next
-MKDIR that a worker serves. Points are before and after each system call and each change of the slot. The file is
-removed first, so it happens once; with ``OPERATION always`` it stays, and all such requests kill their workers. A file
-that is still there after the request had fewer points. With ``OPERATION POINT stop`` the worker is stopped (SIGSTOP).
+MKDIR that a worker serves, or finishes for one that was killed. Points are before and after each system call and each change
+of the slot; the point ``done`` is when the reply is about to be recorded. The file is removed first, so it happens once. A file
+that is still there after the request had fewer points.
+
+``OPERATION POINT POINT``: the successor dies, too, at the second one, counted in what it does about the request.
+``OPERATION POINT stop``: the worker is stopped (SIGSTOP).
+``OPERATION always``: the file stays, and all such requests kill their workers.
 """
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -38,13 +43,18 @@ class _Faulty:
         self._file = file
 
     def __call__(self, message: memoryview) -> None:
-        operation, point, *action = self._wanted()
+        operation, point, *then = self._wanted()
         if operation != abi.OPCODE_NAMES.get(abi.fuse_in_header.unpack_from(message)[1]):
             return self._serve(message)
         if point == "always":
             _end(signal.SIGKILL)
-        self._left = int(point)
-        self._signal = signal.SIGSTOP if action == ["stop"] else signal.SIGKILL
+        self._left = math.inf if point == "done" else int(point)
+        self._signal = signal.SIGKILL
+        self._next = ""
+        if then == ["stop"]:
+            self._signal = signal.SIGSTOP
+        elif then:
+            self._next = " ".join((operation, *then))
         sys.setprofile(self._event)
         try:
             self._point()
@@ -64,6 +74,8 @@ class _Faulty:
             if module in _SYSTEM_CALLS:
                 self._point()
         elif frame.f_code.co_filename in _FILES:
+            if self._left == math.inf and frame.f_code is slot.Slot.executed.__code__:
+                self._left = 0
             self._point()
 
     def _point(self) -> None:
@@ -71,6 +83,10 @@ class _Faulty:
             sys.setprofile(None)
             with contextlib.suppress(FileNotFoundError):  # called off meanwhile
                 self._file.unlink()
+                if self._next:
+                    new = self._file.with_suffix(".next")
+                    new.write_text(self._next)
+                    new.rename(self._file)
                 _end(self._signal)
         self._left -= 1
 

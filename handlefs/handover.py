@@ -10,6 +10,7 @@ from typing import Any
 
 from handlefs import interpreter
 from handlefs.connection import Connection
+from handlefs.droplog import DropLog
 from handlefs.removed import KeptFile
 from handlefs.worker import Assignment
 
@@ -68,12 +69,15 @@ class State:
         return tuple(number for number in numbers if number is not None)
 
     def inherited_as(self, numbers: Mapping[str, int], removed: Iterable[KeptFile]) -> "State":
-        """The same with the descriptors of the connection and of the metrics server under other numbers, and with these
-        `removed` files. Raises KeyError if one of the connection is missing."""
+        """The same after the time in a store, with the descriptors of the connection and of the metrics server under other
+        numbers, and with these `removed` files. Raises KeyError if one of the connection is missing."""
         changed: dict[str, Any] = {name: numbers[name] for name in self.assignment.descriptors()}
         assignment = replace(self.assignment, **changed)
         connection = Connection(assignment, numbers["inbox"])
-        return replace(self, connection=connection, metrics=numbers.get("metrics"), removed=tuple(removed))
+        # All that was ever forgotten is too much to read; what is kept is looked at anyway.
+        recently = DropLog(assignment.drops).recently
+        metrics = numbers.get("metrics")
+        return replace(self, connection=connection, metrics=metrics, removed=tuple(removed), drops_position=recently)
 
     def to_memory(self) -> int:
         """A memory file that holds it; from_memory() reads it back. The caller closes the descriptor."""

@@ -2,7 +2,7 @@
 
 from handlefs.errors import StartupError
 
-LAYOUT = 3
+LAYOUT = 4
 """Stands for all that the processes of a mount share: the slots, the drop log, the table of backing IDs, the messages between
 supervisor, template and workers, and the state that a supervisor leaves. To be raised whenever any of these changes."""
 

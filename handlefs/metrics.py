@@ -58,6 +58,10 @@ class Counters:
         self.count(opcode, number, time.monotonic_ns() - self.words[_BEGAN])
         self.words[_BEGAN] = 0
 
+    def idle(self) -> None:
+        """No request is being served: one that a killed process had answered may not have been counted."""
+        self.words[_BEGAN] = 0
+
     def count(self, opcode: int, number: int, nanoseconds: int) -> None:
         """A request has been answered, with the errno `number`, or 0, after so many nanoseconds."""
         words, row = self.words, (opcode if opcode < _ROWS else 0) * _ROW
@@ -99,7 +103,7 @@ class Totals:
             "open_files": max(opened["open"] + opened["create"] + opened["tmpfile"] - operations["release"], 0),
             "open_dirs": max(opened["opendir"] - operations["releasedir"], 0),
             "reopened": self._words[_FILES][REOPENED],
-            "backing_ids": backing[REGISTERED] - backing[CLOSED],
+            "backing_ids": max(backing[REGISTERED] - backing[CLOSED], 0),
             "operations_total": operations.total(),
             "operations": dict(operations),
             "errors": dict(errors),

@@ -1,11 +1,12 @@
 """What a worker may do: its requests come from clients, so it keeps no privilege that serving them does not need.
 
-The capabilities below are those without which some operation of a client fails (tests/crash/test_sandbox.py). CAP_SYS_RESOURCE
-is not among them: data is written by a worker whoever the client is, so it must not be exempt from disk quotas.
+The capabilities below are those without which some operation of a client fails (tests/crash/test_sandbox.py); fewer, if the
+mount is read-only. CAP_SYS_RESOURCE is not among them: data is written by a worker whoever the client is, so it must not be
+exempt from disk quotas.
 """
 
 import resource
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from handlefs.credentials import (
@@ -44,21 +45,29 @@ CAPABILITIES: Mapping[int, Capability] = {
     CAP_SETGID: Capability("CAP_SETGID", "make files in the name of any group"),
     CAP_SETUID: Capability("CAP_SETUID", "make files in the name of any user"),
     CAP_LINUX_IMMUTABLE: Capability("CAP_LINUX_IMMUTABLE", "set the flags of chattr +i and +a"),
-    CAP_SYS_ADMIN: Capability("CAP_SYS_ADMIN", "pass reads and writes through, and set trusted.* attributes"),
+    CAP_SYS_ADMIN: Capability("CAP_SYS_ADMIN", "pass reads and writes through, and serve trusted.* attributes"),
     CAP_MKNOD: Capability("CAP_MKNOD", "make device files"),
     CAP_SETFCAP: Capability("CAP_SETFCAP", "give files capabilities (setcap)"),
 }
 """What workers keep, of what handlefs was started with."""
+_TO_READ = (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_SYS_ADMIN)
+"""Those that a read-only mount needs, too; CAP_FOWNER to open files of any user with O_NOATIME."""
 
 
-def confine() -> None:
+def needed(*, read_only: bool) -> Collection[int]:
+    """Those that the workers of a mount need, which may be `read_only`."""
+    return _TO_READ if read_only else CAPABILITIES
+
+
+def confine(*, read_only: bool) -> None:
     """Give up everything else, for this process and its children, for good. Call it before any thread is started."""
+    kept = needed(read_only=read_only)
     _, limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if has_capability(CAP_SYS_RESOURCE):
         limit = resource.RLIM_INFINITY  # for the slot, instead of CAP_IPC_LOCK
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
     if has_capability(CAP_SETPCAP):
         keep_capabilities()
-        drop_from_bounding_set(CAPABILITIES)
-    keep_only(CAPABILITIES)
+        drop_from_bounding_set(kept)
+    keep_only(kept)
     no_new_privileges()

@@ -219,15 +219,15 @@ class Server:
     def _metrics_server(self) -> "MetricsServer | None":
         if self.config.metrics is None:
             return None
-        from handlefs.prometheus import MetricsServer  # noqa: PLC0415 - most servers do without its library
-
         try:
+            from handlefs.prometheus import MetricsServer  # noqa: PLC0415 - most servers do without its library
+
             listening = None if self._inherited is None else self._inherited.metrics
             return MetricsServer(self.config.metrics, self.status, listening)
-        except StartupError as error:
+        except Exception as error:  # of its library, too
             if self._inherited is None:
                 raise
-            log.error("%s", error)  # the mount is there, and goes on
+            log.error("there are no metrics: %s", error)  # the mount is there, and goes on
             return None
 
     def reload(self, _connection: socket.socket) -> dict[str, object]:

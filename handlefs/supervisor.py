@@ -228,6 +228,7 @@ class Supervisor:
         """
         with self._crew.changing():
             self._check_code()
+            self._crew.try_new_code()  # a successor whose workers do not start could not go back
             try:
                 self._calls.call(lambda: self._execute(control, client, prepared))
             except OSError as error:
@@ -278,7 +279,8 @@ class Supervisor:
         for kept in state.removed:
             os.set_inheritable(kept.fd, False)
             self._removed.keep(kept)
-        self._inherited_workers = self._crew.inherit(state.workers, state.groups)
+        is_served = state.client is not None  # by an upgrade; if not, the service manager has to hear that it cannot be
+        self._inherited_workers = self._crew.inherit(state.workers, state.groups, is_served=is_served)
         self._crew.restarts = state.restarts
 
     def _unfinished(self) -> set[int]:
@@ -316,5 +318,5 @@ class Supervisor:
             "operations_total": counters.total(),
             "cpu_seconds": cpu_seconds(worker.pid),
             "operation": abi.OPCODE_NAMES.get(opcode),
-            "busy_for": counters.busy_for,
+            "busy_for": None if message is None else counters.busy_for,
         }

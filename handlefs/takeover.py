@@ -2,6 +2,7 @@
 file FD. With `serve` it goes on in the predecessor's place, in the same process (handlefs/handover.py); with `check` it only
 tries whether it could."""
 
+import importlib
 import logging
 import os
 import sys
@@ -32,8 +33,10 @@ def main() -> NoReturn:
 
 
 def _check(state: State) -> None:
-    """Raise StartupError if `_serve` would."""
+    """Raise StartupError, or what else there is, if `_serve` would. That workers start is tried by the predecessor."""
     control.check()
+    if state.assignment.config.metrics is not None:
+        importlib.import_module("handlefs.prometheus")
     set_up_logging(state.assignment.config.log_file, foreground=state.assignment.foreground)
     rehearse(state.assignment)
 

@@ -30,12 +30,12 @@ def main() -> NoReturn:
     supervisor = int(sys.argv[2])
     die_with(supervisor)
     set_name("handlefs-tmpl")
-    confine()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the supervisor may just hold some back
     try:
         assignment = Assignment.from_json(orders.recv(_LONGEST_ASSIGNMENT).decode())
     except StartupError as error:
         sys.exit(str(error))
+    confine(read_only=assignment.config.options.read_only)
     gc.freeze()  # what the workers share with this process is not to be written to
     while True:
         order, descriptors, _, _ = socket.recv_fds(orders, 1, 1)

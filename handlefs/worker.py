@@ -135,7 +135,11 @@ class Worker:
     def run(self) -> None:
         """Finish what the slot holds, then serve until the mount is gone."""
         self._slot.taken(os.getpid())
-        self._finish()
+        message = self._slot.unfinished
+        if message is None:
+            self._counters.idle()
+        else:
+            faults.injected(self._finish)(message)
         self._slot.reading()
         while size := self._receiver.receive():
             self._counters.begin()
@@ -157,11 +161,9 @@ class Worker:
             self._slot.executing(intent)
         self._record_and_reply(message, self._dispatcher.answer(message))
 
-    def _finish(self) -> None:
+    def _finish(self, message: memoryview) -> None:
         """Finish the request that a killed worker has left in the slot."""
-        message, state = self._slot.unfinished, self._slot.state
-        if message is None:
-            return
+        state = self._slot.state
         if self._counters.busy_for is None:
             self._counters.begin()
         if state == EXECUTED:
@@ -173,7 +175,7 @@ class Worker:
         else:
             if _opcode(message) == abi.FUSE_TMPFILE:  # nothing leads back to the file that a killed worker has made
                 self._dispatcher.abandoned(self._slot.unique)
-            self._handle(message)
+            self._serve(message)
         self._slot.count_finished()
         self._replay.keep_nothing()
 
@@ -402,15 +404,15 @@ class Attendant:
 
     def _drop(self) -> int:
         """Drop what others have been told is not needed any more; returns the number of such events."""
-        operations = self._operations
-        events = self._drops.news()
-        for nodeid, fh in events:
+        operations, count = self._operations, 0
+        for nodeid, fh in self._drops.news():
+            count += 1
             if fh == FORGOTTEN:
                 operations.source.cache.forget(nodeid)
                 self._backing.forgotten((nodeid,))
             else:
                 operations.open_files.remove(nodeid, fh)
-        return len(events)
+        return count
 
     def _obey(self, command: dict[str, Any]) -> None:
         self._drop()

@@ -76,7 +76,8 @@ def _mount_server(config: Config, foreground: bool) -> Serve:
     def serve(on_ready: Callable[[], None]) -> None:
         os.chdir("/")
         set_up_logging(config.log_file, foreground=foreground)
-        hold_signals()
+        if inherited is None:  # else the mount is a predecessor's, and the service manager sees to it
+            hold_signals()
         from handlefs.server import Server  # noqa: PLC0415 - not before the fork: it brings LMDB
 
         def ready() -> None:

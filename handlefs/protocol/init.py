@@ -6,7 +6,6 @@ from handlefs.protocol import abi
 
 WANTED = (
     abi.FUSE_ASYNC_READ
-    | abi.FUSE_ATOMIC_O_TRUNC
     | abi.FUSE_EXPORT_SUPPORT
     | abi.FUSE_BIG_WRITES
     | abi.FUSE_DONT_MASK
@@ -26,8 +25,9 @@ WANTED = (
     | abi.FUSE_HAS_RESEND
 )
 """Features used where the kernel has them. Not among them: locks (the kernel keeps them, across restarts too), the write-back
-cache (it would decide sizes and times, and excludes passthrough), zero-message opens (they cannot be taken back), security
-contexts (docs/transports.md)."""
+cache (it would decide sizes and times, and excludes passthrough), zero-message opens (they cannot be taken back), opens that
+truncate (nothing keeps others from writing in between, so they could not be repeated), security contexts
+(docs/transports.md)."""
 
 MAX_WRITE = 1 << 20
 """Bytes of data in one request; the kernel cuts it to what fs.fuse.max_pages_limit allows."""

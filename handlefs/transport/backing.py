@@ -6,12 +6,13 @@ table tells which is the first, whatever process it was in.
 
 A process may be killed at any instruction. An ID must never be used after it is closed, since the kernel may give its number
 to another file: so an ID is in the table before a reply names it, and out of the table before it is closed. What is lost in
-between is an ID that nobody uses and that is closed with the connection:
+between, an ID that nobody uses, would keep its file's blocks until the end of the connection:
 
-    open:     register │ commit │ reply     killed at the first │: the ID is nowhere, the successor registers another one;
-                                            at the second: the successor finds its own record (of a file without a name, which
-                                            it makes anew, it removes the old one: `abandoned`)
-    release:  commit │ close                killed at the │: the ID is nowhere; the successor finds no record and does nothing
+    open:     register │ commit │ reply     killed at the first │: the successor registers another one, and closes those before
+                                            it that are not on record; at the second: it finds its own record (of a file without
+                                            a name, which it makes anew, it removes the old one: `abandoned`)
+    release:  commit │ close                killed at the │: the table has it as the last one released, which the successor
+                                            closes, or whoever next releases one
 
 An inode that was opened for reading keeps its ID for a second, as if this process had it open too (`KEPT`): it is likely to be
 opened again, and to register it takes as long as all else of an open. The kernel then holds the source's inode as well, so an
@@ -105,7 +106,7 @@ class BackingFiles:
         read_only = reopen_flags(fh) & os.O_ACCMODE == os.O_RDONLY
         if fstat(fd).st_mode & (st.S_ISUID | st.S_ISGID):
             self.released(nodeid, KEPT)  # from before it had these bits
-            backing_id = self._table.opened(nodeid, fh, lambda: NO_BACKING)
+            backing_id = self._table.opened(nodeid, fh, lambda: NO_BACKING, self._close)
             return _backing(backing_id, 0 if read_only else abi.FOPEN_DIRECT_IO)
         keep = len(self._kept) < self._room and read_only
 
@@ -115,15 +116,12 @@ class BackingFiles:
                 self._kept[nodeid] = time.monotonic()
             return backing_id
 
-        return _backing(self._table.opened(nodeid, fh, register, keep=keep))
+        return _backing(self._table.opened(nodeid, fh, register, self._close, keep=keep))
 
     def released(self, nodeid: int, fh: int) -> None:
         """The open `fh` of `nodeid` has come to its end; what is not known is ignored."""
-        if self._table is None:
-            return
-        backing_id = self._table.released(nodeid, fh)
-        if backing_id != NO_BACKING:
-            self._close(backing_id)
+        if self._table is not None:
+            self._table.released(nodeid, fh, self._close)
 
     def forgotten(self, nodeids: Iterable[int]) -> None:
         """The kernel has dropped these nodes: keep nothing for them."""
@@ -137,9 +135,11 @@ class BackingFiles:
         self.forgotten([nodeid for nodeid, registered in tuple(self._kept.items()) if registered <= latest])
 
     def let_go_of_others(self) -> None:
-        """Keep nothing of what processes have kept that may be dead by now; what others of them keep will be kept anew."""
+        """Keep nothing of what processes have kept, or were closing, that may be dead by now; what others of them keep will be
+        kept anew."""
         if self._table is not None:
             try:
+                self._table.close_last(self._close)
                 kept = self._table.opened_by(number_of(KEPT))
             except OSError as error:
                 log.error("backing IDs that dead workers have kept stay until the end of the mount: %s", error.strerror)
@@ -161,7 +161,10 @@ class BackingFiles:
                 self.released(nodeid, fh)
 
     def _close(self, backing_id: int) -> None:
-        fcntl.ioctl(self._device, abi.FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))
+        try:
+            fcntl.ioctl(self._device, abi.FUSE_DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))
+        except FileNotFoundError:  # closed by whoever took this process, or its predecessor, for dead
+            return
         with self._lock:
             self._counts[CLOSED] += 1
 

@@ -38,11 +38,14 @@ _MAP_SIZE = 512 << 20
 """Bytes of address space; room for some 8 million open files. The same for all: LMDB cuts the file to it."""
 _STEP = 1 << 20
 """Bytes allocated at a time: some 17,000 open files more."""
-_ROOM = 128 << 10
-"""Bytes, more than the pages that a transaction may add with two records: twice the depth of the tree for each, and the list
+_ROOM = 192 << 10
+"""Bytes, more than the pages that a transaction may add with three records: twice the depth of the tree for each, and the list
 of free pages."""
 _TRANSACTIONS = 8
 """From one look at how much room is left to the next one, which takes a quarter of the time of a transaction."""
+
+Close = Callable[[int], None]
+"""Closes a backing ID; one that is closed already, or was never given out, is ignored. Raises OSError."""
 
 KEPT = 0
 """Stands for the `fh` of an open that is none: the inode's backing ID is kept for the next."""
@@ -50,7 +53,10 @@ KEPT = 0
 _KEY = struct.Struct(">QQ")  # node ID, fh: the opens of an inode are neighbours
 _NODEID = struct.Struct(">Q")
 _VALUE = struct.Struct("=I")  # backing ID
-_FROZEN = _KEY.pack(0, 0)  # no node has the ID 0
+# The table's own records: no node has the ID 0.
+_FROZEN = _KEY.pack(0, 0)
+_LAST = _KEY.pack(0, 1)  # the highest backing ID that was ever recorded
+_CLOSING = _KEY.pack(0, 2)  # the one that was taken off the record last
 
 
 class BackingTable:
@@ -62,6 +68,9 @@ class BackingTable:
     A table that can grow no more is frozen, for good: known inodes keep their backing IDs, even when they are closed,
     and others get none. Were an open forgotten instead, a later one of the same inode could be given another ID, and
     the kernel would refuse that.
+
+    What a killed process had registered and not recorded, or taken off the record and not closed, is closed by those that go
+    on: `opened` knows the former by their numbers, since the kernel counts up, and the latter is on record as the last one.
     """
 
     def __init__(self, directory: int) -> None:
@@ -90,31 +99,41 @@ class BackingTable:
         self._env.close()
         os.close(self._file)
 
-    def opened(self, nodeid: int, fh: int, register: Callable[[], int], *, keep: bool = False) -> int:
+    def opened(self, nodeid: int, fh: int, register: Callable[[], int], close: Close, *, keep: bool = False) -> int:
         """Record that `nodeid` is opened as `fh`. Returns the backing ID that all its opens have, or `NO_BACKING` if they
         have none: what `register` returns, which is called if it is the first. With `keep` there is one of `KEPT` too, then.
-        Raises OSError, nothing recorded."""
+        IDs that killed processes could not record are given to `close`. Raises OSError, nothing recorded."""
         with self._transaction(write=True) as transaction:
             backing_id = _backing_id(transaction, nodeid)
             if not self._writable(transaction):
                 return NO_BACKING if backing_id is None else backing_id
             if backing_id is None:
                 backing_id = register()
+                _count_up_to(transaction, backing_id, close)
                 if keep and backing_id != NO_BACKING:
                     transaction.put(_KEY.pack(nodeid, KEPT), _VALUE.pack(backing_id))
             transaction.put(_KEY.pack(nodeid, fh), _VALUE.pack(backing_id))
             return backing_id
 
-    def released(self, nodeid: int, fh: int) -> int:
-        """Forget the open `fh` of `nodeid`. Returns the backing ID to close if it was the last one, else `NO_BACKING`. Raises
-        OSError."""
+    def released(self, nodeid: int, fh: int, close: Close) -> None:
+        """Forget the open `fh` of `nodeid`, and `close` its backing ID if it was the last one. Raises OSError."""
         with self._transaction(write=True) as transaction:
             if not self._writable(transaction):
-                return NO_BACKING
+                return
             value = transaction.pop(_KEY.pack(nodeid, fh))
             if value is None or _backing_id(transaction, nodeid) is not None:
-                return NO_BACKING
-            return int(_VALUE.unpack(value)[0])
+                return
+            (backing_id,) = _VALUE.unpack(value)
+            if backing_id == NO_BACKING:
+                return
+            _close_last(transaction, close)  # whoever has released that one may have been killed
+            transaction.put(_CLOSING, value)
+        close(backing_id)
+
+    def close_last(self, close: Close) -> None:
+        """A process was killed, perhaps before it could `close` what it had released last. Raises OSError."""
+        with self._transaction() as transaction:
+            _close_last(transaction, close)
 
     def needs_server(self, nodeid: int) -> bool:
         """Whether `nodeid` is open, or may be, without a backing ID: its data goes through a process of ours. Raises
@@ -126,7 +145,7 @@ class BackingTable:
         """Node ID and `fh` of what the request of that number has opened. All records are looked at. Raises OSError."""
         with self._transaction() as transaction:
             keys = map(_KEY.unpack, transaction.cursor().iternext(values=False))
-            return [(nodeid, fh) for nodeid, fh in keys if number_of(fh) == request]
+            return [(nodeid, fh) for nodeid, fh in keys if nodeid and number_of(fh) == request]
 
     def make_room(self) -> None:
         """Make sure that there is memory for `_TRANSACTIONS` changes more. OSError: ENOSPC, also when it is full."""
@@ -183,6 +202,22 @@ def _backing_id(transaction: lmdb.Transaction, nodeid: int) -> int | None:
     if cursor.set_range(prefix) and bytes(cursor.key()).startswith(prefix):
         return int(_VALUE.unpack(cursor.value())[0])
     return None
+
+
+def _count_up_to(transaction: lmdb.Transaction, backing_id: int, close: Close) -> None:
+    """The new `backing_id` is recorded: those since the last one were given to processes that were killed before they could do
+    so. (The kernel begins anew after 2**31; from then on nothing is taken for lost.)"""
+    last = _VALUE.unpack(transaction.get(_LAST, _VALUE.pack(NO_BACKING)))[0]
+    if backing_id > last:
+        for lost in range(last + 1, backing_id):
+            close(lost)
+        transaction.put(_LAST, _VALUE.pack(backing_id))
+
+
+def _close_last(transaction: lmdb.Transaction, close: Close) -> None:
+    value = transaction.get(_CLOSING)
+    if value is not None:
+        close(_VALUE.unpack(value)[0])
 
 
 def _as_oserror(error: lmdb.Error) -> OSError:

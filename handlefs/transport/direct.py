@@ -105,8 +105,6 @@ class Dispatcher:
         self._entry_timeout = divmod(round(config.entry_timeout * 10**9), 10**9)
         self._attr_timeout = divmod(round(config.attr_timeout * 10**9), 10**9)
         self._no_groups = () if negotiated.has(abi.FUSE_CREATE_SUPP_GROUP) else None
-        # Before Linux 5.12 only the server can do it for O_TRUNC, and must guess who lacks CAP_FSETID.
-        self._kernel_says_kill = negotiated.has(abi.FUSE_HANDLE_KILLPRIV_V2)
         self._setxattr_in = (
             abi.fuse_setxattr_in if negotiated.has(abi.FUSE_SETXATTR_EXT) else abi.fuse_setxattr_in_compat
         )
@@ -338,7 +336,7 @@ class Dispatcher:
 
     def _open(self, request: Request) -> Reply:
         flags, open_flags = decode(abi.fuse_open_in, request.body)
-        kill = bool(open_flags & abi.FUSE_OPEN_KILL_SUIDGID) if self._kernel_says_kill else request.uid != 0
+        kill = bool(open_flags & abi.FUSE_OPEN_KILL_SUIDGID)
         fh = self._operations.open(request.nodeid, flags, kill_suidgid=kill)
         backing = self._back(request.nodeid, fh)
         if backing.backing_id == NO_BACKING and self._backing.are_possible:

@@ -55,8 +55,8 @@ _TIME = struct.Struct("=q")
 _SIZE = struct.Struct("=q")
 _HANDLE_TYPE = struct.Struct("=i")
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENODATA})
-_NOT_NOW = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.EINTR})
-"""Errors that say nothing of how the next system call will end."""
+_WILL_FAIL = _NOT_THERE | {errno.ENOTDIR, errno.ESTALE, errno.ENAMETOOLONG, errno.EOPNOTSUPP}
+"""Errors of a look that the system call will meet, too, whoever makes it. Others say nothing of how that will end."""
 
 
 class _Request(NamedTuple):
@@ -138,9 +138,9 @@ class Replay:
         except struct.error:
             return b""
         except OSError as error:
-            if error.errno in _NOT_NOW:
-                raise
-            return b""
+            if error.errno in _WILL_FAIL:
+                return b""
+            raise
 
     def finish(self, opcode: int, message: memoryview, intent: bytes) -> Reply:
         """The reply to the request `message`, which was being executed after its `intent` was recorded. Raises OSError if
@@ -223,8 +223,19 @@ def _old_attribute(operations: Operations, request: _Request) -> bytes:
 
 
 def _has_attribute(operations: Operations, request: _Request) -> bool:
+    # By its name: not all attributes are listed, and a list may be too long for the kernel.
+    try:
+        _attribute(operations, request)
+    except OSError as error:
+        if error.errno != errno.ENODATA:
+            raise
+        return False
+    return True
+
+
+def _attribute(operations: Operations, request: _Request) -> bytes:
     inode = operations.inode(request.nodeid)
-    return os.fsdecode(request.name) in os.listxattr(operations.source.path_to(inode))
+    return os.getxattr(operations.source.path_to(inode), os.fsdecode(request.name))
 
 
 # -- was it done? --------------------------------------------------------------------------------------------------------
@@ -241,8 +252,7 @@ def _is_linked(operations: Operations, request: _Request, _intent: bytes) -> boo
 
 
 def _has_value(operations: Operations, request: _Request, _intent: bytes) -> bool:
-    inode = operations.inode(request.nodeid)
-    return os.getxattr(operations.source.path_to(inode), os.fsdecode(request.name)) == request.second
+    return _attribute(operations, request) == request.second
 
 
 def _attribute_is_gone(operations: Operations, request: _Request, _intent: bytes) -> bool:

@@ -7,9 +7,11 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ..posix.compare import in_the_end, outcome
 from ..support.server import Mounted
+from ..support.users import Child
 from .conftest import TIMEOUT
 
 
@@ -64,6 +66,12 @@ def settled(supervisor: int, count: int = 4) -> set[int]:
     assert in_the_end(names, expected, seconds=TIMEOUT) == expected
     assert in_the_end(watched, len(expected), seconds=TIMEOUT) == len(expected)
     return children(supervisor)
+
+
+def has_come_to(fault: Path, request: Child[Any]) -> bool:
+    """Whether a worker has died, or was stopped, at `fault`; if not, the request was answered before it came to that point."""
+    in_the_end(lambda: request.has_result(0) or not fault.exists(), True)
+    return not fault.exists()
 
 
 def template(supervisor: int) -> int:

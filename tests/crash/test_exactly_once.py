@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import functools
+import itertools
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ import pytest
 from handlefs.transport.backingtable import BackingTable
 
 from ..posix.compare import attributes, in_the_end, outcome
-from ..support.filesystems import FileSystems, filesystem
+from ..support.filesystems import FileSystems, filesystem, run
 from ..support.syscalls import (
     FS_APPEND_FL,
     FS_IOC_GETFLAGS,
@@ -28,8 +30,9 @@ from ..support.syscalls import (
     renameat2,
     set_flags,
 )
-from ..support.users import ALICE, ROOT, User
-from .conftest import Ground, serving
+from ..support.users import ALICE, ROOT, Child, User
+from .conftest import TIMEOUT, Ground, serving
+from .processes import has_come_to, kill, state, workers
 
 FS_NODUMP_FL = 0x40
 FALLOC_FL_ZERO_RANGE = 16
@@ -204,6 +207,7 @@ CASES = {
     "list": Case("readdirplus", lambda base: sorted(os.listdir(base)), two_files, ROOT),
     "opendir": Case("opendir", lambda base: sorted(os.listdir(base)), two_files, ROOT),
     "release": Case("release", lambda base: (base / "file").read_bytes(), file, ROOT),
+    "release-by-a-writer": Case("release", lambda base: opened(base, os.O_WRONLY, os.fsync), file, ROOT),
     "lookup": Case("lookup", lambda base: (base / "nothing").exists(), file, ROOT),
     "statfs": Case("statfs", lambda base: os.statvfs(base).f_bsize, file, ROOT),
     "fsync": Case("fsync", lambda base: opened(base, os.O_WRONLY, os.fsync), file, ROOT),
@@ -223,7 +227,7 @@ def contents(base: Path) -> object:
     return found
 
 
-def run_killed(ground: Ground, case: Case, point: int) -> bool:
+def run_killed(ground: Ground, case: Case, point: int | str) -> bool:
     """Compare the case to its control, with a worker killed at the given point; False if the operation has fewer points."""
     served, control = ground.directories()
     for base in (served, control):
@@ -246,10 +250,12 @@ def descriptors(pid: int) -> Iterator[Path]:
 
 
 @pytest.mark.kinds("ext4")  # the file system does not matter
-@pytest.mark.parametrize("name", ["create", "open-truncate", "open-to-read", "release", "tmpfile"])
+@pytest.mark.parametrize("name", ["create", "open-to-read", "release", "release-by-a-writer", "tmpfile"])
 def test_a_killed_open_leaves_no_backing_id(kind: str, filesystems: FileSystems, name: str) -> None:
-    """Whoever opens or closes a file with passthrough dies at every point: there is no record left in the end."""
+    """Whoever opens or closes a file with passthrough dies at every point: there is no record left in the end, nor is a file
+    kept by the kernel when it is removed: its inode is free again."""
     with serving(filesystems[kind], "auto") as ground:
+        before = os.statvfs(ground.server.source).f_ffree
         prefix = "handlefs-backing-"
         (directory,) = {link for link in descriptors(ground.server.pid) if prefix in os.fspath(link)}
         point = 0
@@ -259,15 +265,51 @@ def test_a_killed_open_leaves_no_backing_id(kind: str, filesystems: FileSystems,
         fd = os.open(directory, os.O_RDONLY)
         try:
             with closing(BackingTable(fd)) as table:
-                assert in_the_end(lambda: table._env.stat()["entries"], 0) == 0
+                assert in_the_end(lambda: open_in(table), []) == []
         finally:
             os.close(fd)
+        for path in (ground.server.source, ground.controls):
+            run("find", path, "-mindepth", "1", "-delete")
+
+        def left() -> int:
+            ground.server.evict()
+            return before - os.statvfs(ground.server.source).f_ffree
+
+        assert in_the_end(left, 0) == 0
+
+
+def open_in(table: BackingTable) -> list[tuple[int, int]]:
+    """What has a record: node IDs and `fh`. Those of the table itself are of no node."""
+    with table._env.begin() as transaction:
+        keys = [struct.unpack(">QQ", key) for key in transaction.cursor().iternext(values=False)]
+    return [(nodeid, fh) for nodeid, fh in keys if nodeid]
+
+
+EACH_ONCE = frozenset(
+    {
+        *("mkdir", "mknod-fifo", "symlink", "link", "unlink", "rmdir", "rename-over", "rename-exchange"),
+        *("create-exclusive", "setxattr-create", "removexattr"),
+    }
+)
+"""A case of each operation that can be done only once."""
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_killed_at_every_point(ground: Ground, kind: str, name: str) -> None:
-    # The same code runs everywhere; what differs is what the disk tells.
-    kill_at_each_point(ground, CASES[name], 1 if kind == "ext4" else 3)
+    # The same code runs everywhere; what differs is what the disk tells, and, not on ext4, passthrough. So the file systems
+    # share what may be repeated, a third of its points each.
+    case = CASES[name]
+    if name in EACH_ONCE or (kind == "ext4" and case.operation in {CASES[once].operation for once in EACH_ONCE}):
+        kill_at_each_point(ground, case)
+    else:
+        kill_at_each_point(ground, case, range(("ext4", "xfs", "btrfs").index(kind), LAST_POINT, 3))
+
+
+@pytest.mark.kinds("xfs")  # the file system does not matter, passthrough does
+@pytest.mark.parametrize("name", ["mkdir", "create-exclusive", "tmpfile", "unlink", "setxattr-create"])
+def test_the_successor_is_killed_too(ground: Ground, name: str) -> None:
+    """One worker dies when all is done but the reply; its successor at each point of finding that out."""
+    kill_at_each_point(ground, CASES[name], after="done")
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +323,74 @@ def without_birth_times(request: pytest.FixtureRequest) -> Iterator[Ground]:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.operation in MAKING])
 def test_without_birth_times(without_birth_times: Ground, name: str) -> None:
-    kill_at_each_point(without_birth_times, CASES[name], 3)
+    kill_at_each_point(without_birth_times, CASES[name], range(0, LAST_POINT, 3))
+
+
+def truncate(base: Path) -> None:
+    os.close(os.open(base / "file", os.O_WRONLY | os.O_TRUNC))
+
+
+def write_later(file: FileIO) -> int:
+    written = file.write(b"later")
+    os.fsync(file.fileno())
+    return written
+
+
+@pytest.mark.kinds("ext4")  # the file system does not matter
+@pytest.mark.parametrize("passthrough", ["off", "auto"])
+@pytest.mark.parametrize("operation", ["open", "setattr"])
+def test_an_open_truncates_once(kind: str, filesystems: FileSystems, passthrough: str, operation: str) -> None:
+    """A worker hangs, and is killed then, when it has truncated a file: what somebody else writes after that is not lost."""
+    with serving(filesystems[kind], passthrough, "--attr-timeout=0") as ground:
+        served, _ = ground.directories()
+        path, source = served / "file", ground.server.source / served.name / "file"
+        for point in itertools.count():
+            file(served)
+            ground.kill_at(operation, f"{point} stop")
+            opening = Child(truncate, served)
+            hangs = has_come_to(ground.fault, opening)
+            if hangs and not source.stat().st_size:
+                break
+            for pid in workers(ground.server):
+                if state(pid) == "T":
+                    kill(pid)
+            assert opening.result(TIMEOUT) is None
+            if not hangs:
+                return  # it does not truncate
+        with path.open("r+b", buffering=0) as other:
+            writing = Child(write_later, other)
+            writing.has_result(0.5)  # or else it has to wait until the file is truncated
+            (hanging,) = (pid for pid in workers(ground.server) if state(pid) == "T")
+            kill(hanging)
+            assert opening.result(TIMEOUT) is None
+            assert writing.result(TIMEOUT) == 5
+        assert path.read_bytes() == source.read_bytes() == b"later"
+
+
+@pytest.mark.kinds("xfs")  # ext4 has no room for so many; btrfs is as XFS
+def test_more_attributes_than_can_be_listed(kind: str, filesystems: FileSystems) -> None:
+    """Whoever has set or removed one dies: it has succeeded all the same."""
+    with serving(filesystems[kind], "off") as ground:
+        served, _ = ground.directories()
+        path = served / "file"
+        path.touch()
+        for number in range(300):
+            os.setxattr(ground.server.source / served.name / "file", f"user.{number:0250}", b"")
+        assert outcome(os.listxattr, path) == "E2BIG"
+        for operation, act in (
+            ("setxattr", lambda: os.setxattr(path, "user.x", b"value", os.XATTR_CREATE)),
+            ("removexattr", lambda: os.removexattr(path, "user.x")),
+        ):
+            for point in itertools.count():
+                with suppress(OSError):
+                    os.removexattr(path, "user.x")
+                if operation == "removexattr":
+                    os.setxattr(path, "user.x", b"value")
+                ground.kill_at(operation, point)
+                assert outcome(ground.bounded, act) is None
+                if not ground.was_killed():
+                    break
+            assert point > 5
 
 
 def protect(base: Path) -> None:
@@ -311,16 +420,28 @@ def append(base: Path, before_writing: Callable[[Path], None]) -> object:
 def test_append_only(kind: str, filesystems: FileSystems, case: Case, workers: int) -> None:
     """What is written to a file that is protected by chattr +a, before it is opened or while it is open, is there once."""
     with serving(filesystems[kind], "off", f"--workers={workers}") as ground:
-        kill_at_each_point(ground, case, 1)
+        kill_at_each_point(ground, case)
+        if workers == 1:
+            kill_at_each_point(ground, case, after="done")
 
 
-def kill_at_each_point(ground: Ground, case: Case, step: int) -> None:
-    point = 0
-    try:
-        while run_killed(ground, case, point):
-            point += step
-    except AssertionError as error:
-        error.add_note(f"killed at point {point}")
-        raise
+LAST_POINT = 1000
+
+
+def kill_at_each_point(ground: Ground, case: Case, points: Iterable[int] = range(LAST_POINT), after: str = "") -> None:
+    """Run the case with a worker killed at each of these points, as far as there are as many; with `after`, at which the worker
+    before it is killed."""
+    for point in points:
+        try:
+            if not run_killed(ground, case, f"{after} {point}"):
+                break
+        except AssertionError as error:
+            error.add_note(f"killed at point {after} {point}")
+            raise
     ground.server.check_log()
+
+    def busy() -> list[str]:
+        return [worker["operation"] for worker in ground.server.status()["workers"] if worker["busy_for"] is not None]
+
+    assert in_the_end(busy, []) == []
     assert point > 1 or case.operation not in ground.server.status()["operations"]

@@ -35,8 +35,8 @@ def random_kills(server: Mounted, seed: int) -> Iterator[None]:
     chance = random.Random(seed)
 
     def work() -> None:
-        for pid in workers(server)[:: chance.choice((1, -1))][:1]:
-            kill(pid)
+        if pids := workers(server):
+            kill(chance.choice(pids))
 
     with meanwhile(work, lambda: chance.uniform(0.02, 0.1)):
         yield
@@ -309,6 +309,10 @@ def test_a_request_that_kills_its_workers_gets_eio(ground: Ground) -> None:
     ground.fault.unlink()
     assert "ERROR" in ground.server.read_log()
     assert not (served / "new").exists()
+    assert in_the_end(lambda: ground.server.status()["errors"].get("mkdir"), 1) == 1
+    status = ground.server.status()
+    assert status["errnos"]["EIO"] == 1
+    assert "mkdir" not in [worker["operation"] for worker in status["workers"] if worker["busy_for"] is not None]
     assert outcome(ground.bounded, (served / "new").mkdir) is None
     ground.server.check_log()
 

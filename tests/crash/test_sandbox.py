@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from handlefs.sandbox import CAPABILITIES
+from handlefs.credentials import CAP_CHOWN, CAP_MKNOD, CAP_SETUID
+from handlefs.sandbox import CAPABILITIES, needed
 
 from ..posix.compare import attributes, outcome
 from ..support.filesystems import FileSystems
@@ -31,12 +32,12 @@ def has_all_capabilities() -> bool:
 
 
 @pytest.mark.skipif(not has_all_capabilities(), reason="this container has not all capabilities")
-@pytest.mark.parametrize("passthrough", ["auto", "off"])
-def test_privileges(kind: str, filesystems: FileSystems, passthrough: str) -> None:
-    source = filesystems[kind] / f"privileges-{passthrough}"
+@pytest.mark.parametrize(("passthrough", "access"), [("auto", "rw"), ("off", "rw"), ("auto", "ro")])
+def test_privileges(kind: str, filesystems: FileSystems, passthrough: str, access: str) -> None:
+    source = filesystems[kind] / f"privileges-{passthrough}-{access}"
     source.mkdir(mode=0o777)
-    kept = sum(1 << number for number in CAPABILITIES)
-    with mounted(source, None, "--transport=direct", f"--passthrough={passthrough}") as server:
+    kept = sum(1 << number for number in needed(read_only=access == "ro"))
+    with mounted(source, None, "--transport=direct", f"--passthrough={passthrough}", "-o", access) as server:
         for pid in children(server.pid):
             for thread in Path(f"/proc/{pid}/task").iterdir():
                 status = dict(line.split(":\t", 1) for line in (thread / "status").read_text().splitlines())
@@ -83,6 +84,30 @@ def test_privileged_operations(kind: str, filesystems: FileSystems, passthrough:
         path.chmod(0o777)
     with mounted(source, None, "--transport=direct", f"--passthrough={passthrough}") as server:
         assert privileged_operations(server.path) == privileged_operations(control)
+
+
+@pytest.mark.parametrize("passthrough", ["auto", "off"])
+def test_a_read_only_mount(kind: str, filesystems: FileSystems, passthrough: str) -> None:
+    """Fewer privileges are enough to read all that there is, and list it with O_NOATIME."""
+    assert {CAP_CHOWN, CAP_SETUID, CAP_MKNOD} & set(needed(read_only=True)) == set()
+    source = filesystems[kind] / f"read-only-{passthrough}"
+    source.mkdir()
+    secret = source / "hidden" / "secret"
+    secret.parent.mkdir()
+    secret.write_bytes(b"secret")
+    os.setxattr(secret, "trusted.one", b"1")
+    for path, mode in ((secret, 0o400), (secret.parent, 0o700)):
+        path.chmod(mode)
+        os.chown(path, ALICE.uid, ALICE.gid)
+        os.utime(path, (1, 2))
+    with mounted(source, None, "--transport=direct", f"--passthrough={passthrough}", "-o", "ro") as server:
+        path = server.path / "hidden" / "secret"
+        assert as_user(ALICE, path.read_bytes) == b"secret"
+        assert outcome(as_user, BOB, path.read_bytes) == "EACCES"
+        assert os.getxattr(path, "trusted.one") == b"1"
+        assert os.listdir(path.parent) == ["secret"]
+        assert outcome(path.write_bytes, b"") == "EROFS"
+    assert secret.parent.stat().st_atime == 1
 
 
 def test_many_descriptors_on_their_way(kind: str, filesystems: FileSystems) -> None:

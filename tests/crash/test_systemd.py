@@ -30,7 +30,7 @@ from ..support.server import ALARMING
 from ..support.systemd import Systemd, booted
 from ..support.users import Child
 from .conftest import TIMEOUT
-from .processes import name, settled, state
+from .processes import has_come_to, name, settled, state
 from .test_kills import Model
 from .test_takeover import Code, code, workload
 
@@ -194,9 +194,10 @@ def test_restarts_and_crashes_under_a_checked_workload(
         assert service.status()["upgrades"] == 0
 
 
-def test_a_worker_that_is_slow_to_die(systemd: Systemd, ext4: Path) -> None:
-    """What it is doing is not done again meanwhile, even if the manager does not wait for its end."""
-    with running(systemd, ext4, "--workers=1", service="KillMode=process") as service:
+@pytest.mark.parametrize("service_lines", ["KillMode=process", "TimeoutStopSec=1"])
+def test_a_worker_that_is_slow_to_die(systemd: Systemd, ext4: Path, service_lines: str) -> None:
+    """What it is doing is not done again meanwhile, even if the manager does not wait for its end, or no longer."""
+    with running(systemd, ext4, "--workers=1", service=service_lines) as service:
         (service.path / "file").touch()
         (worker,) = (child for child in settled(service.pid(), 1) if name(child) == "handlefs-0")
         run("fsfreeze", "--freeze", ext4)
@@ -245,12 +246,6 @@ def test_what_is_open_goes_on(systemd: Systemd, ext4: Path, passthrough: str, en
 
         Child(client).result(TIMEOUT)
         assert in_the_end(service.stored, stored, seconds=TIMEOUT) == stored
-
-
-def has_come_to(fault: Path, request: Child[object]) -> bool:
-    """Whether a worker has died at `fault`; if not, the request has been answered before it came to that point."""
-    in_the_end(lambda: request.has_result(0) or not fault.exists(), True)
-    return not fault.exists()
 
 
 @pytest.mark.parametrize("end", ["restart", "crash"])
@@ -452,11 +447,17 @@ def test_other_options_need_a_new_mount(systemd: Systemd, ext4: Path) -> None:
         assert "its options have changed" in service.log_file.read_text()
 
 
-def test_a_server_that_cannot_be_brought_back(systemd: Systemd, ext4: Path) -> None:
-    """Its clients do not wait for ever."""
-    with running(systemd, ext4, unit="StartLimitBurst=2") as service:
+@pytest.mark.parametrize(
+    ("module", "line"), [("cli.main", "raise SystemExit(1)"), ("template", "import nothing_like_it")]
+)
+def test_a_server_that_cannot_be_brought_back(systemd: Systemd, ext4: Path, code: Code, module: str, line: str) -> None:
+    """Its clients do not wait for ever: neither if the supervisor does not start, nor if no worker does."""
+    unit, expected = "StartLimitBurst=2", "the supervisor has failed|^Traceback|No module named|StartupError"
+    with (
+        running(systemd, ext4, unit=unit, code=code.package.parent, expected_log=expected) as service,
+        code.changed(module.replace(".", "/"), "^(?=import logging|import argparse)", f"{line}\n"),
+    ):
         (service.path / "file").touch()
-        service.configure(unit="StartLimitBurst=2", service="ExecStart=\nExecStart=/bin/false")
         service.kill()
 
         def has_ended() -> bool:  # a worker that is just dying may still answer
@@ -465,6 +466,25 @@ def test_a_server_that_cannot_be_brought_back(systemd: Systemd, ext4: Path) -> N
         assert in_the_end(has_ended, True) is True
         run("umount", service.path)
         systemd.systemctl("reset-failed", service.name)
+
+
+def test_a_stop_of_a_server_whose_workers_do_not_start(systemd: Systemd, ext4: Path, code: Code) -> None:
+    """It does not wait for them, and the mount is taken away."""
+    hangs = systemd.scratch / "hangs"
+    hang = f"import pathlib\nimport signal\n\npathlib.Path('{hangs}').touch()\nsignal.pause()\n"
+    with (
+        running(systemd, ext4, code=code.package.parent) as service,
+        code.changed("template", "^(?=import logging)", hang),
+    ):
+        service.kill()
+        assert in_the_end(hangs.exists, True, TIMEOUT) is True
+        service.do("stop")
+        assert not is_mounted(service.path)
+
+
+def test_it_is_ordered_before_the_nfs_server(systemd: Systemd, tmp_path: Path) -> None:
+    name = systemd.instance(UNIT.name, tmp_path)
+    assert "nfs-server.service" in systemd.property(name, "Before").split()
 
 
 def test_without_a_source_it_is_not_tried_again(systemd: Systemd, tmp_path: Path) -> None:

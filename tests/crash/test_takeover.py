@@ -274,25 +274,29 @@ def test_signals_after_an_upgrade(ext4: Path) -> None:
         assert not is_mounted(server.path)
 
 
+BROKEN = [
+    ("worker", r"\Z", "def", "SyntaxError: invalid syntax"),
+    ("layout", r"^LAYOUT = \d+$", "LAYOUT = 99", f"another layout (99) than the processes that run ({LAYOUT})"),
+    ("opening", r"return HandleMap.*$", "raise OSError(5, 'no luck')", "cannot read the handle map"),
+    ("supervisor", r"^class Supervisor", "import nothing_like_it\n\n\nclass Supervisor", "No module named"),
+    ("template", r"^def main", "import nothing_like_it\n\n\ndef main", "No module named"),
+    ("sandbox", r"^    no_new_privileges\(\)$", "    raise OSError(1, 'no luck')", "no luck"),
+    ("prometheus", r"^class MetricsServer", "import nothing_like_it\n\n\nclass MetricsServer", "No module named"),
+]
+"""A module, what in it is replaced by what, and what is said of it."""
+
+
 @pytest.mark.parametrize("command", ["reload", "upgrade"])
-@pytest.mark.parametrize(
-    ("module", "old", "new", "message"),
-    [
-        ("worker", r"\Z", "def", "SyntaxError: invalid syntax"),
-        ("layout", r"^LAYOUT = \d+$", "LAYOUT = 99", f"another layout (99) than the processes that run ({LAYOUT})"),
-        ("opening", r"return HandleMap.*$", "raise OSError(5, 'no luck')", "cannot read the handle map"),
-        ("supervisor", r"^class Supervisor", "import nothing_like_it\n\n\nclass Supervisor", "No module named"),
-    ],
-)
-def test_new_code_that_does_not_start(
-    code: Code, ext4: Path, command: str, module: str, old: str, new: str, message: str
-) -> None:
-    with serving(ext4) as server:
+def test_new_code_that_does_not_start(code: Code, ext4: Path, command: str) -> None:
+    """The old supervisor and its workers go on, and dead ones are replaced when the code is mended."""
+    with serving(ext4, "--metrics=127.0.0.1:0") as server:
         before = workers(server)
-        with code.changed(module, old, new):
-            assert message in fails(command, server.path)
-        assert workers(server) == before
-        (server.path / "directory").mkdir()
+        for module, old, new, message in BROKEN:
+            with code.changed(module, old, new):
+                assert message in fails(command, server.path)
+            assert workers(server) == before
+            assert server.status()["upgrades"] == 0
+            (server.path / module).mkdir()
         ok(command, server.path)
         assert not set(before) & set(workers(server))
 

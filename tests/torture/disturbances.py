@@ -26,6 +26,8 @@ class Victim:
         """With `stop_first` a process is stopped before it is killed, so it dies outside of the kernel."""
         self.mountpoint = mountpoint
         self._stop_first = stop_first
+        self.times: list[float] = []
+        """Of time.monotonic(), at which something was killed, or was asked to be replaced."""
         self.pid = control.server_pid(str(mountpoint))
 
     def processes(self) -> dict[int, str]:
@@ -42,6 +44,7 @@ class Victim:
 
     def kill(self, pid: int) -> None:
         """SIGKILL. Raises ProcessLookupError if it has died just now."""
+        self.times.append(time.monotonic())
         if self._stop_first:
             os.kill(pid, signal.SIGSTOP)
             in_the_end(lambda: _state(pid) in ("T", "Z", ""), True, seconds=5)
@@ -90,6 +93,7 @@ def kill_all(victim: Victim, chance: random.Random) -> int:
 
 def renew(victim: Victim, _chance: random.Random, command: str) -> int:
     """`handlefs reload` or `upgrade`. It may be refused, when what it has just started is killed."""
+    victim.times.append(time.monotonic())
     try:
         control.request(str(victim.mountpoint), {"op": command}, control.RELOAD_TIMEOUT)
     except control.ControlError as error:
@@ -133,12 +137,11 @@ _RENEWAL_PAUSE = (0.2, 2.0)
 
 
 class Disturbed:
-    """Disturbances at random times: `times` are those of time.monotonic() at which something was killed or replaced, `counts`
-    how often by which, and `refused` how often there was nothing to kill, or what was new was killed."""
+    """Disturbances at random times: `counts` tells how often by which, and `refused` how often there was nothing to kill, or
+    what was new was killed."""
 
     def __init__(self, victim: Victim, names: Sequence[str], seed: int, pause: tuple[float, float]) -> None:
         """With `pause` seconds, at random, between two kills."""
-        self.times: list[float] = []
         self.counts: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self._victim = victim
@@ -173,10 +176,8 @@ class Disturbed:
                 self._act(name, random.Random(self._seed))
 
     def _act(self, name: str, chance: random.Random) -> None:
-        now = time.monotonic()
         if done := DISTURBANCES[name].act(self._victim, chance):
             self.counts[name] += done
-            self.times.append(now)
         else:
             self.refused[name] += 1
 

@@ -78,7 +78,8 @@ class Figures:
     peace_calls: list[float]
     """How long each call took in peace, sorted."""
     hit_calls: list[float]
-    """The same of those during which something was killed."""
+    """The same of those during which something was killed, or of the next one, if that took longer: it may be the one that
+    waited."""
     restarts: int
     finished: int
     """Requests that a successor has finished."""
@@ -147,7 +148,7 @@ def torture(plan: Plan) -> Figures:
     _check_source(plan.base, assignments, reports)
     facts = _check_processes(plan, victim, descriptors)
     after = status(plan)
-    peace, hit = _sort_calls(calls, phases, sorted(disturbed.times))
+    peace, hit = _sort_calls(calls, phases, sorted(victim.times))
     return Figures(
         steps=sum((report.steps for report in reports), Counter()),
         disturbances=disturbed.counts,
@@ -256,14 +257,15 @@ def _hold_lock(path: Path) -> None:
 def _sort_calls(
     times: array[float], phases: Sequence[float], kills: Sequence[float]
 ) -> tuple[list[float], list[float]]:
-    """How long the calls took in peace, and those in which something was killed; both sorted."""
+    """How long the calls took in peace, and those in which something was killed (see `Figures.hit_calls`); both sorted."""
     peace, hit = [], []
-    for begin, end in zip(times[::2], times[1::2], strict=True):
+    calls = list(zip(times[::2], times[1::2], strict=True))
+    for (begin, end), (next_begin, next_end) in zip(calls, [*calls[1:], (0.0, 0.0)], strict=True):
         if phases[0] <= begin and end <= phases[1]:
             peace.append(end - begin)
         at = bisect.bisect_left(kills, begin)
         if at < len(kills) and kills[at] <= end:
-            hit.append(end - begin)
+            hit.append(max(end - begin, next_end - next_begin))
     return sorted(peace), sorted(hit)
 
 

@@ -26,42 +26,57 @@ def refuse() -> int:
     raise AssertionError("registered twice")
 
 
+def ignore(_backing_id: int) -> None:
+    """IDs that tests make up have others before them that nobody knows of."""
+
+
+def refuse_to_close(backing_id: int) -> None:
+    raise AssertionError(f"{backing_id} is in use")
+
+
+def released(table: BackingTable, nodeid: int, fh: int) -> int:
+    """The ID that is closed when `fh` is released, beside that which was closed before; `NO_BACKING` if there is none."""
+    closed: list[int] = []
+    table.released(nodeid, fh, closed.append)
+    return closed[-1] if closed else NO_BACKING
+
+
 def test_the_first_open_registers_and_the_last_release_closes(table: BackingTable) -> None:
-    assert table.opened(5, 1, lambda: 77) == 77
-    assert table.opened(5, 2, refuse) == 77
-    assert table.opened(2**64 - 1, 1, lambda: 78) == 78
-    assert table.released(5, 1) == NO_BACKING
-    assert table.opened(5, 3, refuse) == 77
-    assert table.released(5, 3) == NO_BACKING
-    assert table.released(5, 2) == 77
-    assert table.opened(5, 1, lambda: 79) == 79
-    assert table.released(2**64 - 1, 1) == 78
+    assert table.opened(5, 1, lambda: 77, ignore) == 77
+    assert table.opened(5, 2, refuse, ignore) == 77
+    assert table.opened(2**64 - 1, 1, lambda: 78, ignore) == 78
+    assert released(table, 5, 1) == NO_BACKING
+    assert table.opened(5, 3, refuse, ignore) == 77
+    assert released(table, 5, 3) == NO_BACKING
+    assert released(table, 5, 2) == 77
+    assert table.opened(5, 1, lambda: 79, ignore) == 79
+    assert released(table, 2**64 - 1, 1) == 78
 
 
 def test_a_repeated_release_changes_nothing(table: BackingTable) -> None:
-    table.opened(5, 1, lambda: 77)
-    table.opened(5, 2, refuse)
-    assert [table.released(5, 1) for _ in range(3)] == [NO_BACKING] * 3
-    assert table.opened(5, 3, refuse) == 77
-    table.released(5, 3)
-    assert [table.released(5, 2) for _ in range(3)] == [77, NO_BACKING, NO_BACKING]
-    assert table.released(6, 1) == NO_BACKING
+    table.opened(5, 1, lambda: 77, ignore)
+    table.opened(5, 2, refuse, ignore)
+    assert [released(table, 5, 1) for _ in range(3)] == [NO_BACKING] * 3
+    assert table.opened(5, 3, refuse, ignore) == 77
+    released(table, 5, 3)
+    assert [released(table, 5, 2) for _ in range(3)] == [77, NO_BACKING, NO_BACKING]
+    assert released(table, 6, 1) == NO_BACKING
 
 
 def test_an_inode_opened_without_passthrough_stays_without(table: BackingTable) -> None:
-    assert table.opened(5, 1, lambda: NO_BACKING) == NO_BACKING
-    assert table.opened(5, 2, refuse) == NO_BACKING
-    assert [table.released(5, fh) for fh in (1, 2)] == [NO_BACKING] * 2
-    assert table.opened(5, 3, lambda: 77) == 77
+    assert table.opened(5, 1, lambda: NO_BACKING, ignore) == NO_BACKING
+    assert table.opened(5, 2, refuse, ignore) == NO_BACKING
+    assert [released(table, 5, fh) for fh in (1, 2)] == [NO_BACKING] * 2
+    assert table.opened(5, 3, lambda: 77, ignore) == 77
 
 
 def test_an_open_that_fails_leaves_nothing(table: BackingTable) -> None:
     def fail() -> int:
         raise OSError(errno.ENFILE, "no file")
 
-    assert code(lambda: table.opened(5, 1, fail)) == "ENFILE"
-    assert table.opened(5, 2, lambda: 77) == 77
-    assert table.released(5, 2) == 77
+    assert code(lambda: table.opened(5, 1, fail, ignore)) == "ENFILE"
+    assert table.opened(5, 2, lambda: 77, ignore) == 77
+    assert released(table, 5, 2) == 77
 
 
 def test_a_failure_of_the_table_is_an_errno(table: BackingTable) -> None:
@@ -75,14 +90,14 @@ def test_a_failure_of_the_table_is_an_errno(table: BackingTable) -> None:
 
 def test_an_id_is_kept(table: BackingTable) -> None:
     """As one open more; not if there is none."""
-    assert table.opened(5, 16, lambda: 77, keep=True) == 77
-    assert table.released(5, 16) == NO_BACKING
-    assert table.opened(5, 32, refuse, keep=True) == 77
-    assert table.released(5, KEPT) == NO_BACKING
-    assert [table.released(5, 32) for _ in range(2)] == [77, NO_BACKING]
-    assert table.opened(6, 16, lambda: NO_BACKING, keep=True) == NO_BACKING
-    table.released(6, 16)
-    assert table.opened(6, 32, lambda: 78) == 78
+    assert table.opened(5, 16, lambda: 77, ignore, keep=True) == 77
+    assert released(table, 5, 16) == NO_BACKING
+    assert table.opened(5, 32, refuse, ignore, keep=True) == 77
+    assert released(table, 5, KEPT) == NO_BACKING
+    assert [released(table, 5, 32) for _ in range(2)] == [77, NO_BACKING]
+    assert table.opened(6, 16, lambda: NO_BACKING, ignore, keep=True) == NO_BACKING
+    released(table, 6, 16)
+    assert table.opened(6, 32, lambda: 78, ignore) == 78
 
 
 def test_many_inodes(table: BackingTable) -> None:
@@ -91,12 +106,55 @@ def test_many_inodes(table: BackingTable) -> None:
     sizes = []
     for _ in range(2):
         for backing_id, nodeid in enumerate(nodes, 1):
-            assert table.opened(nodeid, 1, lambda number=backing_id: number) == backing_id  # type: ignore[misc]
+            assert table.opened(nodeid, 1, lambda number=backing_id: number, ignore) == backing_id  # type: ignore[misc]
         sizes.append(table._allocated)
         for backing_id, nodeid in enumerate(nodes, 1):
-            assert table.released(nodeid, 1) == backing_id
+            assert released(table, nodeid, 1) == backing_id
     assert sizes[0] < 100 * len(nodes)
     assert sizes[1] <= sizes[0] + (1 << 20)
+
+
+@pytest.mark.parametrize("then", ["opened", "released", "replaced"])
+def test_what_a_killed_process_could_not_close_is_closed(table: BackingTable, then: str) -> None:
+    """By whoever next registers or releases something, or by its successor: one that was not recorded, one not closed."""
+    given, open_ids = itertools.count(1), set[int]()
+
+    def register() -> int:
+        open_ids.add(backing_id := next(given))
+        return backing_id
+
+    def die(_backing_id: int) -> None:
+        raise SystemExit
+
+    def register_and_die() -> int:
+        register()
+        raise SystemExit
+
+    table.opened(5, 1, register, open_ids.discard)
+    table.opened(6, 1, register, open_ids.discard)
+    table.opened(7, 1, register, open_ids.discard)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            table.opened(8, 1, register_and_die, open_ids.discard)
+    with pytest.raises(SystemExit):
+        table.released(5, 1, die)
+    assert open_ids == {1, 2, 3, 4, 5}
+    if then == "opened":
+        assert table.opened(8, 1, register, open_ids.discard) == 6
+        assert open_ids == {1, 2, 3, 6}
+    elif then == "released":
+        table.released(6, 1, open_ids.discard)
+        assert open_ids == {3, 4, 5}
+    else:
+        table.close_last(open_ids.discard)
+        assert open_ids == {2, 3, 4, 5}
+    assert table.opened(7, 2, refuse, refuse_to_close) == 3
+
+
+def test_when_the_kernel_counts_anew_nothing_is_taken_for_lost(table: BackingTable) -> None:
+    table.opened(5, 1, lambda: 2**10, ignore)
+    table.opened(6, 1, lambda: 3, refuse_to_close)
+    table.opened(7, 1, lambda: 9, refuse_to_close)
 
 
 def test_another_process_reads_on() -> None:
@@ -106,14 +164,14 @@ def test_another_process_reads_on() -> None:
         if pid == 0:
             try:
                 victim = BackingTable(directory)
-                victim.opened(5, 1, lambda: 77)
-                victim.opened(6, 1, lambda: os._exit(0))
+                victim.opened(5, 1, lambda: 77, ignore)
+                victim.opened(6, 1, lambda: os._exit(0), ignore)
             finally:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         with contextlib.closing(BackingTable(directory)) as table:
-            assert table.opened(5, 2, refuse) == 77
-            assert table.opened(6, 1, lambda: 78) == 78
+            assert table.opened(5, 2, refuse, ignore) == 77
+            assert table.opened(6, 1, lambda: 78, ignore) == 78
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -130,15 +188,15 @@ def test_a_full_table_is_frozen(caplog: pytest.LogCaptureFixture) -> None:
     with filesystem("tmpfs", "8M") as memory, table_directory(memory) as directory:
         (memory / "filler").write_bytes(bytes(os.statvfs(memory).f_bavail * 4096))
         with contextlib.closing(BackingTable(directory)) as table:
-            full = next(nodeid for nodeid in itertools.count(1) if not table.opened(nodeid, 1, lambda: 77))
+            full = next(nodeid for nodeid in itertools.count(1) if not table.opened(nodeid, 1, lambda: 77, ignore))
             assert full > 5000
             assert [record.levelname for record in caplog.records] == ["ERROR"]
             assert "No space left on device" in caplog.text
         (memory / "filler").unlink()
         with contextlib.closing(BackingTable(directory)) as table:
-            assert table.opened(full, 1, refuse) == NO_BACKING
-            assert table.released(1, 1) == NO_BACKING
-            assert table.opened(1, 2, refuse) == 77
+            assert table.opened(full, 1, refuse, ignore) == NO_BACKING
+            assert released(table, 1, 1) == NO_BACKING
+            assert table.opened(1, 2, refuse, ignore) == 77
         assert len(caplog.records) == 1
 
 
