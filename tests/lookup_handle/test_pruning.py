@@ -56,7 +56,7 @@ def test_memory_does_not_grow_with_requests(serving: Serving) -> None:
                 one_round(link, number)
             return memory(server) - before
 
-        # At first it remembers signatures, and now and then the allocator takes more than is used; what leaks is taken each time.
+        # The allocator now and then takes more than is used, and signatures are remembered; what leaks is taken each time.
         assert any(growth() * 1024 < ROUNDS * LARGEST_GROWTH for _ in range(6))
         link.close()
 
