@@ -125,6 +125,8 @@ class Operations:
     ) -> None:
         self.source = source
         self.read_only = read_only
+        self._time_flags = os.O_NOATIME if read_only else 0
+        """Added to each open's, also by who opens it again."""
         self._peers = peers
         self.open_files = open_files or OpenFiles()
 
@@ -395,12 +397,9 @@ class Operations:
         """OPEN: returns the `fh`. With `kill_suidgid` O_TRUNC clears set-id bits."""
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._check_writable()
+        flags |= self._time_flags
         with _without_fsetid(kill_suidgid and bool(flags & os.O_TRUNC)):
-            file = self._open_node(
-                nodeid,
-                flags & _OPEN_FLAGS | (os.O_NOATIME if self.read_only else 0),
-                may_append=bool(flags & os.O_APPEND),
-            )
+            file = self._open_node(nodeid, flags & _OPEN_FLAGS, may_append=bool(flags & os.O_APPEND))
         return self.open_files.add(file, flags)
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Entry, int]:
@@ -594,7 +593,7 @@ class Operations:
 
     def opendir(self, nodeid: int) -> int:
         """OPENDIR: returns the `fh`."""
-        flags = os.O_RDONLY | os.O_DIRECTORY | (os.O_NOATIME if self.read_only else 0)
+        flags = os.O_RDONLY | os.O_DIRECTORY | self._time_flags
         return self.open_files.add(self._open_node(nodeid, flags), flags, directory=True)
 
     def readdir(self, nodeid: int, fh: int, offset: int, size: int) -> list[DirectoryEntry]:

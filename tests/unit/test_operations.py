@@ -385,10 +385,14 @@ def test_read_only_refuses_whatever_modifies(ext4: Path, tmp_path: Path) -> None
         reader = operations.open(node, os.O_RDONLY)
         assert operations.read(node, reader, 100, 0) == b"content"
         operations.access(node, os.R_OK, ROOT)
-        assert listing(operations, ROOT_NODEID, operations.opendir(ROOT_NODEID))
+        directory = operations.opendir(ROOT_NODEID)
+        assert listing(operations, ROOT_NODEID, directory)
+    with serving(root, tmp_path / "rw", read_only=True) as another:  # opens both again
+        assert another.read(node, reader, 100, 0) == b"content"
+        assert listing(another, ROOT_NODEID, directory)
     for path, stat in before.items():
         assert (path.stat().st_ctime_ns, path.stat().st_mtime_ns) == (stat.st_ctime_ns, stat.st_mtime_ns)
-    assert before[root].st_atime_ns == root.stat().st_atime_ns
+        assert path.stat().st_atime_ns == stat.st_atime_ns
 
 
 def test_no_descriptors_is_a_transient_failure(ext4: Path, tmp_path: Path) -> None:
