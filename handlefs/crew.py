@@ -88,7 +88,7 @@ class Crew:
         the mount is, and starts that fail are tried again and again; else the first one is an error, as with a new mount."""
         self._groups.add(*groups)
         for serving in workers:
-            worker = WorkerProcess.inherited(serving)
+            worker = WorkerProcess.inherited(serving.pid, serving.slot, serving.commands)
             self._watch(worker)
             del self._vacant[serving.slot]
             self._workers.append(worker)

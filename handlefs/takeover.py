@@ -9,9 +9,10 @@ import sys
 from typing import NoReturn
 
 from handlefs import __version__, control
-from handlefs.daemon import set_up_logging, unmount_on_signals
+from handlefs.daemon import unmount_on_signals
 from handlefs.errors import ConnectionAborted, StartupError
 from handlefs.handover import State
+from handlefs.logs import set_up_logging
 from handlefs.server import Server
 from handlefs.worker import rehearse
 

@@ -23,13 +23,13 @@ from typing import Any
 
 from handlefs import faults
 from handlefs.config import Config
-from handlefs.daemon import set_up_logging
 from handlefs.droplog import FORGOTTEN, DropLog
 from handlefs.errors import StartupError
 from handlefs.filesystem import FileSystem
 from handlefs.handle import FileHandle
 from handlefs.inodecache import InodeCache
 from handlefs.layout import LAYOUT, check_layout
+from handlefs.logs import set_up_logging
 from handlefs.metrics import Counters
 from handlefs.openfiles import OpenFiles
 from handlefs.opening import open_map, open_source

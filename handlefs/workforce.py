@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from handlefs import interpreter
-from handlefs.handover import ServingWorker
 from handlefs.process import how_it_ended
 from handlefs.worker import Assignment
 
@@ -44,14 +43,14 @@ class WorkerProcess:
         self._numbers = itertools.count(time.monotonic_ns())  # none of a predecessor's, whose answers may still come
 
     @classmethod
-    def inherited(cls, serving: ServingWorker) -> "WorkerProcess":
-        """One that serves, of a predecessor in the same process."""
-        commands = socket.socket(fileno=serving.commands)
+    def inherited(cls, pid: int, slot: int, descriptor: int) -> "WorkerProcess":
+        """One that serves, of a predecessor in the same process, with the descriptor of its command socket."""
+        commands = socket.socket(fileno=descriptor)
         commands.set_inheritable(False)
         commands.settimeout(REPLY_TIMEOUT)
         worker = cls(commands)
-        worker.pid, worker.slot, worker.has_served = serving.pid, serving.slot, True
-        worker.pidfd = os.pidfd_open(serving.pid)
+        worker.pid, worker.slot, worker.has_served = pid, slot, True
+        worker.pidfd = os.pidfd_open(pid)
         return worker
 
     @property

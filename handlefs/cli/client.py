@@ -16,8 +16,9 @@ import click
 from handlefs.cli.launch import require_capabilities
 from handlefs.cli.params import DIRECTORY, json_option, print_json, progress
 from handlefs.credentials import CAP_SYS_ADMIN
-from handlefs.daemon import in_background, set_up_logging, unmount_on_signals
+from handlefs.daemon import in_background, unmount_on_signals
 from handlefs.errors import StartupError
+from handlefs.logs import set_up_logging
 from handlefs.mount import canonical
 from handlefs.protocol.client import Client
 from handlefs.protocol.client.replies import Stat

@@ -17,11 +17,11 @@ from handlefs.daemon import (
     hold_signals,
     in_background,
     raise_descriptor_limit,
-    set_up_logging,
     stop_on_signals,
     unmount_on_signals,
 )
 from handlefs.errors import StartupError
+from handlefs.logs import set_up_logging
 from handlefs.mount import mount_at, unmount
 from handlefs.sandbox import Capability
 

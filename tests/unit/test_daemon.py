@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from handlefs import daemon
+from handlefs import daemon, logs
 from handlefs.control import ControlError
 from handlefs.errors import StartupError, UserError
 
@@ -102,7 +102,7 @@ def test_an_interrupt_ends_the_child(tmp_path: Path) -> None:
 def log_and_end(destination: str | None) -> Callable[[Ready], None]:
     def serve(on_ready: Ready) -> None:
         logging.root.handlers.clear()  # pytest's own, whose files are closed here
-        daemon.set_up_logging(destination, foreground=False)
+        logs.set_up_logging(destination, foreground=False)
         logging.getLogger("handlefs.test").warning("one line of %s", "\udce9")
         on_ready()
 
@@ -110,7 +110,7 @@ def log_and_end(destination: str | None) -> Callable[[Ready], None]:
 
 
 def test_the_background_logs_to_syslog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(daemon, "SYSLOG", tmp_path / "log")
+    monkeypatch.setattr(logs, "SYSLOG", tmp_path / "log")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
         syslog.bind(str(tmp_path / "log"))
         daemon.in_background(log_and_end(None))
@@ -138,7 +138,7 @@ def test_a_late_error_goes_to_the_log_alone(tmp_path: Path) -> None:
 
     def serve(on_ready: Ready) -> None:
         logging.root.handlers.clear()
-        daemon.set_up_logging(str(tmp_path / "log"), foreground=False)
+        logs.set_up_logging(str(tmp_path / "log"), foreground=False)
         (tmp_path / "pid").write_text(str(os.getpid()))
         on_ready()
         for number in range(20):

@@ -9,7 +9,6 @@ import threading
 
 import pytest
 
-from handlefs.handover import ServingWorker
 from handlefs.workforce import WorkerProcess
 
 TIMEOUT = 60.0
@@ -18,7 +17,7 @@ TIMEOUT = 60.0
 def worker() -> tuple[WorkerProcess, socket.socket]:
     """One that serves, as far as the supervisor can see, and its end of the socket."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return WorkerProcess.inherited(ServingWorker(os.getpid(), 0, ours.detach())), theirs
+    return WorkerProcess.inherited(os.getpid(), 0, ours.detach()), theirs
 
 
 def test_one_that_has_died_since_it_was_ready() -> None:
