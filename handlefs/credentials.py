@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from handlefs.accelerator import native
+from handlefs.libc import last_error, libc
 from handlefs.process import keep_capabilities
 
 # linux/capability.h
@@ -40,9 +41,8 @@ CAP_SETFCAP = 31
 _CLONE_FS = 0x200
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_setfsuid = _libc.setfsuid
-_setfsgid = _libc.setfsgid
+_setfsuid = libc.setfsuid
+_setfsgid = libc.setfsgid
 _setfsuid.restype = _setfsgid.restype = ctypes.c_uint32  # what was set before; there is no error
 _NO_ID = ctypes.c_uint32(-1)
 _SYS_SETGROUPS = 116 if os.uname().machine == "x86_64" else 159  # 159: the generic table (arm64, riscv)
@@ -67,7 +67,7 @@ class _CapData(ctypes.Structure):
     _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
 
 
-_capget, _capset = _libc.capget, _libc.capset
+_capget, _capset = libc.capget, libc.capset
 _capget.argtypes = _capset.argtypes = (ctypes.POINTER(_CapHeader), ctypes.POINTER(_CapData))
 _thread = threading.local()
 _OURSELVES = (os.geteuid(), os.getegid())
@@ -77,7 +77,7 @@ def _prepare_thread() -> None:
     """Once per thread: a umask of its own, and capabilities that stay when the fsuid changes (capabilities(7))."""
     if getattr(_thread, "prepared", False):
         return
-    _check(_libc.unshare(_CLONE_FS))
+    _check(libc.unshare(_CLONE_FS))
     keep_capabilities()
     _thread.prepared = True
 
@@ -152,7 +152,7 @@ def set_gid_for_members(caller: Caller) -> Iterator[None]:
 def _setgroups(groups: Sequence[int]) -> None:
     """setgroups(2) for the calling thread only, which glibc's and so Python's is not."""
     array = (ctypes.c_uint32 * len(groups))(*groups)
-    _check(_libc.syscall(_SYS_SETGROUPS, ctypes.c_size_t(len(groups)), array))
+    _check(libc.syscall(_SYS_SETGROUPS, ctypes.c_size_t(len(groups)), array))
 
 
 def drop_capability(capability: int) -> None:
@@ -206,5 +206,4 @@ def _capabilities() -> tuple[_CapHeader, "ctypes.Array[_CapData]"]:
 
 def _check(result: int) -> None:
     if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
+        raise last_error()

@@ -7,9 +7,10 @@ is never given to another inode: a handle of a removed file is answered with EST
 import ctypes
 import errno
 import os
-from typing import NamedTuple, NoReturn, Self
+from typing import NamedTuple, Self
 
 from handlefs.accelerator import Stat, native
+from handlefs.libc import last_error, libc
 
 MAX_HANDLE_SZ = 128
 """Largest handle in bytes that the kernel makes (include/linux/exportfs.h, MAX_HANDLE_SZ)."""
@@ -17,7 +18,6 @@ MAX_HANDLE_SZ = 128
 AT_EMPTY_PATH = 0x1000
 AT_FDCWD = -100
 
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _FileHandleStruct(ctypes.Structure):
@@ -32,7 +32,7 @@ class _FileHandleStruct(ctypes.Structure):
 
 _HEADER_SIZE = _FileHandleStruct.f_handle.offset
 
-_name_to_handle_at = _libc.name_to_handle_at
+_name_to_handle_at = libc.name_to_handle_at
 _name_to_handle_at.argtypes = (
     ctypes.c_int,
     ctypes.c_char_p,
@@ -40,7 +40,7 @@ _name_to_handle_at.argtypes = (
     ctypes.POINTER(ctypes.c_int),
     ctypes.c_int,
 )
-_open_by_handle_at = _libc.open_by_handle_at
+_open_by_handle_at = libc.open_by_handle_at
 _open_by_handle_at.argtypes = (ctypes.c_int, ctypes.POINTER(_FileHandleStruct), ctypes.c_int)
 
 
@@ -87,7 +87,7 @@ def name_to_handle_at(dir_fd: int, name: bytes, flags: int = 0) -> tuple[FileHan
     buffer = _FileHandleStruct(MAX_HANDLE_SZ)
     mount_id = ctypes.c_int()
     if _name_to_handle_at(dir_fd, name, buffer, mount_id, flags) < 0:
-        _raise_errno(name)
+        raise last_error(name)
     data = ctypes.string_at(ctypes.addressof(buffer) + _HEADER_SIZE, buffer.handle_bytes)
     return FileHandle(buffer.handle_type, data), mount_id.value
 
@@ -125,10 +125,5 @@ def open_by_handle_at(mount_fd: int, handle: FileHandle, flags: int) -> int:
     ctypes.memmove(ctypes.addressof(buffer) + _HEADER_SIZE, handle.data, len(handle.data))
     fd: int = _open_by_handle_at(mount_fd, buffer, flags | os.O_CLOEXEC)
     if fd < 0:
-        _raise_errno(str(handle))
+        raise last_error(str(handle))
     return fd
-
-
-def _raise_errno(what: bytes | str) -> NoReturn:
-    error = ctypes.get_errno()
-    raise OSError(error, os.strerror(error), what)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from handlefs.errors import UserError
+from handlefs.libc import last_error, libc
 
 MS_RDONLY = 1 << 0
 MS_NOSUID = 1 << 1
@@ -175,27 +176,21 @@ def _is_ignored(name: str, has_value: bool) -> bool:
     return name in (_IGNORED_WITH_VALUE if has_value else _IGNORED)
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
-_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 
 
 def mount_fuse(device: str, mountpoint: str, fstype: str, flags: int, data: str) -> None:
     """mount(2). Raises OSError with *mountpoint* as its file name."""
     arguments = [os.fsencode(text) for text in (device, mountpoint, fstype)]
-    if _libc.mount(*arguments, flags, os.fsencode(data)) != 0:
-        raise _last_error(mountpoint)
+    if libc.mount(*arguments, flags, os.fsencode(data)) != 0:
+        raise last_error(mountpoint)
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """umount2(2); *lazy* takes the mount out of the tree now and ends it when its last user is gone. Raises OSError."""
-    if _libc.umount2(os.fsencode(mountpoint), UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)) != 0:
-        raise _last_error(mountpoint)
-
-
-def _last_error(path: str) -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, os.strerror(number), path)
+    if libc.umount2(os.fsencode(mountpoint), UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)) != 0:
+        raise last_error(mountpoint)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import os
 import signal
 from collections.abc import Collection
 
+from handlefs.libc import last_error, libc
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_CAPBSET_READ = 23
@@ -16,7 +18,6 @@ _PR_SET_SECUREBITS = 28
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _SECBIT_NO_SETUID_FIXUP = 1 << 2
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with(parent: int) -> None:
@@ -78,8 +79,7 @@ def how_it_ended(code: int) -> str:
 
 
 def _prctl(option: int, value: object = 0) -> int:
-    result: int = _libc.prctl(option, value, 0, 0, 0)
+    result: int = libc.prctl(option, value, 0, 0, 0)
     if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), "prctl")
+        raise last_error("prctl")
     return result

@@ -10,6 +10,7 @@ import mmap
 import os
 from typing import Final
 
+from handlefs.libc import last_error, libc
 from handlefs.protocol.abi import fuse_in_header
 
 ANSWERED: Final = 0
@@ -30,8 +31,7 @@ _COUNTERS = slice(_PAGE, 6 * _PAGE)
 _REQUEST = 6 * _PAGE
 _UNIQUE = 1  # of the header's 64-bit words
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Slot:
@@ -160,6 +160,5 @@ class SlotMemory:
         start = index * self._stride
         for page in range(start, start + self._stride, _PAGE):
             self._view[page] = self._view[page]  # mlock(2) may map pages for reading only
-        if _libc.mlock(ctypes.addressof(ctypes.c_char.from_buffer(self._mmap, start)), self._stride) < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), "mlock")
+        if libc.mlock(ctypes.addressof(ctypes.c_char.from_buffer(self._mmap, start)), self._stride) < 0:
+            raise last_error("mlock")

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from handlefs.accelerator import native
+from handlefs.libc import last_error, libc
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -20,18 +21,16 @@ _UTIME_NOW = (1 << 30) - 1
 _UTIME_OMIT = (1 << 30) - 2
 _SYS_GETDENTS64 = 217 if os.uname().machine == "x86_64" else 61  # 61: the generic table (arm64, riscv)
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_renameat2 = _libc.renameat2
+_renameat2 = libc.renameat2
 _renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-_utimensat = _libc.utimensat
+_utimensat = libc.utimensat
 _utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
-_fallocate = _libc.fallocate
+_fallocate = libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_statx = _libc.statx
+_statx = libc.statx
 _statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
-_syncfs = _libc.syncfs
-_syscall = _libc.syscall
-_syscall.restype = ctypes.c_long
+_syncfs = libc.syncfs
+_syscall = libc.syscall
 
 _DIRENT64 = struct.Struct("=QqHB")
 _TIMESPECS = struct.Struct("=qqqq")
@@ -60,7 +59,7 @@ def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) ->
     if not flags:
         os.rename(old, new, src_dir_fd=old_dir, dst_dir_fd=new_dir)
     elif _renameat2(old_dir, old, new_dir, new, flags) < 0:
-        _raise_errno()
+        raise last_error()
 
 
 def utimens(fd: int, atime: int | Moment, mtime: int | Moment) -> None:
@@ -68,7 +67,7 @@ def utimens(fd: int, atime: int | Moment, mtime: int | Moment) -> None:
     AT_EMPTY_PATH, Linux 5.8)."""
     times = _TIMESPECS.pack(*_timespec(atime), *_timespec(mtime))
     if _utimensat(fd, b"", times, _AT_EMPTY_PATH) < 0:
-        _raise_errno()
+        raise last_error()
 
 
 def _timespec(time: int | Moment) -> tuple[int, int]:
@@ -78,13 +77,13 @@ def _timespec(time: int | Moment) -> tuple[int, int]:
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2)."""
     if _fallocate(fd, mode, offset, length) < 0:
-        _raise_errno()
+        raise last_error()
 
 
 def syncfs(fd: int) -> None:
     """syncfs(2)."""
     if _syncfs(fd) < 0:
-        _raise_errno()
+        raise last_error()
 
 
 def statx(fd: int, name: bytes = b"") -> bytes:
@@ -93,7 +92,7 @@ def statx(fd: int, name: bytes = b"") -> bytes:
     buffer = ctypes.create_string_buffer(256)
     flags = _AT_SYMLINK_NOFOLLOW if name else _AT_EMPTY_PATH
     if _statx(fd, name, flags, _STATX_BASIC_STATS | _STATX_BTIME, buffer) < 0:
-        _raise_errno()
+        raise last_error()
     return buffer.raw
 
 
@@ -123,7 +122,7 @@ def getdents(fd: int, size: int) -> list[DirectoryEntry]:
     buffer = ctypes.create_string_buffer(size)
     count = _syscall(_SYS_GETDENTS64, fd, buffer, size)
     if count < 0:
-        _raise_errno()
+        raise last_error()
     data = buffer.raw[:count]
     entries = []
     position = 0
@@ -133,8 +132,3 @@ def getdents(fd: int, size: int) -> list[DirectoryEntry]:
         entries.append(DirectoryEntry(data[start : data.index(0, start)], ino, kind, offset))
         position += length
     return entries
-
-
-def _raise_errno() -> None:
-    error = ctypes.get_errno()
-    raise OSError(error, os.strerror(error))

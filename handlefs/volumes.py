@@ -4,7 +4,6 @@ A *volume* is one mount. Its ID (16 bytes) goes into mapped node IDs, so that ha
 taken for each other, and says after a restart which mount a handle has to be opened on.
 """
 
-import ctypes
 import errno
 import os
 import select
@@ -15,11 +14,11 @@ from typing import NamedTuple
 from handlefs.config import Submounts
 from handlefs.filesystem import FileSystem, identify
 from handlefs.handle import AT_EMPTY_PATH, FileHandle, handle_of
+from handlefs.libc import last_error, libc
 from handlefs.mount import Mount, mounts_below
 
 _SYS_OPEN_TREE = 428
 _OPEN_TREE_CLONE = 1
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Volume:
@@ -187,10 +186,9 @@ def _mask(identity: bytes) -> int:
 def _without_submounts(fd: int) -> int:
     """A private mount of the directory `fd` that shows what lies under the file systems mounted below it (open_tree(2)
     without AT_RECURSIVE). OSError(EPERM) without CAP_SYS_ADMIN."""
-    tree = _libc.syscall(_SYS_OPEN_TREE, fd, b"", _OPEN_TREE_CLONE | AT_EMPTY_PATH | os.O_CLOEXEC)
+    tree = libc.syscall(_SYS_OPEN_TREE, fd, b"", _OPEN_TREE_CLONE | AT_EMPTY_PATH | os.O_CLOEXEC)
     if tree < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error), "open_tree")
+        raise last_error("open_tree")
     try:
         return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=tree)
     finally:
