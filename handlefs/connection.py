@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from handlefs.assignment import Assignment
 from handlefs.config import Config, Passthrough
 from handlefs.droplog import DropLog
 from handlefs.errors import StartupError
@@ -18,7 +19,6 @@ from handlefs.statedir import SHARED_MEMORY
 from handlefs.transport import direct
 from handlefs.transport.backingtable import BackingTable, inherited_directory, table_directory
 from handlefs.volumes import OpenedSource
-from handlefs.worker import Assignment
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 
+from handlefs.assignment import Assignment
 from handlefs.errors import StartupError
 from handlefs.handover import ServingWorker
 from handlefs.loopcalls import LoopCalls
@@ -22,7 +23,7 @@ from handlefs.metrics import Counters
 from handlefs.process import how_it_ended
 from handlefs.protocol import abi
 from handlefs.slot import Slot
-from handlefs.worker import Assignment, answer_eio
+from handlefs.transport.failures import answer_eio
 from handlefs.workforce import REPLY_TIMEOUT, ProcessGroups, Template, WorkerProcess
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from handlefs import interpreter
+from handlefs.assignment import Assignment
 from handlefs.connection import Connection
 from handlefs.droplog import DropLog
 from handlefs.removed import KeptFile
-from handlefs.worker import Assignment
 
 CHECK_TIMEOUT = 30.0
 """Seconds that new code gets to say whether it can take over."""

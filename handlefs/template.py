@@ -14,10 +14,12 @@ import sys
 import time
 from typing import NoReturn
 
+from handlefs.assignment import Assignment
+from handlefs.attendant import send
 from handlefs.errors import StartupError
 from handlefs.process import die_with, set_name
 from handlefs.sandbox import confine
-from handlefs.worker import Assignment, send, work
+from handlefs.worker import work
 
 log = logging.getLogger(__name__)
 

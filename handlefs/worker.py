@@ -11,110 +11,36 @@ import gc
 import json
 import logging
 import os
-import select
-import signal
 import socket
-import threading
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from handlefs import faults
-from handlefs.config import Config
-from handlefs.droplog import FORGOTTEN, DropLog
+from handlefs.assignment import Assignment
+from handlefs.attendant import Attendant, receive, send
+from handlefs.droplog import DropLog
 from handlefs.errors import StartupError
-from handlefs.filesystem import FileSystem
 from handlefs.handle import FileHandle
 from handlefs.inodecache import InodeCache
-from handlefs.layout import LAYOUT, check_layout
 from handlefs.logs import set_up_logging
 from handlefs.metrics import Counters
 from handlefs.openfiles import OpenFiles
 from handlefs.opening import open_map, open_source
 from handlefs.operations import Operations
-from handlefs.process import die_with, set_name
+from handlefs.process import set_name
 from handlefs.protocol import abi
-from handlefs.protocol.init import Negotiated
 from handlefs.removed import PROMPT, Keeper
 from handlefs.slot import EXECUTED, EXECUTING, Slot, SlotMemory
 from handlefs.source import Source
-from handlefs.transport.backing import KEPT_FILES, KEPT_SECONDS, BackingFiles
+from handlefs.transport.backing import KEPT_FILES, BackingFiles
 from handlefs.transport.backingtable import BackingTable
 from handlefs.transport.direct import Dispatcher
+from handlefs.transport.failures import answer_eio
 from handlefs.transport.receiver import Receiver
 from handlefs.transport.replay import RECORDED, Replay, identity, size_intent
-from handlefs.volumes import OpenedSource, Volume
+from handlefs.volumes import Volume
 
 log = logging.getLogger(__name__)
-
-DROP_INTERVAL = 1.0
-"""Seconds after which a worker looks at what others have been told."""
-
-_LONGEST_COMMAND = 64 * 1024
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What all workers of a mount are told at their start."""
-
-    config: Config
-    foreground: bool
-    cache_size: int
-    """Inodes to cache, by all workers together."""
-    minor: int
-    flags: int
-    max_write: int
-    slot_count: int
-    source: int
-    """Descriptor of the source's directory: what is at its path may be another one by now."""
-    filesystem: FileSystem
-    """The source's."""
-    state_dir: int
-    """Descriptor of the state directory, for the same reason."""
-    device: int
-    """Descriptor of /dev/fuse."""
-    slots: int
-    """Descriptor of the slots' memory."""
-    drops: int
-    """Descriptor of the drop log."""
-    removed: int
-    """Descriptor of the socket for what is removed."""
-    backing: int | None
-    """Descriptor of the directory of the table of backing IDs; None if there is no passthrough."""
-
-    def descriptors(self) -> dict[str, int]:
-        """All descriptors that it names, by their names here."""
-        names = ("source", "state_dir", "device", "slots", "drops", "removed", "backing")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def to_json(self) -> str:
-        """For the template; from_json() reads it back."""
-        return json.dumps(asdict(self) | {"config": self.config.to_dict(), "layout": LAYOUT})
-
-    @classmethod
-    def from_json(cls, text: str) -> "Assignment":
-        """What to_json() wrote, maybe by another version. Raises StartupError if that shares memory in another layout."""
-        values = json.loads(text)
-        check_layout(values.pop("layout", None))
-        config, filesystem = Config.from_dict(values["config"]), FileSystem(*values["filesystem"])
-        return cls(**values | {"config": config, "filesystem": filesystem})
-
-    @property
-    def opened_source(self) -> OpenedSource:
-        """The source, as the first supervisor has opened it."""
-        return OpenedSource(self.source, self.filesystem)
-
-    @property
-    def state_path(self) -> Path:
-        """The state directory, wherever it is by now."""
-        return Path(f"/proc/self/fd/{self.state_dir}")
-
-    @property
-    def negotiated(self) -> Negotiated:
-        """The outcome of INIT."""
-        return Negotiated(self.minor, self.flags, self.max_write)
 
 
 class Worker:
@@ -210,13 +136,6 @@ def _opcode(message: memoryview) -> int:
     return opcode
 
 
-def answer_eio(device: int, message: memoryview) -> None:
-    """Answer a request that could not be answered as it should: if it still waits, it would do so for ever, unkillable."""
-    unique = abi.fuse_in_header.unpack_from(message)[2]
-    with contextlib.suppress(OSError):
-        os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.EIO, unique))
-
-
 class MountPeers:
     """The other workers and the supervisor: the `Peers` of this process's operations."""
 
@@ -275,7 +194,7 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
         return 1
     set_name("handlefs-spare")
     send(commands, {"ready": os.getpid()})
-    line = _receive(commands)
+    line = receive(commands)
     try:
         if line:
             _serve_slot(assignment, source, table, json.loads(line)["slot"], commands)
@@ -352,86 +271,3 @@ def _serve_slot(
 def share(total: int, index: int, count: int) -> int:
     """The part of `total` that number `index` of `count` gets."""
     return total // count + (index < total % count)
-
-
-class Attendant:
-    """Beside the requests: answers the supervisor's commands, and drops what other processes say is not needed any more."""
-
-    def __init__(self, commands: socket.socket, operations: Operations, drops: DropLog, backing: BackingFiles) -> None:
-        self._commands = commands
-        self._operations = operations
-        self._drops = drops
-        self._backing = backing
-        self._started = threading.Event()
-
-    def start(self) -> None:
-        """Run, in a thread of its own, as long as the process."""
-        threading.Thread(target=self._run, name="attendant", daemon=True).start()
-        self._started.wait()
-
-    def _run(self) -> None:
-        """A process without its attendant would keep open what nobody needs any more, so it is to be replaced, too."""
-        try:
-            die_with(os.getppid())  # this thread acts for nobody else, so this stays in force
-            self._started.set()
-            self._attend()
-        except BaseException:
-            log.exception("the attendant failed")
-        finally:
-            logging.shutdown()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def _attend(self) -> None:
-        """Until the supervisor is dead."""
-        poll = select.poll()
-        poll.register(self._commands, select.POLLIN)
-        self._backing.let_go_of_others()
-        dropped = time.monotonic()
-        while True:
-            if poll.poll(DROP_INTERVAL * 1000):
-                line = _receive(self._commands)
-                if not line:
-                    return
-                self._obey(json.loads(line))
-            if time.monotonic() - dropped >= DROP_INTERVAL:
-                self._drop()
-                self._backing.let_go(KEPT_SECONDS)
-                dropped = time.monotonic()
-
-    def make_room(self) -> int:
-        """This process has no descriptor left: close what can be opened again; returns how many there were."""
-        return self._drop() + self._operations.open_files.make_room()
-
-    def _drop(self) -> int:
-        """Drop what others have been told is not needed any more; returns the number of such events."""
-        operations, count = self._operations, 0
-        for nodeid, fh in self._drops.news():
-            count += 1
-            if fh == FORGOTTEN:
-                operations.source.cache.forget(nodeid)
-                self._backing.forgotten((nodeid,))
-            else:
-                operations.open_files.remove(nodeid, fh)
-        return count
-
-    def _obey(self, command: dict[str, Any]) -> None:
-        self._drop()
-        if command["op"] == "evict":
-            self._backing.let_go()
-            source, count = self._operations.source, command["count"]
-            evicted = source.evict_all() if count is None else source.cache.evict(count)
-            send(self._commands, {"evicted": evicted, "number": command["number"]})
-
-
-def _receive(commands: socket.socket) -> bytes:
-    """The next command; empty if the supervisor wants no more."""
-    try:
-        return commands.recv(_LONGEST_COMMAND)
-    except ConnectionResetError:
-        return b""
-
-
-def send(commands: socket.socket, message: dict[str, Any]) -> None:
-    """Tell the supervisor."""
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the supervisor does not listen any more
-        commands.send(json.dumps(message).encode())

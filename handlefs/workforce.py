@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from handlefs import interpreter
+from handlefs.assignment import Assignment
 from handlefs.process import how_it_ended
-from handlefs.worker import Assignment
 
 REPLY_TIMEOUT = 10.0
 """Seconds that a worker gets to answer a command."""

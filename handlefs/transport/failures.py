@@ -1,11 +1,14 @@
 """From an operation's error to the errno of the reply, and to a line in the log where the error is not the client's doing."""
 
+import contextlib
 import errno
 import logging
+import os
 import threading
 import time
 
 from handlefs.lmdbenv import EnvironmentFailure
+from handlefs.protocol import abi
 
 log = logging.getLogger(__name__)
 
@@ -47,3 +50,10 @@ class Failures:
                 return
             self._logged[key] = now
         log.warning("%s: %s", operation, error)
+
+
+def answer_eio(device: int, message: memoryview) -> None:
+    """Answer a request that could not be answered as it should: if it still waits, it would do so for ever, unkillable."""
+    unique = abi.fuse_in_header.unpack_from(message)[2]
+    with contextlib.suppress(OSError):
+        os.write(device, abi.fuse_out_header.pack(abi.fuse_out_header.size, -errno.EIO, unique))
