@@ -17,11 +17,12 @@ from bench import kernel
 from bench.children import environment
 from bench.contestants import Place, Scope
 from bench.errors import BenchError, WorkloadError
-from bench.figures import NATIVE, Figure, Part
+from bench.figures import GIVEN_UP, NATIVE, Figure, Part
 from bench.plan import Plan
 from bench.workloads import make_files
 
-FILES_IN_DIRECTORY = 1000
+FILES_IN_DIRECTORY = 100
+"""So few that there are more directories than a server keeps open at the end."""
 UNITS = {"growth-memory": "MiB", "growth-descriptors": "descriptors", "growth-time": "µs"}
 
 
@@ -83,7 +84,7 @@ class _Walker:
     """A walking client, as a context manager. Once its time is over the server is ended, on which it gets an error."""
 
     def __init__(self, place: Place, counts: Sequence[int], patience: float) -> None:
-        self._patience = patience
+        self._too_late = f"{GIVEN_UP}: not within {patience:g} s"
         self._place = place
         self._late = threading.Event()
         self._timer = threading.Timer(patience, self._give_up)
@@ -94,7 +95,7 @@ class _Walker:
 
     def _give_up(self) -> None:
         self._late.set()
-        self._place.end(f"not within {self._patience:g} s")
+        self._place.end(self._too_late)
 
     def go_on(self) -> Mapping[str, float]:
         """The inodes that it has seen at the next count, and the seconds. Raises WorkloadError if it does not get there."""
@@ -105,7 +106,7 @@ class _Walker:
         line = self._process.stdout.readline()
         told: dict[str, Any] = json.loads(line) if line else {"inodes": 0, "failure": "the client has ended"}
         if "failure" in told:
-            why = f"not within {self._patience:g} s" if self._late.is_set() else told["failure"]
+            why = self._too_late if self._late.is_set() else told["failure"]
             raise WorkloadError(f"{why}, after {told['inodes']:,} inodes")
         return told
 

@@ -21,7 +21,9 @@ class Section:
 
 
 SECTIONS: Mapping[str, Section] = {
-    "speed": Section("Speed", "Medians of the rounds ± half the distance between the quartiles.", ratios=True),
+    "speed": Section(
+        "Speed", "Medians of the rounds ± half the distance between the least and the greatest.", ratios=True
+    ),
     "listing": Section(
         "Large directories",
         "One for all: its files with their attributes, and a larger one's names alone.",

@@ -37,7 +37,7 @@ class Grid:
 
 
 def medians(title: str, figures: Sequence[Figure]) -> Grid:
-    """The median of each figure, and how far the quartiles are from it where there are samples enough to tell.
+    """The median of each figure, and its spread where there is more than one sample.
 
     The unit is in the title if all have the same, else in the header if all of a column have the same, else in the cells.
     """
@@ -118,5 +118,5 @@ def _speed(figure: Figure | None, reference: Figure | None) -> str:
 
 
 def _with_spread(spread: Spread, samples: int, unit: str = "") -> str:
-    """The median, and where there are samples enough to tell how far the quartiles are from it."""
+    """The median, and the spread where there is more than one sample."""
     return number(spread.median) + unit + (f" ±{spread.deviation:.0%}" if samples > 1 else "")

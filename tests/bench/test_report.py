@@ -9,7 +9,7 @@ import pytest
 
 from bench import report, sections, tables
 from bench.errors import BenchError
-from bench.figures import Conditions, Part, save
+from bench.figures import Conditions, Part, load, save
 from bench.plots import PICTURES
 
 from .make import figure, part
@@ -28,7 +28,7 @@ def test_medians_with_spread_and_holes() -> None:
     grid = tables.medians("Time", figures)
     assert grid.title == "Time, in µs"
     assert grid.header == ["", "native", "direct"]
-    assert grid.rows == [["open, close", "2 ±25%", "2,000 ±25%"], ["create, close", "0.050", "-"]]
+    assert grid.rows == [["open, close", "2 ±50%", "2,000 ±50%"], ["create, close", "0.050", "-"]]
     assert tables.remarks(figures) == ["direct (create, close): File too large"]
 
 
@@ -120,11 +120,12 @@ def test_the_command_writes_tables_and_pictures(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("sys.argv", ["report", str(file), "--docs", str(docs)])
     assert report.main() == 0
     page = (docs / NAME).read_text()
-    assert "| open, close | 2 ±25% | 4 ±25% |" in page
+    assert "| open, close | 2 ±50% | 4 ±50% |" in page
     assert "kernel 6.18, machine 2 CPUs, file system ext4" in page
     assert "passthrough_ll (9000, close): Too many open files, after 2,000 inodes" in page
     assert page.startswith("# Performance\n\nBefore.\n")
     assert page.endswith("\n\nAfter.\n")
+    assert load(docs / report.BASELINE).keys() == parts.keys()
     for name in PICTURES:
         assert f"(performance-{name}.png)" in page
         assert (docs / f"performance-{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,64 @@
+"""In which order everything is measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from bench.contestants import Contestant, Place, Scope
+from bench.sizes import SCALES
+from bench.speed import Rounds, Row, turns
+from bench.workloads import BY_NAME
+
+ROWS = [Row(BY_NAME[name], clients) for name, clients in (("open", 1), ("create", 1), ("rename", 1), ("open", 4))]
+SCOPES = [Scope.ALL] * 6 + [Scope.DATA] * 2 + [Scope.ONE_CLIENT] * 2
+
+
+def orders(seed: int, rounds: int) -> list[list[tuple[Row, str]]]:
+    """What is measured in each of the rounds."""
+    places = [Place(Contestant(f"c{number}", None, scope), Path(), Path()) for number, scope in enumerate(SCOPES)]
+    found = Rounds(ROWS, places, SCALES["tiny"], seed)
+    result = []
+    for found.done in range(rounds):
+        result.append([(row, place.name) for row, place in found._order(rounds)])
+    return result
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 10])
+def test_everybody_has_every_turn_and_comes_after_everybody(count: int) -> None:
+    square = [turns(count, shift) for shift in range(count)]
+    for line in (*square, *zip(*square, strict=True)):
+        assert sorted(line) == list(range(count))
+    behind = Counter(pair for line in square for pair in pairwise(line))
+    assert len(behind) == count * (count - 1)
+    assert not behind or max(behind.values()) == 1
+
+
+def test_each_is_early_and_late() -> None:
+    """In five rounds of ten contestants nobody has a place twice, and everybody's are in the middle on average."""
+    for row in ROWS[:2]:
+        places: dict[str, list[int]] = {}
+        for done in orders(7, 5):
+            for place, name in enumerate(name for measured, name in done if measured is row):
+                places.setdefault(name, []).append(place)
+        assert len(places) == 10
+        for held in places.values():
+            assert len(set(held)) == 5
+            assert 3 <= sum(held) / 5 <= 6
+
+
+def test_every_round_measures_the_same_in_another_order() -> None:
+    first, *others = orders(7, 5)
+    names = {row: sum(1 for measured, _ in first if measured is row) for row in ROWS}
+    assert list(names.values()) == [10, 10, 8, 6]  # who does not open files, or is not for several clients, is left out
+    for other in others:
+        assert sorted(map(repr, other)) == sorted(map(repr, first))
+    assert len({str([row for row, _ in done]) for done in (first, *others)}) > 1
+
+
+def test_the_seed_decides() -> None:
+    assert orders(7, 2) == orders(7, 2)
+    assert orders(7, 2) != orders(8, 2)
