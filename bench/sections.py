@@ -113,8 +113,8 @@ def grids_of(section: Section, part: Part) -> Iterator[Grid]:
 
 def title_of(table: str) -> str:
     """In words; of a table with several clients too."""
-    if table not in TITLES and table.startswith("speed-"):
-        return f"{table.removeprefix('speed-')} clients at the same time: time for an operation of all of them"
+    if clients := tables.clients_of(table):
+        return f"{clients} clients at the same time: time for an operation of all of them"
     return TITLES.get(table, table)
 
 

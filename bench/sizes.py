@@ -16,8 +16,8 @@ class Sizes:
     data_mib: int = 128  # MiB in fio's file
     random: int = 4096  # random reads or writes, 4 KiB each
     fio_ms: int = 200  # milliseconds that several clients read or write for
-    sources: int = 400  # C files in the project that is cloned
-    compiled: int = 90  # of them, in a build
+    sources: int = 600  # C files in the project that is cloned
+    compiled: int = 100  # of them, in a build
     clients: tuple[int, ...] = (1, 4, 16)
     rounds: int = 5  # fewer cannot be compared
     quiet: float = 60.0  # seconds after which a server that is never idle is given up

@@ -88,12 +88,20 @@ def remarks(figures: Sequence[Figure]) -> list[str]:
     """A line for each column and what is to be known about it, why it failed or how it was measured, with the rows."""
     found: dict[tuple[str, str], list[str]] = {}
     for figure in figures:
+        clients = clients_of(figure.table)
+        where = f"{figure.title}, {clients} clients" if clients else figure.title
         for remark in filter(None, (figure.failure, figure.note)):
-            found.setdefault((figure.column, remark), []).append(figure.title)
+            found.setdefault((figure.column, remark), []).append(where)
     return [
         f"{column} ({'; '.join(dict.fromkeys(titles))}): {why.splitlines()[0]}"
         for (column, why), titles in found.items()
     ]
+
+
+def clients_of(table: str) -> str:
+    """How many, if it is a table of several clients; else empty."""
+    name, _, clients = table.partition("-")
+    return clients if name == "speed" else ""
 
 
 def number(value: float) -> str:

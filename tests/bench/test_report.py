@@ -161,6 +161,12 @@ def test_clients_that_did_not_start_together_are_told() -> None:
     assert tables.remarks([spread]) == ["direct (open, close): the clients' starts are spread over 40% of the time"]
 
 
+def test_remarks_tell_the_number_of_clients() -> None:
+    """The same row of another table is another figure."""
+    failed = [figure("native", [], table=table, failure="gone") for table in ("speed", "speed-4", "speed-16")]
+    assert tables.remarks(failed) == ["native (open, close; open, close, 4 clients; open, close, 16 clients): gone"]
+
+
 def test_nothing_is_written_without_the_markers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
