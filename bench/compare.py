@@ -27,7 +27,7 @@ from bench.tables import number
 
 RELEVANT = 1.05
 """Smaller changes are not worth a word, however sure they are."""
-CONTEXT = ("kernel", "machine", "file system", "scale")
+CONTEXT = ("kernel", "machine", "file system", "scale", "options")
 STEADY_UNITS = ("MiB", "descriptors", "bytes an entry")
 STEADY_RELEVANT = 1.25
 SINGLE_RELEVANT = 2.0

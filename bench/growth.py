@@ -29,7 +29,9 @@ UNITS = {"growth-memory": "MiB", "growth-descriptors": "descriptors", "growth-ti
 def measure(plan: Plan) -> Part:
     """The part `growth`."""
     counts, tree = plan.sizes.inodes, plan.work / "source"
-    contestants = [one for one in plan.contestants(Scope.ALL, Scope.ONE_CLIENT) if one.name != NATIVE]
+    contestants = [
+        one for one in plan.contestants(Scope.ALL, Scope.FEW_CLIENTS, Scope.ONE_CLIENT) if one.name != NATIVE
+    ]
     plan.steps.expect(1 + len(contestants))
     plan.steps.step(f"making {max(counts):,} files")
     _make_tree(tree, max(counts))

@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from bench.contestants import HANDLEFS
+from bench.contestants import HANDLEFS, STANDARD
 from bench.figures import GIVEN_UP, NATIVE, Figure, Part, by_cell, columns, rows
 from bench.statistics import Spread, paired_speed
 
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure as Picture
 
 DPI = 110
 MARKERS = "osD^v<>Ph*p"
+NAMES = [contestant.name for contestant in STANDARD]
 PEER = "passthrough_ll"
 """A server in C, beside which everybody is shown too."""
 
@@ -54,7 +55,6 @@ def _speed(part: Part) -> Picture | None:
         _relative_to(axes, reference, figures)
     places[0][0].set_yticks(range(len(labels)), list(labels.values()))
     places[0][0].set_ylim(len(labels) - 0.5, -0.5)
-    picture.supxlabel("median, least and greatest of the rounds; to the right is faster", fontsize="small")
     picture.legend(*_legend(places[0]), loc="outside lower center", ncols=5, fontsize="small")
     return picture
 
@@ -75,12 +75,19 @@ def _relative_to(axes: Axes, reference: str, figures: Sequence[Figure]) -> None:
         above = [speed.upper - speed.median for speed in speeds.values()]
         size = 7 if name in HANDLEFS else 4.5
         axes.errorbar(
-            medians, list(speeds), xerr=[below, above], linestyle="", markersize=size, label=name, **_style(number)
+            medians,
+            list(speeds),
+            xerr=[below, above],
+            linestyle="",
+            markersize=size,
+            label=name,
+            **_style(name, number),
         )
     for line in range(0, len(labels), 2):
         axes.axhspan(line - 0.5, line + 0.5, color="0.95", zorder=0)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel=f"speed relative to {'the directory itself' if reference == NATIVE else reference}")
+    other = "the directory itself" if reference == NATIVE else reference
+    axes.set(xscale="log", xlabel=f"speed relative to {other}\n(median, least and greatest of the rounds)")
     _plain(axes.xaxis, "{x:g}")
     axes.grid(axis="x", alpha=0.4)
 
@@ -89,9 +96,11 @@ def _relative(own: Figure | None, reference: Figure | None) -> Spread | None:
     return None if own is None or reference is None else paired_speed(own.samples, reference.samples)
 
 
-def _style(number: int) -> dict[str, Any]:
-    """Of one of several: not by colour alone, which not everybody can tell apart."""
-    return {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}
+def _style(name: str, number: int) -> dict[str, Any]:
+    """Of a contestant, the same in all pictures, or of another line that has this *number*. Not a colour alone, which not
+    everybody can tell from others."""
+    place = NAMES.index(name) if name in NAMES else number
+    return {"color": f"C{place % 10}", "marker": MARKERS[place % len(MARKERS)]}
 
 
 def _legend(places: Sequence[Axes]) -> tuple[list[Any], list[str]]:
@@ -152,7 +161,7 @@ def _lines(axes: Axes, figures: Sequence[Figure], xlabel: str, ylabel: str) -> N
         points = [(int(figure.row), Spread.of(figure.samples).median) for figure in own if figure.samples]
         width = 2.4 if name in HANDLEFS else 1.2
         x, y = [x for x, _ in points], [y for _, y in points]
-        axes.plot(x, y, markersize=5, label=name, linewidth=width, **_style(number))
+        axes.plot(x, y, markersize=5, label=name, linewidth=width, **_style(name, number))
     for point, mark, label in _ends(figures):
         axes.plot(*point, mark, markersize=13, color="black", fillstyle="none", linestyle="", label=label)
     axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)

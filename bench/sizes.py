@@ -11,8 +11,8 @@ class Sizes:
     scale: str = "full"
     # speed
     small: int = 4000  # files
-    calls: int = 2000  # opens, or opens with a read or a write
-    changes: int = 1000  # files created, renamed, unlinked; directories made and removed
+    calls: int = 1000  # opens, or opens with a read or a write
+    changes: int = 600  # files created, renamed, unlinked; directories made and removed
     data_mib: int = 128  # MiB in fio's file
     random: int = 4096  # random reads or writes, 4 KiB each
     fio_ms: int = 200  # milliseconds that several clients read or write for

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 
 from bench import kernel
 from bench.children import environment
-from bench.contestants import Contestant, Place, Scope
+from bench.contestants import FEW, Contestant, Place, Scope
 from bench.errors import WorkloadError
 from bench.figures import Figure, Part
 from bench.plan import Plan, Steps
@@ -45,6 +45,8 @@ class Row:
         """Whether *contestant* is measured in it."""
         if contestant.scope is Scope.DATA:
             return self.workload.data and self.clients == 1
+        if contestant.scope is Scope.FEW_CLIENTS:
+            return self.clients <= FEW
         return self.clients == 1 or contestant.scope is Scope.ALL
 
 
@@ -166,7 +168,7 @@ def measure(plan: Plan) -> Part:
 def measure_listing(plan: Plan) -> Part:
     """The part `listing`."""
     sizes, source = plan.sizes, plan.work / "source"
-    contestants = plan.contestants(Scope.ALL)
+    contestants = plan.contestants(Scope.ALL, Scope.FEW_CLIENTS)
     plan.steps.expect(1)
     plan.steps.step(f"making {sizes.large + sizes.listing:,} files")
     make_files(source / "large", sizes.large)
@@ -179,14 +181,14 @@ def measure_listing(plan: Plan) -> Part:
 
 def measure_once(row: Row, place: Place, places: Sequence[Place], sizes: Sizes) -> Sample:
     """One sample, with all servers idle at its start. Raises WorkloadError if there is none."""
-    _bring_about(row.workload.state, place)
+    bring_about(row.workload.state, place)
     _wait_until_quiet(places, sizes.quiet)
     sample = _run_client(row, place, sizes)
     os.sync()  # what was written is not for the next contestant to wait for
     return sample
 
 
-def _bring_about(state: State, place: Place) -> None:
+def bring_about(state: State, place: Place) -> None:
     """Have the kernel know what it is to know; what a workload wants besides it does itself, before its clock runs."""
     if state in (State.COLD, State.COLD_NAMES_WARM_DATA):
         kernel.drop_caches(kernel.NAMES_AND_DATA)

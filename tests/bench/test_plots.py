@@ -40,7 +40,7 @@ def test_speed_is_shown_beside_the_directory_and_beside_c() -> None:
     figures = [figure(name, [1, 2, 3], row=row) for row in ("open", "create") for name in names]
     picture = plots._speed(part(*figures))
     assert picture is not None
-    about = [axes.get_xlabel() for axes in picture.axes]
+    about = [axes.get_xlabel().splitlines()[0] for axes in picture.axes]
     assert about == ["speed relative to the directory itself", "speed relative to passthrough_ll"]
     assert labels(picture) == ["direct", "passthrough_ll", "bindfs"]
     bars = [container for container in picture.axes[0].containers if isinstance(container, ErrorbarContainer)]

@@ -1,17 +1,23 @@
-"""In which order everything is measured."""
+"""In which order everything is measured, and from which state."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from bench import kernel
 from bench.contestants import Contestant, Place, Scope
 from bench.sizes import SCALES
-from bench.speed import Rounds, Row, turns
-from bench.workloads import BY_NAME
+from bench.speed import Rounds, Row, bring_about, turns
+from bench.workloads import BY_NAME, Share, State, prepare
+
+from .make import cached
 
 ROWS = [Row(BY_NAME[name], clients) for name, clients in (("open", 1), ("create", 1), ("rename", 1), ("open", 4))]
 SCOPES = [Scope.ALL] * 6 + [Scope.DATA] * 2 + [Scope.ONE_CLIENT] * 2
@@ -62,3 +68,32 @@ def test_every_round_measures_the_same_in_another_order() -> None:
 def test_the_seed_decides() -> None:
     assert orders(7, 2) == orders(7, 2)
     assert orders(7, 2) != orders(8, 2)
+
+
+def test_the_state_does_not_depend_on_what_was_before(ext4: Path) -> None:
+    """Data is in the page cache where it is to be. Files whose names are to be cold have none: it would keep their inodes, or
+    not, as the workload before has left it."""
+    source = ext4 / "states"
+    prepare(source, SCALES["tiny"])
+    small, names = (list((source / name).iterdir()) for name in ("small", "names"))
+    place = Place(Contestant("native", None), source, source)
+    kernel.drop_caches(kernel.NAMES_AND_DATA)
+    bring_about(State.COLD_NAMES_WARM_DATA, place)
+    assert all(map(cached, small))
+    bring_about(State.COLD, place)
+    assert not any(map(cached, small))
+    assert len(names) == len(small)
+    assert not any(name.stat().st_size for name in names)
+    shutil.rmtree(source)
+
+
+def test_what_is_warm_was_read_by_the_client(ext4: Path) -> None:
+    """By the workload itself, through the mount: what the kernel has of the source would not be enough."""
+    mount = ext4 / "mount"
+    prepare(mount, SCALES["tiny"])
+    kernel.drop_caches(kernel.NAMES_AND_DATA)
+    assert not cached(mount / "data")
+    BY_NAME["rand-read"].run(mount, replace(SCALES["tiny"], random=1), Share())
+    with (mount / "data").open("rb") as data:  # far more than what is read once and ahead
+        assert os.preadv(data.fileno(), [bytearray(1 << 20)], 0, os.RWF_NOWAIT) == 1 << 20
+    shutil.rmtree(mount)
