@@ -22,12 +22,10 @@ from tests.lab.guest import Guest, LabError
 FILESYSTEM = "ext4"
 WORKLOADS = (
     "stat-cold", "ls-cold", "open", "create", "rename", "unlink", "mkdir", "read-4k", "write-4k",
-    "seq-read-cold", "rand-read-cold", "seq-write",
+    "seq-read-cold", "rand-read-cold", "rand-read", "seq-write", "rand-write",
 )  # fmt: skip
 BOOT_SECONDS = 120
-ROUNDS = 3
-"""At the full scale: the guest has one slow CPU, and each takes a minute or two."""
-MINUTES = 7.0
+MINUTES = 6.0
 
 
 def measure(plan: Plan) -> Part:
@@ -65,7 +63,7 @@ def guest_sizes(sizes: Sizes) -> Sizes:
         random=min(sizes.random, 500),
         sources=1,
         compiled=1,
-        rounds=min(sizes.rounds, ROUNDS),
+        rounds=min(sizes.rounds, 7),
         minutes=min(sizes.minutes, MINUTES),
     )
 

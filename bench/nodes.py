@@ -32,8 +32,6 @@ def _open(held: int) -> None:
 OPERATIONS: Mapping[str, Callable[[int], object]] = {"attributes": os.fstat, "open, close": _open}
 STATES = {"cached": (False, False), "evicted": (True, False), "evicted, source's inode cold": (True, True)}
 """What is evicted, and whether the kernel's caches are dropped."""
-TIMES = 2
-"""As many as elsewhere: what differs is small beside the noise."""
 
 
 def measure(plan: Plan) -> Part:
@@ -46,7 +44,7 @@ def measure(plan: Plan) -> Part:
             make_files(directory / "source" / "files", plan.sizes.nodes, b"content")
             with plan.served(SERVER, directory / "source") as place, _held(place.directory / "files") as nodes:
                 figures += _measured(place, nodes, plan.sizes, plan.seed)
-    nodes_label = f"{plan.sizes.nodes:,} files, {TIMES * plan.sizes.repeats} times each"
+    nodes_label = f"{plan.sizes.nodes:,} files, {plan.sizes.repeats} times each"
     return Part(plan.conditions(nodes=nodes_label, order=plan.order), figures)
 
 
@@ -70,7 +68,7 @@ def _measured(place: Place, nodes: Sequence[int], sizes: Sizes, seed: int) -> li
     cells = [(name, state) for name in OPERATIONS for state in STATES if filesystem != "tmpfs" or not STATES[state][1]]
     samples: dict[tuple[str, str], list[float]] = {cell: [] for cell in cells}
     order, generator = list(cells), random.Random(seed)
-    for _ in range(TIMES * sizes.repeats):
+    for _ in range(sizes.repeats):
         generator.shuffle(order)
         for name, state in order:
             samples[name, state].append(_once(place, nodes, OPERATIONS[name], sizes.quiet, *STATES[state]))

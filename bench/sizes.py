@@ -17,7 +17,7 @@ class Sizes:
     random: int = 4096  # random reads or writes, 4 KiB each
     fio_ms: int = 200  # milliseconds that several clients read or write for
     sources: int = 600  # C files in the project that is cloned
-    compiled: int = 100  # of them, in a build
+    compiled: int = 90  # of them, in a build
     clients: tuple[int, ...] = (1, 4, 16)
     rounds: int = 5  # fewer cannot be compared
     quiet: float = 60.0  # seconds after which a server that is never idle is given up
@@ -34,7 +34,7 @@ class Sizes:
     nodes: int = 1000  # inodes that a client holds
     known: int = 100_000  # inodes that a client of the protocol knows, in thousands
     repeats: int = 15  # of what is measured without rounds
-    pauses: int = 20  # kills of a worker, reloads, remounts
+    pauses: int = 15  # kills of a worker, reloads, remounts
 
     @property
     def files(self) -> int:
@@ -60,7 +60,7 @@ SCALES: Mapping[str, Sizes] = {
         compiled=5,
         clients=(1,),
         rounds=5,
-        minutes=0.7,
+        minutes=1.1,
         inodes=(3000, 10_000, 30_000),
         patience=10.0,
         listing=30_000,
