@@ -24,17 +24,13 @@ START_SECONDS = 30
 END_SECONDS = 60  # a server may have 100,000 inodes to forget
 
 
-FEW = 4
-"""Clients: with more, one worker shows nothing else."""
-
-
 class Scope(Enum):
     """Where a contestant is measured: where it tells something that the others do not."""
 
     ALL = "in everything"
-    FEW_CLIENTS = "in everything, with up to 4 clients"
+    FEW_CLIENTS = "in everything, but not with many clients"
     ONE_CLIENT = "in the parts speed and growth, not with several clients"
-    SPEED = "in the part speed, with one client"
+    SPEED = "in the part speed, with one client, but not in applications"
     DATA = "in the part speed, with one client that opens, reads or writes files"
 
 

@@ -1,7 +1,7 @@
 """Part `growth`: what a server needs for the inodes that a client has visited.
 
-A client walks over a tree, as `ls -lR` does, while the kernel forgets nothing by itself. At certain numbers of inodes it
-waits until the server's memory and descriptors have been looked at.
+A client walks over a tree, as `ls -lR` does but for one look-up in each directory, while the kernel forgets nothing by itself.
+At certain numbers of inodes it waits until the server's memory and descriptors have been looked at.
 """
 
 import json

@@ -29,7 +29,11 @@ SECTIONS: Mapping[str, Section] = {
         "One for all: its files with their attributes, and a larger one's names alone.",
         ratios=True,
     ),
-    "growth": Section("Growth", "The server, after a client has visited so many inodes, as `ls -lR` does."),
+    "growth": Section(
+        "Growth",
+        "The server, after a client has visited so many inodes, as `ls -lR` does, in directories of 100, and has looked for a "
+        "name in each directory.",
+    ),
     "nodes": Section(
         "Evicted inodes", "A request for an inode that the server has forgotten, beside one in its cache."
     ),

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+FEW_CLIENTS, MANY_CLIENTS = 4, 16
+"""With many only what may show something that a few do not."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -18,13 +21,13 @@ class Sizes:
     fio_ms: int = 200  # milliseconds that several clients read or write for
     sources: int = 600  # C files in the project that is cloned
     compiled: int = 90  # of them, in a build
-    clients: tuple[int, ...] = (1, 4, 16)
+    clients: tuple[int, ...] = (1, FEW_CLIENTS, MANY_CLIENTS)
     rounds: int = 5  # fewer cannot be compared
     quiet: float = 60.0  # seconds after which a server that is never idle is given up
     minutes: float = 20.0  # begin no round that would not end within
     # growth and listing
     inodes: tuple[int, ...] = (10_000, 30_000, 100_000, 300_000, 600_000, 1_000_000)
-    patience: float = 75.0  # seconds for the walk of one contestant
+    patience: float = 65.0  # seconds for the walk of one contestant
     large: int = 100_000  # files in a directory that is listed with attributes
     listing: int = 1_000_000  # entries in one directory
     listing_rounds: int = 5

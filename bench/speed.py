@@ -17,16 +17,17 @@ from dataclasses import asdict, dataclass, field
 
 from bench import kernel
 from bench.children import environment
-from bench.contestants import FEW, Contestant, Place, Scope
+from bench.contestants import Contestant, Place, Scope
 from bench.errors import WorkloadError
 from bench.figures import Figure, Part
 from bench.plan import Plan, Steps
-from bench.sizes import Sizes
+from bench.sizes import FEW_CLIENTS, Sizes
 from bench.workloads import LISTINGS, WORKLOADS, Sample, State, Workload, make_files, prepare, read_through, restore
 
 STARTS_SPREAD = 0.1
 """Of a sample's time; more is told."""
 SAMPLE_SECONDS = 120  # after which a server is taken for stuck
+TOLD = 300  # characters at most of what a client says about its failure
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,17 @@ class Row:
 
     def has(self, contestant: Contestant) -> bool:
         """Whether *contestant* is measured in it."""
-        if contestant.scope is Scope.DATA:
-            return self.workload.data and self.clients == 1
-        if contestant.scope is Scope.FEW_CLIENTS:
-            return self.clients <= FEW
-        return self.clients == 1 or contestant.scope is Scope.ALL
+        match contestant.scope:
+            case Scope.ALL:
+                return True
+            case Scope.FEW_CLIENTS:
+                return self.clients <= FEW_CLIENTS
+            case Scope.ONE_CLIENT:
+                return self.clients == 1
+            case Scope.SPEED:
+                return self.clients == 1 and self.workload.table != "applications"
+            case Scope.DATA:
+                return self.clients == 1 and self.workload.data
 
 
 @dataclass
@@ -152,7 +159,7 @@ def measure(plan: Plan) -> Part:
         Row(workload, clients)
         for clients in sizes.clients
         for workload in workloads
-        if clients == 1 or workload.parallel
+        if clients <= workload.most_clients
     ]
     with plan.all_served(sources) as places:
         rounds = Rounds(rows, places, sizes, plan.seed)
@@ -224,7 +231,7 @@ def _run_client(row: Row, place: Place, sizes: Sizes) -> Sample:
     place.check()
     if client.returncode != 0:
         last = errors.strip().splitlines()[-1:] or [f"{shlex.join(command)} failed"]
-        raise WorkloadError(last[0])
+        raise WorkloadError(last[0][:TOLD])
     return Sample(**json.loads(output))
 
 

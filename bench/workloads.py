@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 
 from bench import project
-from bench.sizes import Sizes
+from bench.sizes import FEW_CLIENTS, MANY_CLIENTS, Sizes
 
 BLOCK = bytes(4096)
 WARM_FILES = 100  # few, so that they are all looked up again within the second for which the kernel trusts them
@@ -84,9 +84,9 @@ Run = Callable[[Path, Sizes, Share], Sample]
 class Workload:
     """Something to measure; `name` is for options and results, `title` for tables, of which `table` names one.
 
-    `quick`: in the quick mode too. `parallel`: also with several clients, which are threads of its own if `own_clients`,
-    else processes. `data`: it opens files, or reads or writes what is in them, so that passthrough matters. `unit`: of a
-    sample, "µs" for each operation, or "s".
+    `quick`: in the quick mode too. `most_clients`: with how many it may be measured, which are threads of its own if
+    `own_clients`, else processes. `data`: it opens files, or reads or writes what is in them, so that passthrough matters.
+    `unit`: of a sample, "µs" for each operation, or "s".
     """
 
     name: str
@@ -94,7 +94,7 @@ class Workload:
     state: State
     run: Run
     quick: bool = False
-    parallel: bool = False
+    most_clients: int = 1
     own_clients: bool = False
     data: bool = False
     table: str = "speed"
@@ -375,7 +375,9 @@ def _build(directory: Path, _sizes: Sizes, share: Share) -> Sample:
 
 
 WORKLOADS = (
-    Workload("stat-cold", "stat, cold", State.COLD_NAMES, _each_once("names", os.stat), quick=True, parallel=True),
+    Workload(
+        "stat-cold", "stat, cold", State.COLD_NAMES, _each_once("names", os.stat), quick=True, most_clients=MANY_CLIENTS
+    ),
     Workload("stat-warm", f"stat: {SAME}", State.AS_IS, _warm_calls(os.stat)),
     Workload(
         "ls-cold",
@@ -383,14 +385,24 @@ WORKLOADS = (
         State.COLD_NAMES,
         _listing("names", lambda sizes: sizes.small, attributes=True),
         quick=True,
-        parallel=True,
+        most_clients=MANY_CLIENTS,
     ),
-    Workload("open", f"open, close: {SAME}", State.AS_IS, _warm_calls(_open), quick=True, parallel=True, data=True),
+    Workload(
+        "open",
+        f"open, close: {SAME}",
+        State.AS_IS,
+        _warm_calls(_open),
+        quick=True,
+        most_clients=MANY_CLIENTS,
+        data=True,
+    ),
     Workload("open-each", f"open, close: {EACH}", State.COLD_NAMES_WARM_DATA, _each_once("small", _open), data=True),
-    Workload("create", "create, close", State.AS_IS, _in_batches(_create), quick=True, parallel=True, data=True),
-    Workload("rename", "rename", State.AS_IS, _in_batches(_rename), parallel=True),
-    Workload("unlink", "unlink", State.AS_IS, _in_batches(_unlink), quick=True, parallel=True),
-    Workload("mkdir", "mkdir", State.AS_IS, _in_batches(_mkdir), parallel=True),
+    Workload(
+        "create", "create, close", State.AS_IS, _in_batches(_create), quick=True, most_clients=MANY_CLIENTS, data=True
+    ),
+    Workload("rename", "rename", State.AS_IS, _in_batches(_rename), most_clients=MANY_CLIENTS),
+    Workload("unlink", "unlink", State.AS_IS, _in_batches(_unlink), quick=True, most_clients=FEW_CLIENTS),
+    Workload("mkdir", "mkdir", State.AS_IS, _in_batches(_mkdir), most_clients=FEW_CLIENTS),
     Workload("tree", "mkdir and rmdir, 10 nested", State.AS_IS, _in_batches(_tree)),
     Workload(
         "read-4k",
@@ -398,7 +410,7 @@ WORKLOADS = (
         State.AS_IS,
         _warm_calls(_read),
         quick=True,
-        parallel=True,
+        most_clients=MANY_CLIENTS,
         data=True,
     ),
     Workload(
@@ -413,7 +425,7 @@ WORKLOADS = (
         f"open, write 4 KiB, close: {SAME}",
         State.AS_IS,
         _warm_calls(_write),
-        parallel=True,
+        most_clients=FEW_CLIENTS,
         data=True,
     ),
     Workload("seq-read-cold", "sequential read, 128 KiB, cold", State.COLD, _fio("read", warm=False), data=True),
@@ -423,7 +435,7 @@ WORKLOADS = (
         "sequential read, 128 KiB",
         State.AS_IS,
         _fio("read"),
-        parallel=True,
+        most_clients=FEW_CLIENTS,
         own_clients=True,
         data=True,
     ),
@@ -433,7 +445,7 @@ WORKLOADS = (
         State.AS_IS,
         _fio("randread"),
         quick=True,
-        parallel=True,
+        most_clients=MANY_CLIENTS,
         own_clients=True,
         data=True,
     ),
@@ -443,7 +455,7 @@ WORKLOADS = (
         "random write, 4 KiB",
         State.AS_IS,
         _fio("randwrite"),
-        parallel=True,
+        most_clients=FEW_CLIENTS,
         own_clients=True,
         data=True,
     ),
