@@ -20,6 +20,7 @@ from bench.sections import SECTIONS, markdown
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- figures: made by python -m bench.report -->", "<!-- end of the figures -->"
 BASELINE = "performance.json"
+COMPARED = f"git show HEAD:docs/{BASELINE} > old.json && python -m bench.compare old.json docs/{BASELINE}"
 FULL = "full"
 
 
@@ -80,9 +81,11 @@ def _read(page: Path) -> str:
 
 
 def tell(files: Iterable[Path]) -> None:
-    """Say what has been written."""
+    """Say what has been written, and how to compare it with what was there."""
     for file in files:
         print(f"written: {file}")
+        if file.name == BASELINE:
+            print(f"What became worse since the last commit: {COMPARED}")
 
 
 def work(arguments: argparse.Namespace) -> int:

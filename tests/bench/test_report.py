@@ -94,7 +94,9 @@ def test_the_projects_pages_have_the_markers() -> None:
         report.insert((report.DOCS / name).read_text(), "figures")
 
 
-def test_the_command_writes_tables_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_tables_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     docs, file = tmp_path / "docs", tmp_path / "results.json"
     docs.mkdir()
     (docs / NAME).write_text(PAGE)
@@ -119,6 +121,7 @@ def test_the_command_writes_tables_and_pictures(tmp_path: Path, monkeypatch: pyt
     save(file, parts)
     monkeypatch.setattr("sys.argv", ["report", str(file), "--docs", str(docs)])
     assert report.main() == 0
+    assert "git show HEAD:docs/performance.json" in capsys.readouterr().out
     page = (docs / NAME).read_text()
     assert "| open, close | 2 ±50% | 4 ±50% |" in page
     assert "kernel 6.18, machine 2 CPUs, file system ext4" in page
