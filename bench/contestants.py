@@ -122,7 +122,7 @@ STANDARD = (
     Contestant(
         "passthrough_fh",
         f"{{bin}}/passthrough_fh -f -o modules=subdir,subdir={{source}},{_SHARED} {{mount}}",
-        scope=Scope.ONE_CLIENT,
+        scope=Scope.SPEED,
     ),
     Contestant("passthrough_hp", "{bin}/passthrough_hp --foreground -o allow_other {source} {mount}"),
     Contestant(

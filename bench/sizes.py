@@ -13,7 +13,7 @@ class Sizes:
 
     scale: str = "full"
     # speed
-    small: int = 4000  # files
+    small: int = 3000  # files, and as many with nothing in them
     calls: int = 1000  # opens, or opens with a read or a write
     changes: int = 600  # files created, renamed, unlinked; directories made and removed
     data_mib: int = 128  # MiB in fio's file

@@ -71,14 +71,14 @@ class Rounds:
     """Between the starts of several clients, as a part of a sample's time."""
     done: int = 0
 
-    def run(self, rounds: int, limit: float, steps: Steps) -> None:
+    def run(self, rounds: int, limit: float, steps: Steps, at_least: int = 1) -> None:
         """Do up to *rounds* rounds; one that is not expected to end before *limit* seconds are over is not begun, but for
-        the first."""
+        the first, or the first few."""
         steps.expect(rounds * len(list(self._order(rounds))))
         started, longest = time.monotonic(), 0.0
         while self.done < rounds:
             begun = time.monotonic()
-            if self.done and begun - started + longest > limit:
+            if self.done >= at_least and begun - started + longest > limit:
                 break
             for row, place in self._order(rounds):
                 steps.step(f"{self.done + 1}/{rounds} {row.workload.name}, {row.clients} clients: {place.name}")

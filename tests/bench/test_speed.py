@@ -97,3 +97,21 @@ def test_what_is_warm_was_read_by_the_client(ext4: Path) -> None:
     with (mount / "data").open("rb") as data:  # far more than what is read once and ahead
         assert os.preadv(data.fileno(), [bytearray(1 << 20)], 0, os.RWF_NOWAIT) == 1 << 20
     shutil.rmtree(mount)
+
+
+class Told:
+    """Steps that nobody looks at."""
+
+    def expect(self, total: int) -> None:
+        pass
+
+    def step(self, what: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("rounds", "at_least", "done"), [(5, 1, 1), (5, 3, 3), (2, 3, 2)])
+def test_a_slow_machine_does_some_rounds_all_the_same(rounds: int, at_least: int, done: int) -> None:
+    """None ends within the limit."""
+    slow = Rounds([], [], SCALES["tiny"], 0)
+    slow.run(rounds, -1, Told(), at_least)
+    assert slow.done == done
