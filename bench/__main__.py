@@ -4,6 +4,8 @@ python -m bench [--scale full|quick|tiny] [--only PART] [--directory DIR] [--res
 """
 
 import argparse
+import random
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +84,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"in speed and nfs: only this one; may be repeated. One of: {', '.join(w.name for w in WORKLOADS)}")  # fmt: skip
     add("--rounds", type=positive, metavar="N", help="samples of each figure in the parts with rounds")
     add("--report", action="store_true", help="write the report of the result file at the end: see bench.report")
+    add("--seed", type=int, metavar="N", help="of what is shuffled (default: another one each time; the labels tell)")
     add("--minutes", type=float, metavar="M", help="begin no round of a part that would not end within")
     return parser.parse_args(argv)
 
@@ -111,6 +114,18 @@ def workloads_of(arguments: argparse.Namespace) -> list[str]:
     return named or [workload.name for workload in WORKLOADS if workload.quick or arguments.scale != "quick"]
 
 
+def options_of(arguments: argparse.Namespace) -> str:
+    """Those that change how much is measured, as the labels show them."""
+    given = [(name, vars(arguments)[name]) for name in ("rounds", "minutes", "workload", "without")]
+    words = [
+        f"--{name}={value}"
+        for name, values in given
+        for value in (values if isinstance(values, list) else [values])
+        if value is not None
+    ]
+    return shlex.join(words)
+
+
 @contextmanager
 def workplace(directory: Path) -> Iterator[Path]:
     """A new directory for everything that is made; it is removed when all servers have ended."""
@@ -129,13 +144,15 @@ def measure(arguments: argparse.Namespace, console: Console) -> bool:
     requirements.check_space(arguments.directory, parts, sizes, len(wanted))
     figures.check_writable(arguments.results)
     requirements.raise_descriptor_limit(sizes)
+    seed = random.randrange(1 << 20) if arguments.seed is None else arguments.seed
     failed = False
-    with workplace(arguments.directory) as work:
-        ready, left_out = contestants.prepare(wanted, work / "bin")
+    with workplace(arguments.directory) as base:
+        ready, left_out = contestants.prepare(wanted, base / "bin")
         for name in parts:
             bar = Bar(console, name)
-            with bar.shown(), workplace(work) as place:
-                plan = Plan(place, work / "bin", ready, sizes, bar, workloads_of(arguments), left_out)
+            with bar.shown(), workplace(base) as place:
+                workloads, options = workloads_of(arguments), options_of(arguments)
+                plan = Plan(place, base / "bin", ready, sizes, bar, workloads, options, seed, left_out)
                 try:
                     part = PARTS[name](plan)
                 except EXPECTED as error:
@@ -165,7 +182,7 @@ def work(arguments: argparse.Namespace) -> int:
     """Measure, and write the report if it is wanted, also after a failure: of what the other parts have found."""
     good = measure(arguments, Console(stderr=True))
     if arguments.report:
-        report.write_report(arguments.results)
+        report.tell(report.write_report(arguments.results))
     return 0 if good else 1
 
 

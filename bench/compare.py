@@ -1,10 +1,11 @@
 """What has become slower, or larger, since an earlier run: python -m bench.compare OLD NEW
 
 For each cell that both result files have the ratio new/old is estimated, with an interval (bench/statistics.py says which
-and why). A cell is worse if the whole interval is above what counts as a change, and above what has become of the directory
-itself in the same row: what the machine does to everybody is nobody's fault. What is measured once is worse if it is twice as
-much; memory, descriptors and sizes, which hardly vary, if they have grown by a quarter. Calls that fail where none did are
-worse. A cell that is not in the later run counts as failed. The exit status is 1 if something is worse or fails.
+and why). A cell is worse if the whole interval is above what counts as a change, and above all that may have become of the
+directory itself in the same row (its interval): what the machine does to everybody is nobody's fault. What is measured once
+is worse if it is twice as much; memory, descriptors and sizes, which hardly vary, if they have grown by a quarter. Calls that
+fail where none did are worse. A cell that is not in the later run counts as failed. The exit status is 1 if something is worse
+or fails.
 """
 
 import argparse
@@ -26,23 +27,24 @@ from bench.tables import number
 
 RELEVANT = 1.05
 """Smaller changes are not worth a word, however sure they are."""
-CONTEXT = ("kernel", "machine", "file system", "scale")
+CONTEXT = ("kernel", "machine", "file system", "scale", "options")
 STEADY_UNITS = ("MiB", "descriptors", "bytes an entry")
 STEADY_RELEVANT = 1.25
 SINGLE_RELEVANT = 2.0
 FAILED_CALLS = "calls"
 """The unit of calls that failed."""
+UNCHANGED = Ratio(1.0, 1.0, 1.0)
 WORSE, BETTER, SAME, UNKNOWN, BROKEN, MENDED = "worse", "better", "same", "too few samples", "fails now", "works now"
 
 
 @dataclass(frozen=True)
 class Change:
-    """One cell in both runs; `native` is what became of the directory itself, 1 if that is not known or this is it."""
+    """One cell in both runs; `native` is what became of the directory itself, `UNCHANGED` if there is none or this is it."""
 
     old: Figure
     new: Figure
     ratio: Ratio | None
-    native: float
+    native: Ratio
 
     @property
     def verdict(self) -> str:
@@ -55,10 +57,9 @@ class Change:
             return BROKEN if self.old.samples else MENDED
         if self.new.unit == FAILED_CALLS and any(self.old.samples) != any(self.new.samples):
             return WORSE if any(self.new.samples) else BETTER
-        if self.ratio.is_known:
-            return _verdict(
-                self.ratio.lower / max(1.0, self.native), self.ratio.upper / min(1.0, self.native), RELEVANT
-            )
+        if self.ratio.is_known and self.native.is_known:
+            slower, faster = max(1.0, self.native.upper), min(1.0, self.native.lower)
+            return _verdict(self.ratio.lower / slower, self.ratio.upper / faster, RELEVANT)
         if self.new.unit in STEADY_UNITS:
             return _verdict(self.ratio.estimate, self.ratio.estimate, STEADY_RELEVANT)
         if 1 in (len(self.old.samples), len(self.new.samples)):
@@ -81,7 +82,7 @@ def changes(old: Mapping[str, Part], new: Mapping[str, Part]) -> Iterator[Change
             if not earlier.samples and not later.samples:
                 continue
             native = _ratio(before.get((table, row, NATIVE)), after.get((table, row, NATIVE)))
-            everybody = native.estimate if native is not None and column != NATIVE else 1.0
+            everybody = native if native is not None and column != NATIVE else UNCHANGED
             yield Change(earlier, later, _ratio(earlier, later), everybody)
 
 
@@ -126,12 +127,13 @@ def _ratio(old: Figure | None, new: Figure | None) -> Ratio | None:
 
 
 def _cells(change: Change) -> list[str]:
-    ratios = ["", ""]
-    if change.ratio is not None:
-        ratios[0] = f"{change.ratio.estimate:.2f}"
-        ratios[1] = f"{change.ratio.lower:.2f} to {change.ratio.upper:.2f}" if change.ratio.is_known else "not known"
+    ratios = ["", ""] if change.ratio is None else [f"{change.ratio.estimate:.2f}", _interval(change.ratio)]
     where = [title_of(change.new.table), change.new.title, change.new.column]
-    return [change.verdict, *where, _found(change.old), _found(change.new), *ratios, f"{change.native:.2f}"]
+    return [change.verdict, *where, _found(change.old), _found(change.new), *ratios, _interval(change.native)]
+
+
+def _interval(found: Ratio) -> str:
+    return f"{found.lower:.2f} to {found.upper:.2f}" if found.is_known else "not known"
 
 
 def _found(figure: Figure) -> str:

@@ -17,6 +17,8 @@ DEFAULT_FILE = Path("bench-results.json")
 FORMAT = 1
 NATIVE = "native"
 """The column of the directory itself, to which the others are compared."""
+GIVEN_UP = "given up by the bench"
+"""How a failure begins that was none of the server's: it would have gone on."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,25 @@ def save(path: Path, parts: Mapping[str, Part]) -> None:
     merged = {**(load(path) if path.exists() else {}), **parts}
     content = {"format": FORMAT, "parts": {name: asdict(part) for name, part in merged.items()}}
     write(path, json.dumps(content, indent=1) + "\n")
+
+
+def save_small(path: Path, parts: Mapping[str, Part]) -> None:
+    """Write the parts to *path*, and nothing else, small enough to be kept with the sources: samples of 4 digits, a line for
+    each figure, nothing that is empty."""
+    pieces = []
+    for name, part in parts.items():
+        figures = ",\n".join(map(_small, part.figures))
+        pieces.append(f'"{name}": {{"conditions": {_json(asdict(part.conditions))}, "figures": [\n{figures}\n]}}')
+    write(path, f'{{"format": {FORMAT}, "parts": {{\n' + ",\n".join(pieces) + "\n}}\n")
+
+
+def _small(figure: Figure) -> str:
+    samples = [float(f"{sample:.4g}") for sample in figure.samples]
+    return _json({name: value for name, value in asdict(figure).items() if value} | {"samples": samples})
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def write(path: Path, text: str) -> None:

@@ -5,19 +5,15 @@ it is measured, with everything in its durable part.
 """
 
 import random
-import time
-from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TypeVar
 
 from bench.figures import Figure, Part
 from bench.plan import Plan
+from bench.timing import microseconds
 from handlefs.filesystem import SourceIdentity
 from handlefs.handle import FileHandle
 from handlefs.handlemap import HandleMap, MappedHandle
-
-T = TypeVar("T")
 
 BATCH = 1_000_000
 COMMIT = 50_000  # entries in a transaction, each of which may dirty a page
@@ -69,18 +65,10 @@ def _measured(handles: HandleMap, state: Path, count: int, repeats: int) -> list
     for first in range(count, count + repeats * NEW_ENTRIES, NEW_ENTRIES):
         known = [handle(generator.randrange(count)) for _ in range(LOOKUPS)]
         nodeids = handles.assign(known)
-        found["node ID → handle"].append(_each(handles.get, nodeids))
-        found["handle → node ID"].append(_each(lambda item: handles.assign([item]), known))
+        found["node ID → handle"].append(microseconds(handles.get, nodeids))
+        found["handle → node ID"].append(microseconds(lambda item: handles.assign([item]), known))
         new = [handle(number) for number in range(first, first + NEW_ENTRIES)]
-        found["new entry"].append(_each(lambda item: handles.assign([item]), new))
+        found["new entry"].append(microseconds(lambda item: handles.assign([item]), new))
     handles.flush()
     times = [Figure("map", str(count), f"{count:,}", name, "µs", tuple(samples)) for name, samples in found.items()]
     return [Figure("map", str(count), f"{count:,}", "size", "bytes an entry", (size / count,)), *times]
-
-
-def _each(call: Callable[[T], object], items: Sequence[T]) -> float:
-    """Time for a call, in microseconds."""
-    started = time.perf_counter()
-    for item in items:
-        call(item)
-    return (time.perf_counter() - started) / len(items) * 1e6

@@ -6,19 +6,18 @@ stand a handle map with as many entries, and a descriptor for each inode (`struc
 """
 
 import os
+import random
 import resource
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from bench import kernel
-from bench.children import environment
+from bench.children import run_handlefs
 from bench.errors import BenchError
 from bench.figures import Figure, Part
 from bench.plan import Plan
+from bench.timing import microseconds
 from bench.workloads import make_files
 from handlefs import control
 from handlefs.filesystem import SourceIdentity
@@ -32,8 +31,7 @@ from handlefs.protocol.init import WANTED
 
 CALLS = 500  # in a sample
 STALE_FILES = 64
-FILES_PER_DIRECTORY = 1000
-COMMAND_SECONDS = 60
+FILES_IN_DIRECTORY = 1000
 
 
 def measure(plan: Plan) -> Part:
@@ -42,11 +40,11 @@ def measure(plan: Plan) -> Part:
     plan.steps.expect(5)
     plan.steps.step("requests")
     source.mkdir()
-    found = {**_times(source, plan.work, rounds), **_stale(source, plan.work, rounds)}
+    found = {**_times(source, plan.work, rounds, plan.seed), **_stale(source, plan.work, rounds)}
     figures = [Figure("handles", row, row, "one client", "µs", tuple(samples)) for row, samples in found.items()]
     plan.steps.step(f"making {files:,} files")
-    for number in range(files // FILES_PER_DIRECTORY):
-        make_files(source / f"d{number}", FILES_PER_DIRECTORY)
+    for number in range(files // FILES_IN_DIRECTORY):
+        make_files(source / f"d{number}", FILES_IN_DIRECTORY)
     for row, (size, descriptors) in _growth(plan, source, files):
         figures.append(Figure("handles-growth", row, row, "memory", "MiB", (size,)))
         figures.append(Figure("handles-growth", row, row, "held", "descriptors", (descriptors,)))
@@ -54,6 +52,7 @@ def measure(plan: Plan) -> Part:
         "handles": f"{_handle_size(source)} bytes",
         "known inodes": f"{files:,}",
         "samples": f"{rounds} of {CALLS} requests",
+        "order": plan.order,
     }
     return Part(plan.conditions(**facts), figures)
 
@@ -63,28 +62,15 @@ def _server(source: Path, base: Path, *options: str) -> Iterator[str]:
     """`handlefs serve` with these options; gives its socket."""
     socket = str(base / "socket")
     own = ["--socket", socket, "--state-dir", str(base / "state"), "--log-file", str(base / "log")]
-    _handlefs("serve", str(source), *own, *options)
+    run_handlefs("serve", str(source), *own, *options)
     try:
         yield socket
     finally:
-        _handlefs("umount", socket)
+        run_handlefs("umount", socket)
 
 
-def _handlefs(*arguments: str) -> None:
-    command = [sys.executable, "-m", "handlefs", *arguments]
-    subprocess.run(command, check=True, capture_output=True, timeout=COMMAND_SECONDS, env=environment())
-
-
-def _microseconds(work: Callable[[int], object]) -> float:
-    """The mean time of `work(0)`, `work(1)`, …"""
-    started = time.perf_counter()
-    for number in range(CALLS):
-        work(number)
-    return (time.perf_counter() - started) / CALLS * 1e6
-
-
-def _times(source: Path, base: Path, rounds: int) -> Mapping[str, Sequence[float]]:
-    """Interleaved rounds; time for a request as the client sees it."""
+def _times(source: Path, base: Path, rounds: int, seed: int) -> Mapping[str, Sequence[float]]:
+    """Time for a request as the client sees it; in rounds, in another order each time."""
     (source / "file").touch()
     with _server(source, base) as path:
         plain, dialect, session = Link(path, Offer(WANTED)), Link(path), Session(path)
@@ -105,9 +91,11 @@ def _times(source: Path, base: Path, rounds: int) -> Mapping[str, Sequence[float
             "GETATTR with a node ID known to be stale": recover,
         }
         found: dict[str, list[float]] = {name: [] for name in works}
+        names, generator = list(works), random.Random(seed)
         for _ in range(rounds):
-            for name, work in works.items():
-                found[name].append(_microseconds(work))
+            generator.shuffle(names)
+            for name in names:
+                found[name].append(microseconds(works[name], range(CALLS)))
         for each in (plain, dialect, session):
             each.close()
     return found
@@ -124,7 +112,7 @@ def _stale(source: Path, base: Path, rounds: int) -> Mapping[str, Sequence[float
         def getattr_of(number: int) -> None:
             session.request(abi.FUSE_GETATTR, inodes[number % len(inodes)], body)
 
-        samples = [_microseconds(getattr_of) for _ in range(rounds)]
+        samples = [microseconds(getattr_of, range(CALLS)) for _ in range(rounds)]
         if session.statistics.stale < rounds * CALLS:
             raise BenchError("the server has not dropped the node IDs")
     return {"GETATTR with a dropped node ID": samples}
@@ -142,7 +130,7 @@ def _growth(plan: Plan, source: Path, files: int) -> Iterator[tuple[str, tuple[f
         with _server(source, plan.work, *options) as path, Session(path) as session:
             server = control.request(path, {"op": "status"})["pid"]
             before = kernel.memory(server), kernel.descriptors(server)
-            for number in range(files // FILES_PER_DIRECTORY):
+            for number in range(files // FILES_IN_DIRECTORY):
                 _list(session, f"d{number}".encode())
             # What a start needs and gives back later is no growth.
             yield title, (max(0.0, kernel.memory(server) - before[0]), max(0, kernel.descriptors(server) - before[1]))
@@ -180,7 +168,7 @@ def _descriptor_each(source: Path, files: int) -> tuple[float, int]:
     before, held = _slab("filp"), []
     try:
         for number in range(count):
-            path = source / f"d{number // FILES_PER_DIRECTORY}" / f"f{number % FILES_PER_DIRECTORY:06}"
+            path = source / f"d{number // FILES_IN_DIRECTORY}" / f"f{number % FILES_IN_DIRECTORY:06}"
             held.append(os.open(path, os.O_PATH))
         grown = _slab("filp") - before
     finally:

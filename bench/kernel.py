@@ -11,7 +11,7 @@ from pathlib import Path
 NAMES = 2  # for drop_caches: directory entries and inodes
 NAMES_AND_DATA = 3
 
-POLL_SECONDS = 0.03
+POLL_SECONDS = 0.02
 QUIET_POLLS = 4
 QUIET_SHARE = 0.02  # of a CPU, all servers together: a server that waits for requests may still have a timer
 

@@ -22,10 +22,12 @@ from tests.lab.guest import Guest, LabError
 FILESYSTEM = "ext4"
 WORKLOADS = (
     "stat-cold", "ls-cold", "open", "create", "rename", "unlink", "mkdir", "read-4k", "write-4k",
-    "seq-read-cold", "rand-read-cold", "seq-write",
+    "seq-read-cold", "rand-read-cold", "rand-read", "seq-write", "rand-write",
 )  # fmt: skip
 BOOT_SECONDS = 120
 MINUTES = 4.0
+PATIENCE_SECONDS = 900
+"""More than `MINUTES`: some rounds are done in any case."""
 
 
 def measure(plan: Plan) -> Part:
@@ -36,10 +38,12 @@ def measure(plan: Plan) -> Part:
     plan.steps.expect(1)
     plan.steps.step("booting the guest")
     sizes = guest_sizes(plan.sizes)
-    command = [sys.executable, "-m", "bench.nfsguest", FILESYSTEM, json.dumps(asdict(sizes)), *workloads]
+    arguments = [FILESYSTEM, json.dumps(asdict(sizes)), str(plan.seed), *workloads]
+    command = [sys.executable, "-m", "bench.nfsguest", *arguments]
+    patience = BOOT_SECONDS + PATIENCE_SECONDS
     try:
-        with Guest(command, [FILESYSTEM], BOOT_SECONDS + 60 * sizes.minutes + 120) as guest:
-            for told in _lines(guest, BOOT_SECONDS + 60 * sizes.minutes):
+        with Guest(command, [FILESYSTEM], patience + 120) as guest:
+            for told in _lines(guest, patience):
                 if "step" in told:
                     plan.steps.step(told["step"])
                 elif "expect" in told:
@@ -61,8 +65,9 @@ def guest_sizes(sizes: Sizes) -> Sizes:
         data_mib=min(sizes.data_mib, 16),
         random=min(sizes.random, 500),
         sources=1,
+        compiled=1,
         rounds=min(sizes.rounds, 7),
-        minutes=min(sizes.minutes / 3, MINUTES),
+        minutes=min(sizes.minutes, MINUTES),
     )
 
 
@@ -81,6 +86,6 @@ def _lines(guest: Guest, patience: float) -> Iterator[dict[str, Any]]:
 def _part(plan: Plan, told: dict[str, Any]) -> Part:
     """The guest's figures, labelled with the guest's kernel."""
     figures = [Figure(**{**figure, "samples": tuple(figure["samples"])}) for figure in told["figures"]]
-    here = plan.conditions()
+    here = plan.conditions(order=plan.order)
     guest = {"kernel": f"{told['kernel']} (User-Mode Linux, 1 CPU)", "file system": FILESYSTEM, **told["facts"]}
     return Part(Conditions({**here.facts, **guest}), figures)

@@ -1,4 +1,4 @@
-"""In the guest: python -m bench.nfsguest FILESYSTEM SIZES WORKLOAD...
+"""In the guest: python -m bench.nfsguest FILESYSTEM SIZES SEED WORKLOAD...
 
 Exports a directory and a handlefs mount of another one, mounts both with NFSv3 and v4.2, and measures them in interleaved
 rounds. Writes lines of JSON to descriptor 3: the steps, and at the end the figures.
@@ -19,11 +19,14 @@ from bench.figures import NATIVE, Figure
 from bench.sizes import Sizes
 from bench.speed import Rounds, Row
 from bench.workloads import BY_NAME, prepare
+from handlefs.config import Config
 from tests.nfs.knfsd import Client, Export, HandlefsExport, NativeExport, start_nfsd
 
 REPORTS = 3
 VERSIONS = ("3", "4.2")
 HANDLEFS = "handlefs"
+AT_LEAST = 3
+"""Rounds, however slow the guest is: one tells nothing of its own spread."""
 
 
 class Told:
@@ -53,16 +56,19 @@ def exports(filesystem: Path, sizes: Sizes) -> dict[str, Export]:
     }
 
 
-def measured(exported: dict[str, Export], sizes: Sizes, workloads: Sequence[str]) -> tuple[list[Figure], int]:
-    """The figures, and the number of rounds that were done."""
+def measured(
+    exported: dict[str, Export], sizes: Sizes, seed: int, workloads: Sequence[str]
+) -> tuple[list[Figure], dict[str, str]]:
+    """The figures, and facts for the label."""
     places = [
         Place(Contestant(f"{name} {version}", None), Client(export, version).path, export.source)
         for name, export in exported.items()
         for version in VERSIONS
     ]
-    rounds = Rounds([Row(BY_NAME[name], 1) for name in workloads], places, sizes)
-    rounds.run(sizes.rounds, sizes.minutes * 60, Told())
-    return [_renamed(figure) for figure in rounds.figures()], rounds.done
+    rounds = Rounds([Row(BY_NAME[name], 1) for name in workloads], places, sizes, seed)
+    rounds.run(sizes.rounds, sizes.minutes * 60, Told(), AT_LEAST)
+    clients = {f"NFSv{place.name.split()[1]}": kernel.mount_options(place.directory) for place in places}
+    return [_renamed(figure) for figure in rounds.figures()], {"rounds": str(rounds.done), **clients}
 
 
 def _renamed(figure: Figure) -> Figure:
@@ -72,12 +78,15 @@ def _renamed(figure: Figure) -> Figure:
 
 
 def main(arguments: Sequence[str]) -> None:
-    sizes = Sizes(**json.loads(arguments[1]))
+    filesystem, amounts, seed, *workloads = arguments
+    sizes = Sizes(**json.loads(amounts))
     start_nfsd()
-    exported = exports(Path("/mnt", arguments[0]), sizes)
-    figures, rounds = measured(exported, sizes, arguments[2:])
+    exported = exports(Path("/mnt", filesystem), sizes)
+    figures, found = measured(exported, sizes, int(seed), workloads)
+    workers = f"{Config('', '').workers} workers, the default"
     options = kernel.mount_options(exported[HANDLEFS].path)
-    facts = {"rounds": str(rounds), "handlefs": f"direct, without passthrough, which this kernel lacks; {options}"}
+    handlefs = f"direct, {workers}, without passthrough, which this kernel lacks; {options}"
+    facts = {**found, "handlefs": handlefs}
     tell({"kernel": platform.release(), "facts": facts, "figures": [asdict(figure) for figure in figures]})
 
 

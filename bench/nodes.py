@@ -5,8 +5,8 @@ forgotten by its handle: the one that is in the node ID, or, for a source on tmp
 """
 
 import os
+import random
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ from bench.contestants import Contestant, Place, handlefs
 from bench.figures import Figure, Part
 from bench.plan import Plan
 from bench.sizes import Sizes
+from bench.timing import microseconds
 from bench.workloads import make_files
 from handlefs import control
 
@@ -30,6 +31,7 @@ def _open(held: int) -> None:
 
 OPERATIONS: Mapping[str, Callable[[int], object]] = {"attributes": os.fstat, "open, close": _open}
 STATES = {"cached": (False, False), "evicted": (True, False), "evicted, source's inode cold": (True, True)}
+"""What is evicted, and whether the kernel's caches are dropped."""
 
 
 def measure(plan: Plan) -> Part:
@@ -41,8 +43,9 @@ def measure(plan: Plan) -> Part:
             plan.steps.step(kernel.filesystem_type(directory))
             make_files(directory / "source" / "files", plan.sizes.nodes, b"content")
             with plan.served(SERVER, directory / "source") as place, _held(place.directory / "files") as nodes:
-                figures += _measured(place, nodes, plan.sizes)
-    return Part(plan.conditions(nodes=f"{plan.sizes.nodes:,} files, {plan.sizes.repeats} times each"), figures)
+                figures += _measured(place, nodes, plan.sizes, plan.seed)
+    nodes_label = f"{plan.sizes.nodes:,} files, {plan.sizes.repeats} times each"
+    return Part(plan.conditions(nodes=nodes_label, order=plan.order), figures)
 
 
 @contextmanager
@@ -56,25 +59,28 @@ def _held(directory: Path) -> Iterator[Sequence[int]]:
             os.close(node)
 
 
-def _measured(place: Place, nodes: Sequence[int], sizes: Sizes) -> list[Figure]:
+def _measured(place: Place, nodes: Sequence[int], sizes: Sizes, seed: int) -> list[Figure]:
+    """Every operation in every state, again and again, in another order each time."""
     filesystem = kernel.filesystem_type(place.source)
     inline = control.request(str(place.directory), {"op": "status"})["nodeids"] != "mapped"
     kind = "inline node IDs" if inline else "mapped node IDs"
-    figures = []
-    for operation, call in OPERATIONS.items():
-        for state, (evicted, cold) in STATES.items():
-            if cold and filesystem == "tmpfs":
-                continue  # its inodes are nowhere but in memory
-            samples = tuple(
-                _once(place, nodes, call, sizes.quiet, evicted=evicted, cold=cold) for _ in range(sizes.repeats)
-            )
-            title = f"{operation}: {filesystem}, {kind}"
-            figures.append(Figure("nodes", f"{operation} {filesystem}", title, state, "µs", samples))
-    return figures
+    # The inodes of tmpfs are nowhere but in memory.
+    cells = [(name, state) for name in OPERATIONS for state in STATES if filesystem != "tmpfs" or not STATES[state][1]]
+    samples: dict[tuple[str, str], list[float]] = {cell: [] for cell in cells}
+    order, generator = list(cells), random.Random(seed)
+    for _ in range(sizes.repeats):
+        generator.shuffle(order)
+        for name, state in order:
+            samples[name, state].append(_once(place, nodes, OPERATIONS[name], sizes.quiet, *STATES[state]))
+    titles = {name: f"{name}: {filesystem}, {kind}" for name in OPERATIONS}
+    return [
+        Figure("nodes", f"{name} {filesystem}", titles[name], state, "µs", tuple(found))
+        for (name, state), found in samples.items()
+    ]
 
 
 def _once(
-    place: Place, nodes: Sequence[int], call: Callable[[int], object], quiet: float, *, evicted: bool, cold: bool
+    place: Place, nodes: Sequence[int], call: Callable[[int], object], quiet: float, evicted: bool, cold: bool
 ) -> float:
     """Time for a call on each of the *nodes*, in microseconds."""
     for node in nodes:
@@ -85,7 +91,4 @@ def _once(
         kernel.drop_caches(kernel.NAMES)
     if place.pid is not None:
         kernel.wait_until_quiet([place.pid], quiet)
-    started = time.perf_counter()
-    for node in nodes:
-        call(node)
-    return (time.perf_counter() - started) / len(nodes) * 1e6
+    return microseconds(call, nodes)

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import handlefs
 from bench import contestants, examples, kernel
+from bench.children import commit
 from bench.contestants import Contestant, Place, Scope
 from bench.errors import BenchError
 from bench.figures import Conditions, Part
@@ -76,12 +77,17 @@ class Plan:
     steps: Steps
     workloads: Sequence[str]
     """Names of those that are wanted of the parts `speed` and `nfs`."""
+    options: str = ""
+    """Those that are not the default and that the labels do not show otherwise."""
+    seed: int = 0
+    """Of everything that is shuffled."""
     unavailable: Mapping[str, str] = field(default_factory=dict)
     """Contestants that would take part if they were on this machine, and what is missing."""
     left_out: dict[str, str] = field(default_factory=dict)
     _started: float = field(default_factory=time.monotonic)
     _mount_options: dict[str, str] = field(default_factory=dict)
     _commands: dict[str, str] = field(default_factory=dict)
+    _libfuse: dict[str, str] = field(default_factory=dict)
 
     def contestants(self, *scopes: Scope) -> list[Contestant]:
         """Those that take part, or those of these scopes."""
@@ -95,6 +101,7 @@ class Plan:
         with contestants.served(contestant, home, source, self.binaries) as place:
             if place.pid is not None:
                 self._commands[contestant.name] = contestant.shown()
+                self._libfuse[contestant.name] = contestant.libfuse(self.binaries)
                 self._mount_options[contestant.name] = kernel.mount_options(place.directory)
             yield place
 
@@ -115,19 +122,28 @@ class Plan:
     def conditions(self, **facts: str) -> Conditions:
         """On what was measured, with more *facts* of the part's own."""
         versions = ", ".join(f"{name} {number}" for name, number in self._versions().items())
-        found = {**self._surroundings(), "versions": versions, **facts}
+        linked = ", ".join(f"{name} {major}" for name, major in self._libfuse.items() if major)
+        own = {"versions": versions, **({"linked with libfuse": linked} if linked else {})}
+        found = {**self._surroundings(), **own, **facts}
         return Conditions(found, self._commands, self._mount_options, self.left_out)
+
+    @property
+    def order(self) -> str:
+        """The label for what was measured in an order of `seed`."""
+        return f"shuffled, seed {self.seed}"
 
     def failed(self, why: str) -> Part:
         """A part that could not be measured."""
         return Part(Conditions(self._surroundings(), left_out=self.left_out, failure=why), [])
 
     def _surroundings(self) -> dict[str, str]:
+        own = {"commit": commit(), "options": self.options}
         return {
             "kernel": platform.release(),
             "machine": kernel.machine(),
             "file system": kernel.filesystem_type(self.work),
             "scale": self.sizes.scale,
+            **{name: value for name, value in own.items() if value},
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "took": f"{time.monotonic() - self._started:.0f} s",
             "load average at the end": f"{os.getloadavg()[0]:.2f}",

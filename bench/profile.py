@@ -30,7 +30,8 @@ from handlefs.accelerator import native
 
 BATCHES = 100
 BATCHES_AT_A_TIME = 10
-"""With the accelerator and without, by turns, and each of them first every other time: what the machine is like changes."""
+"""Of which the median is a sample. With the accelerator and without, by turns, each in a process of its own and first every
+other time: what the machine is like changes, and so does where a process happens to lie in memory."""
 CHILD_SECONDS = 300
 COLUMNS = {"in the server": "auto", "without the accelerator": "off"}
 """Column → HANDLEFS_ACCELERATOR."""
@@ -41,22 +42,22 @@ OPTIONS = ("--entry-timeout=0", "--transport=direct", "--passthrough=off", "--wo
 def measure(plan: Plan) -> Part:
     """The part `profile`."""
     repeats = plan.sizes.repeats
-    batches = repeats * BATCHES_AT_A_TIME
     plan.steps.expect(repeats + 1)
     plan.steps.step(CLIENT)
-    found = {CLIENT: _waited(plan, batches)} | {column: dict[str, list[float]]() for column in COLUMNS}
+    found = {CLIENT: _waited(plan, repeats)} | {column: dict[str, list[float]]() for column in COLUMNS}
     for number in range(repeats):
         plan.steps.step(f"in the server, {number + 1} of {repeats}")
         for column, accelerator in sorted(COLUMNS.items(), reverse=bool(number % 2)):
             for row, samples in _in_process(plan.work, BATCHES_AT_A_TIME, accelerator).items():
-                found[column].setdefault(row, []).extend(samples)
+                found[column].setdefault(row, []).append(statistics.median(samples))
     figures = [
         Figure("profile", row, row, column, "µs", tuple(measured))
         for row in found["in the server"]
         for column, rows in found.items()
         if (measured := rows.get(row))
     ]
-    return Part(plan.conditions(samples=f"{batches} of {requests.CALLS} requests each"), figures)
+    label = f"{repeats}, each the median of {BATCHES_AT_A_TIME} batches of {requests.CALLS} requests"
+    return Part(plan.conditions(samples=label), figures)
 
 
 def _in_process(directory: Path, batches: int, accelerator: str) -> Mapping[str, list[float]]:
@@ -75,7 +76,7 @@ def _in_process(directory: Path, batches: int, accelerator: str) -> Mapping[str,
     return found
 
 
-def _waited(plan: Plan, batches: int) -> dict[str, list[float]]:
+def _waited(plan: Plan, repeats: int) -> dict[str, list[float]]:
     """What a client of a mount waits for calls that are one request each (but for RELEASE, for which nobody waits)."""
     source = plan.work / "source"
     make_files(source, requests.FILES, bytes(4096))
@@ -85,9 +86,10 @@ def _waited(plan: Plan, batches: int) -> dict[str, list[float]]:
         server = Contestant(f"direct-attr-{timeout}", handlefs(*OPTIONS, f"--attr-timeout={timeout}"))
         with plan.served(server, source) as place, _calls(place.directory) as calls:
             wanted = [requests.GETATTR] if timeout == 0 else [row for row in calls if row != requests.GETATTR]
-            for row in wanted:
-                time.sleep(requests.SETTLED)
-                found[row] = requests.timed(calls[row], batches)
+            time.sleep(requests.SETTLED)
+            for row in wanted * repeats:
+                samples = requests.timed(calls[row], BATCHES_AT_A_TIME)
+                found.setdefault(row, []).append(statistics.median(samples))
     return found
 
 

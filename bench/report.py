@@ -2,7 +2,8 @@
 
 python -m bench.report [FILE]
 
-If everything in the file was measured in full, the report goes into the project's docs/; else into a page beside the file.
+If everything in the file was measured in full, the report goes into the project's docs/, with the figures themselves in
+performance.json, for later runs to be compared with; else into a page beside the file.
 """
 
 import argparse
@@ -13,11 +14,13 @@ from pathlib import Path
 
 from bench import command
 from bench.errors import BenchError
-from bench.figures import DEFAULT_FILE, Part, load, write
+from bench.figures import DEFAULT_FILE, Part, load, save_small, write
 from bench.sections import SECTIONS, markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- figures: made by python -m bench.report -->", "<!-- end of the figures -->"
+BASELINE = "performance.json"
+COMPARED = f"git show HEAD:docs/{BASELINE} > old.json && python -m bench.compare old.json docs/{BASELINE}"
 FULL = "full"
 
 
@@ -39,16 +42,18 @@ def insert(page: str, text: str) -> str:
 
 
 def write_report(results: Path, docs: Path = DOCS) -> Iterable[Path]:
-    """Write the report of a result file, into *docs* if all of it is of full scale; gives the pages.
+    """Write the report of a result file, into *docs* if all of it is of full scale; gives the files.
 
     Raises BenchError if that is not possible; then nothing is written.
     """
     check()
     parts = load(results)
+    baseline = None
     if all(part.conditions.facts.get("scale") == FULL for part in parts.values()):
         names = {section.page for section in SECTIONS.values()}
         by_page = {docs / name: {part: parts[part] for part in parts if SECTIONS[part].page == name} for name in names}
         texts = {page: _read(page) for page, found in by_page.items() if found}
+        baseline = docs / BASELINE
     else:
         page = results.with_suffix(".md")
         by_page, texts = {page: parts}, {page: f"# {results.stem}\n\n{BEGIN}\n{END}\n"}
@@ -56,7 +61,9 @@ def write_report(results: Path, docs: Path = DOCS) -> Iterable[Path]:
         insert(text, "")  # before anything is written
     for page, text in texts.items():
         _write_page(page, text, by_page[page])
-    return texts.keys()
+    if baseline is not None:
+        save_small(baseline, parts)
+    return [*texts, *([] if baseline is None else [baseline])]
 
 
 def _write_page(page: Path, text: str, parts: Mapping[str, Part]) -> None:
@@ -73,10 +80,17 @@ def _read(page: Path) -> str:
         raise BenchError(f"cannot read {page}: {error.strerror}") from error
 
 
+def tell(files: Iterable[Path]) -> None:
+    """Say what has been written, and how to compare it with what was there."""
+    for file in files:
+        print(f"written: {file}")
+        if file.name == BASELINE:
+            print(f"What became worse since the last commit: {COMPARED}")
+
+
 def work(arguments: argparse.Namespace) -> int:
     """The command."""
-    for page in write_report(arguments.file, arguments.docs):
-        print(f"written: {page}")
+    tell(write_report(arguments.file, arguments.docs))
     return 0
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 from bench import kernel
-from bench.children import environment
+from bench.children import environment, run_handlefs
 from bench.errors import BenchError, UnavailableError
 from bench.figures import Figure, Part
 from bench.plan import Plan
@@ -27,7 +27,6 @@ from handlefs.cli.main import cli
 
 OPTIONS = ("--entry-timeout=0", "--attr-timeout=0", "--transport=direct", "--workers=1")
 QUIET_SECONDS = 0.3  # before and after an event
-COMMAND_SECONDS = 60.0
 PROBE_SECONDS = 120.0
 
 
@@ -55,7 +54,7 @@ def upgrade(mountpoint: Path) -> None:
 
 def remount(mountpoint: Path) -> None:
     """Unmount and mount again; without an NFS export the mount is gone in between."""
-    _handlefs("restart", str(mountpoint))
+    run_handlefs("restart", str(mountpoint))
 
 
 EVENTS: Mapping[str, Callable[[Path], None]] = {
@@ -103,12 +102,12 @@ def _mounted(work: Path) -> Iterator[Path]:
     mountpoint = work / "mount"
     mountpoint.mkdir()
     state = ("--state-dir", str(work / "state"), "--log-file", str(work / "log"))
-    _handlefs(str(work / "source"), str(mountpoint), *state, *OPTIONS)
+    run_handlefs(str(work / "source"), str(mountpoint), *state, *OPTIONS)
     try:
         yield mountpoint
     finally:
         if kernel.is_mounted(mountpoint):
-            _handlefs("umount", str(mountpoint))
+            run_handlefs("umount", str(mountpoint))
 
 
 def _probed(mountpoint: Path, event: Callable[[Path], None]) -> tuple[float, int]:
@@ -136,14 +135,4 @@ def _probed(mountpoint: Path, event: Callable[[Path], None]) -> tuple[float, int
 def _command_if_known(name: str, mountpoint: Path) -> None:
     if name not in cli.list_commands(click.Context(cli)):
         raise UnavailableError(f"this version has no handlefs {name}")
-    _handlefs(name, str(mountpoint))
-
-
-def _handlefs(*arguments: str) -> None:
-    """Run a command of handlefs; BenchError with what it said if it fails."""
-    command = [sys.executable, "-m", "handlefs", *arguments]
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=COMMAND_SECONDS, cwd="/", env=environment()
-    )
-    if done.returncode != 0:
-        raise BenchError(f"handlefs {arguments[0]} failed: {(done.stderr or done.stdout).strip()}")
+    run_handlefs(name, str(mountpoint))

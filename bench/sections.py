@@ -21,13 +21,19 @@ class Section:
 
 
 SECTIONS: Mapping[str, Section] = {
-    "speed": Section("Speed", "Medians of the rounds ± half the distance between the quartiles.", ratios=True),
+    "speed": Section(
+        "Speed", "Medians of the rounds ± half the distance between the least and the greatest.", ratios=True
+    ),
     "listing": Section(
         "Large directories",
         "One for all: its files with their attributes, and a larger one's names alone.",
         ratios=True,
     ),
-    "growth": Section("Growth", "The server, after a client has visited so many inodes, as `ls -lR` does."),
+    "growth": Section(
+        "Growth",
+        "The server, after a client has visited so many inodes, as `ls -lR` does, in directories of 100, and has looked for a "
+        "name in each directory.",
+    ),
     "nodes": Section(
         "Evicted inodes", "A request for an inode that the server has forgotten, beside one in its cache."
     ),
@@ -111,8 +117,8 @@ def grids_of(section: Section, part: Part) -> Iterator[Grid]:
 
 def title_of(table: str) -> str:
     """In words; of a table with several clients too."""
-    if table not in TITLES and table.startswith("speed-"):
-        return f"{table.removeprefix('speed-')} clients at the same time: time for an operation of all of them"
+    if clients := tables.clients_of(table):
+        return f"{clients} clients at the same time: time for an operation of all of them"
     return TITLES.get(table, table)
 
 

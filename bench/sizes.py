@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+FEW_CLIENTS, MANY_CLIENTS = 4, 16
+"""With many only what may show something that a few do not."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -10,20 +13,21 @@ class Sizes:
 
     scale: str = "full"
     # speed
-    small: int = 4000  # files
-    calls: int = 2000  # opens, or opens with a read or a write
-    changes: int = 1000  # files created, renamed, unlinked; directories made and removed
+    small: int = 3000  # files, and as many with nothing in them
+    calls: int = 1000  # opens, or opens with a read or a write
+    changes: int = 600  # files created, renamed, unlinked; directories made and removed
     data_mib: int = 128  # MiB in fio's file
     random: int = 4096  # random reads or writes, 4 KiB each
     fio_ms: int = 200  # milliseconds that several clients read or write for
-    sources: int = 40  # C files in the project that is cloned and built
-    clients: tuple[int, ...] = (1, 4, 16)
+    sources: int = 600  # C files in the project that is cloned
+    compiled: int = 90  # of them, in a build
+    clients: tuple[int, ...] = (1, FEW_CLIENTS, MANY_CLIENTS)
     rounds: int = 5  # fewer cannot be compared
     quiet: float = 60.0  # seconds after which a server that is never idle is given up
     minutes: float = 20.0  # begin no round that would not end within
     # growth and listing
-    inodes: tuple[int, ...] = (10_000, 30_000, 100_000, 300_000, 1_000_000)
-    patience: float = 75.0  # seconds for the walk of one contestant
+    inodes: tuple[int, ...] = (10_000, 30_000, 100_000, 300_000, 600_000, 1_000_000)
+    patience: float = 65.0  # seconds for the walk of one contestant
     large: int = 100_000  # files in a directory that is listed with attributes
     listing: int = 1_000_000  # entries in one directory
     listing_rounds: int = 5
@@ -32,18 +36,18 @@ class Sizes:
     entries: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)  # in the handle map
     nodes: int = 1000  # inodes that a client holds
     known: int = 100_000  # inodes that a client of the protocol knows, in thousands
-    repeats: int = 7  # of what is measured without rounds
-    pauses: int = 20  # kills of a worker, reloads, remounts
+    repeats: int = 15  # of what is measured without rounds
+    pauses: int = 15  # kills of a worker, reloads, remounts
 
     @property
     def files(self) -> int:
         """All files that a contestant needs at the same time."""
-        return self.small + self.changes + 4 * self.sources + 100
+        return 2 * self.small + self.changes + 5 * self.sources + 100
 
     @property
     def bytes(self) -> int:
         """The room that a contestant needs, in bytes; 4 KiB for a small file, and some for its inode."""
-        return (self.data_mib << 20) + (self.small + 8 * self.sources) * 8192
+        return (self.data_mib << 20) + (2 * self.small + 8 * self.sources) * 8192
 
 
 SCALES: Mapping[str, Sizes] = {
@@ -56,13 +60,13 @@ SCALES: Mapping[str, Sizes] = {
         data_mib=32,
         random=1000,
         sources=10,
+        compiled=5,
         clients=(1,),
         rounds=5,
-        minutes=0.7,
+        minutes=1.1,
         inodes=(3000, 10_000, 30_000),
         patience=10.0,
         listing=30_000,
-        listing_rounds=3,
         entries=(10_000, 100_000),
         nodes=300,
         known=10_000,
@@ -80,6 +84,7 @@ SCALES: Mapping[str, Sizes] = {
         random=16,
         fio_ms=50,
         sources=3,
+        compiled=2,
         clients=(1, 2),
         rounds=1,
         quiet=20.0,

@@ -18,7 +18,7 @@ CONFIDENCE = 0.99
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles, in the unit of the samples."""
+    """Median, least and greatest, in the unit of the samples. Not quartiles, which hide most of what few samples say."""
 
     median: float
     lower: float
@@ -26,16 +26,13 @@ class Spread:
 
     @property
     def deviation(self) -> float:
-        """Half the distance between the quartiles, as a part of the median."""
+        """Half the distance between the least and the greatest, as a part of the median."""
         return (self.upper - self.lower) / 2 / self.median if self.median else 0.0
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Spread":
         """Of at least one sample."""
-        if len(samples) == 1:
-            return cls(samples[0], samples[0], samples[0])
-        lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
-        return cls(median, lower, upper)
+        return cls(statistics.median(samples), min(samples), max(samples))
 
 
 @dataclass(frozen=True)

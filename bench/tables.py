@@ -37,7 +37,7 @@ class Grid:
 
 
 def medians(title: str, figures: Sequence[Figure]) -> Grid:
-    """The median of each figure, and how far the quartiles are from it where there are samples enough to tell.
+    """The median of each figure, and its spread where there is more than one sample.
 
     The unit is in the title if all have the same, else in the header if all of a column have the same, else in the cells.
     """
@@ -88,12 +88,20 @@ def remarks(figures: Sequence[Figure]) -> list[str]:
     """A line for each column and what is to be known about it, why it failed or how it was measured, with the rows."""
     found: dict[tuple[str, str], list[str]] = {}
     for figure in figures:
+        clients = clients_of(figure.table)
+        where = f"{figure.title}, {clients} clients" if clients else figure.title
         for remark in filter(None, (figure.failure, figure.note)):
-            found.setdefault((figure.column, remark), []).append(figure.title)
+            found.setdefault((figure.column, remark), []).append(where)
     return [
         f"{column} ({'; '.join(dict.fromkeys(titles))}): {why.splitlines()[0]}"
         for (column, why), titles in found.items()
     ]
+
+
+def clients_of(table: str) -> str:
+    """How many, if it is a table of several clients; else empty."""
+    name, _, clients = table.partition("-")
+    return clients if name == "speed" else ""
 
 
 def number(value: float) -> str:
@@ -118,5 +126,5 @@ def _speed(figure: Figure | None, reference: Figure | None) -> str:
 
 
 def _with_spread(spread: Spread, samples: int, unit: str = "") -> str:
-    """The median, and where there are samples enough to tell how far the quartiles are from it."""
+    """The median, and the spread where there is more than one sample."""
     return number(spread.median) + unit + (f" ±{spread.deviation:.0%}" if samples > 1 else "")

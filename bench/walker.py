@@ -1,7 +1,9 @@
 """The client of part `growth`: python -m bench.walker DIRECTORY COUNT...
 
-It takes the attributes of every file below DIRECTORY. For each line on standard input it goes on until it has seen the next
-COUNT of inodes, and prints a JSON object; it ends after the last, or after an error.
+It takes the attributes of every file below DIRECTORY, and looks for one name in each directory, as programs do that have
+settings there: a server that tells attributes with the listing would be asked for nothing else in it. For each line on
+standard input it goes on until it has seen the next COUNT of inodes, and prints a JSON object; it ends after the last, or after
+an error.
 """
 
 import itertools
@@ -11,9 +13,12 @@ import sys
 import time
 from collections.abc import Iterator
 
+SETTINGS = ".settings"
+
 
 def visited(directory: str) -> Iterator[None]:
     """Take the attributes of everything below *directory*, one at a time; yields after each."""
+    os.path.lexists(f"{directory}/{SETTINGS}")
     with os.scandir(directory) as entries:
         for entry in entries:
             entry.stat(follow_symlinks=False)

@@ -6,6 +6,7 @@ its clients itself). It leaves the directory as it was.
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import time
@@ -16,10 +17,12 @@ from enum import Enum
 from pathlib import Path
 
 from bench import project
-from bench.sizes import Sizes
+from bench.sizes import FEW_CLIENTS, MANY_CLIENTS, Sizes
 
 BLOCK = bytes(4096)
 WARM_FILES = 100  # few, so that they are all looked up again within the second for which the kernel trusts them
+SAME = f"the same {WARM_FILES} files"
+EACH = "each of {small:,} files once, cold names"
 PARALLEL_LOOPS = 10  # at least, for each of several clients
 BATCH_FILES = 200  # likewise: what was made before the clock is started is still trusted when it runs
 
@@ -66,12 +69,12 @@ class Share:
 
 
 class State(Enum):
-    """What the kernel knows when a workload starts."""
+    """What the kernel knows when a workload starts, whatever was done before: the order of the workloads does not matter."""
 
-    AS_IS = "as the workload leaves it"
-    COLD_NAMES = "no entries, no inodes"
+    AS_IS = "what the workload uses before its clock runs"
+    COLD_NAMES = "no entries, and no inodes but those that have data in the page cache, which `names` have not"
+    COLD_NAMES_WARM_DATA = "no entries; the data of `small` in the source's page cache"
     COLD = "no entries, no inodes, no data"
-    WARM_DATA = "the source's data in the page cache"
 
 
 Run = Callable[[Path, Sizes, Share], Sample]
@@ -81,9 +84,9 @@ Run = Callable[[Path, Sizes, Share], Sample]
 class Workload:
     """Something to measure; `name` is for options and results, `title` for tables, of which `table` names one.
 
-    `quick`: in the quick mode too. `parallel`: also with several clients, which are threads of its own if `own_clients`,
-    else processes. `data`: it reads or writes what is in files, so that passthrough matters. `unit`: of a sample, "µs" for each
-    operation, or "s".
+    `quick`: in the quick mode too. `most_clients`: with how many it may be measured, which are threads of its own if
+    `own_clients`, else processes. `data`: it opens files, or reads or writes what is in them, so that passthrough matters.
+    `unit`: of a sample, "µs" for each operation, or "s".
     """
 
     name: str
@@ -91,7 +94,7 @@ class Workload:
     state: State
     run: Run
     quick: bool = False
-    parallel: bool = False
+    most_clients: int = 1
     own_clients: bool = False
     data: bool = False
     table: str = "speed"
@@ -132,13 +135,14 @@ class Stopwatch:
 
 def prepare(source: Path, sizes: Sizes) -> None:
     """Make in *source* what the workloads need."""
+    make_files(source / "names", sizes.small)  # nothing in them that would keep their inodes in memory
     make_files(source / "small", sizes.small, BLOCK)
     (source / "changes").mkdir()
     mebibyte = os.urandom(1 << 20)  # not zeros, which some file systems do not store
     with (source / "data").open("wb") as data:
         for _ in range(sizes.data_mib):
             data.write(mebibyte)
-    project.make_repository(source / "project", sizes.sources)
+    project.make_repository(source / "project", sizes.sources, sizes.compiled)
 
 
 def make_files(directory: Path, files: int, content: bytes = b"") -> None:
@@ -154,6 +158,17 @@ def restore(source: Path) -> None:
     (source / "changes").mkdir()
 
 
+def read_through(path: Path) -> None:
+    """Read all of a file, or of the files below a directory."""
+    if path.is_dir():
+        for below in path.iterdir():
+            read_through(below)
+        return
+    with path.open("rb", buffering=0) as file:
+        while file.read(1 << 20):
+            pass
+
+
 def _make_file(path: str, content: bytes = b"") -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     if content:
@@ -164,13 +179,19 @@ def _make_file(path: str, content: bytes = b"") -> None:
 # -- names ---------------------------------------------------------------------------------------------------------------
 
 
-def _stat(directory: Path, sizes: Sizes, share: Share) -> Sample:
-    paths = [f"{directory}/small/f{number:06}" for number in range(share.number, sizes.small, share.clients)]
-    watch = Stopwatch(share)
-    with watch.running():
-        for path in paths:
-            os.stat(path)
-    return watch.sample(len(paths))
+def _each_once(subdirectory: str, call: Callable[[str], object]) -> Run:
+    """A workload that does *call* with every file there, in an order that is not the directory's but always the same."""
+
+    def run(directory: Path, sizes: Sizes, share: Share) -> Sample:
+        paths = [f"{directory}/{subdirectory}/f{number:06}" for number in range(sizes.small)]
+        random.Random(0).shuffle(paths)
+        own, watch = paths[share.number :: share.clients], Stopwatch(share)
+        with watch.running():
+            for path in own:
+                call(path)
+        return watch.sample(len(own))
+
+    return run
 
 
 def _listing(subdirectory: str, files: Callable[[Sizes], int], *, attributes: bool) -> Run:
@@ -298,10 +319,16 @@ def _write(path: str) -> None:
 # -- large files -----------------------------------------------------------------------------------------------------------
 
 
-def _fio(pattern: str) -> Run:
-    """A workload in which fio reads or writes, with *pattern* for its option `rw`, in as many threads as there are clients."""
+def _fio(pattern: str, *, warm: bool = True) -> Run:
+    """A workload in which fio reads or writes, with *pattern* for its option `rw`, in as many threads as there are clients.
+
+    Warm is what the client has read before: not only the source's data is in the page cache, but also, as far as a server
+    lets the kernel keep it, that of the mount.
+    """
 
     def run(directory: Path, sizes: Sizes, share: Share) -> Sample:
+        if warm:
+            read_through(directory / "data")
         amount = "--bs=4k" if pattern.startswith("rand") else "--bs=128k"
         if share.clients > 1:  # all of them for the same time, so that none goes on alone
             amount += f" --time_based --runtime={sizes.fio_ms}ms --thread --numjobs={share.clients}"
@@ -329,6 +356,8 @@ def _fio(pattern: str) -> Run:
 
 def _clone(directory: Path, _sizes: Sizes, share: Share) -> Sample:
     watch, clone = Stopwatch(share), directory / "changes" / "clone"
+    project.warm_up()
+    read_through(directory / "project" / ".git")
     with watch.running():
         project.clone(directory / "project", clone)
     shutil.rmtree(clone)
@@ -336,67 +365,102 @@ def _clone(directory: Path, _sizes: Sizes, share: Share) -> Sample:
 
 
 def _build(directory: Path, _sizes: Sizes, share: Share) -> Sample:
-    watch, clone = Stopwatch(share), directory / "changes" / "clone"
-    project.clone(directory / "project", clone)
+    watch, copy = Stopwatch(share), directory / "changes" / "copy"
+    project.warm_up()
+    project.copy(directory / "project", copy)
     with watch.running():
-        project.build(clone)
-    shutil.rmtree(clone)
+        project.build(copy)
+    shutil.rmtree(copy)
     return watch.sample(1)
 
 
 WORKLOADS = (
-    Workload("stat-cold", "stat, cold", State.COLD_NAMES, _stat, quick=True, parallel=True),
-    Workload("stat-warm", "stat, warm", State.AS_IS, _warm_calls(os.stat)),
+    Workload(
+        "stat-cold", "stat, cold", State.COLD_NAMES, _each_once("names", os.stat), quick=True, most_clients=MANY_CLIENTS
+    ),
+    Workload("stat-warm", f"stat: {SAME}", State.AS_IS, _warm_calls(os.stat)),
     Workload(
         "ls-cold",
         "ls -l, {small:,} files, cold",
         State.COLD_NAMES,
-        _listing("small", lambda sizes: sizes.small, attributes=True),
+        _listing("names", lambda sizes: sizes.small, attributes=True),
         quick=True,
+        most_clients=MANY_CLIENTS,
     ),
-    Workload("open", "open, close", State.AS_IS, _warm_calls(_open), quick=True, parallel=True),
-    Workload("create", "create, close", State.AS_IS, _in_batches(_create), quick=True, parallel=True),
-    Workload("rename", "rename", State.AS_IS, _in_batches(_rename)),
-    Workload("unlink", "unlink", State.AS_IS, _in_batches(_unlink), quick=True, parallel=True),
-    Workload("mkdir", "mkdir", State.AS_IS, _in_batches(_mkdir), parallel=True),
+    Workload(
+        "open",
+        f"open, close: {SAME}",
+        State.AS_IS,
+        _warm_calls(_open),
+        quick=True,
+        most_clients=MANY_CLIENTS,
+        data=True,
+    ),
+    Workload("open-each", f"open, close: {EACH}", State.COLD_NAMES_WARM_DATA, _each_once("small", _open), data=True),
+    Workload(
+        "create", "create, close", State.AS_IS, _in_batches(_create), quick=True, most_clients=MANY_CLIENTS, data=True
+    ),
+    Workload("rename", "rename", State.AS_IS, _in_batches(_rename), most_clients=MANY_CLIENTS),
+    Workload("unlink", "unlink", State.AS_IS, _in_batches(_unlink), quick=True, most_clients=FEW_CLIENTS),
+    Workload("mkdir", "mkdir", State.AS_IS, _in_batches(_mkdir), most_clients=FEW_CLIENTS),
     Workload("tree", "mkdir and rmdir, 10 nested", State.AS_IS, _in_batches(_tree)),
     Workload(
-        "read-4k", "open, read 4 KiB, close", State.AS_IS, _warm_calls(_read), quick=True, parallel=True, data=True
+        "read-4k",
+        f"open, read 4 KiB, close: {SAME}",
+        State.AS_IS,
+        _warm_calls(_read),
+        quick=True,
+        most_clients=MANY_CLIENTS,
+        data=True,
     ),
-    Workload("write-4k", "open, write 4 KiB, close", State.AS_IS, _warm_calls(_write), parallel=True, data=True),
-    Workload("seq-read-cold", "sequential read, 128 KiB, cold", State.COLD, _fio("read"), data=True),
-    Workload("rand-read-cold", "random read, 4 KiB, cold", State.COLD, _fio("randread"), data=True),
+    Workload(
+        "read-4k-each",
+        f"open, read 4 KiB, close: {EACH}",
+        State.COLD_NAMES_WARM_DATA,
+        _each_once("small", _read),
+        data=True,
+    ),
+    Workload(
+        "write-4k",
+        f"open, write 4 KiB, close: {SAME}",
+        State.AS_IS,
+        _warm_calls(_write),
+        most_clients=FEW_CLIENTS,
+        data=True,
+    ),
+    Workload("seq-read-cold", "sequential read, 128 KiB, cold", State.COLD, _fio("read", warm=False), data=True),
+    Workload("rand-read-cold", "random read, 4 KiB, cold", State.COLD, _fio("randread", warm=False), data=True),
     Workload(
         "seq-read",
         "sequential read, 128 KiB",
-        State.WARM_DATA,
+        State.AS_IS,
         _fio("read"),
-        parallel=True,
+        most_clients=FEW_CLIENTS,
         own_clients=True,
         data=True,
     ),
     Workload(
         "rand-read",
         "random read, 4 KiB",
-        State.WARM_DATA,
+        State.AS_IS,
         _fio("randread"),
         quick=True,
-        parallel=True,
+        most_clients=MANY_CLIENTS,
         own_clients=True,
         data=True,
     ),
-    Workload("seq-write", "sequential write, 128 KiB", State.WARM_DATA, _fio("write"), quick=True, data=True),
+    Workload("seq-write", "sequential write, 128 KiB", State.AS_IS, _fio("write"), quick=True, data=True),
     Workload(
         "rand-write",
         "random write, 4 KiB",
-        State.WARM_DATA,
+        State.AS_IS,
         _fio("randwrite"),
-        parallel=True,
+        most_clients=FEW_CLIENTS,
         own_clients=True,
         data=True,
     ),
     Workload("clone", "git clone, {sources:,} C files", State.AS_IS, _clone, table="applications", unit="s"),
-    Workload("build", "make, {sources:,} C files", State.AS_IS, _build, table="applications", unit="s"),
+    Workload("build", "make, {compiled:,} C files", State.AS_IS, _build, table="applications", unit="s"),
 )
 LISTINGS = (
     Workload(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench import command
-from bench.children import environment
+from bench.children import commit, environment
 from bench.figures import Figure, load, save
 
 from ..support.filesystems import filesystem, scratch_directory, unmount
@@ -97,6 +97,9 @@ def test_everything(place: Path, scratch: Path) -> None:
         facts = part.conditions.facts
         assert facts["kernel"] == os.uname().release
         assert facts["file system"] == "ext4"
+        assert bool(facts.get("commit")) == bool(commit())
+        assert "--workload=create" in facts["options"]
+        assert "--without=bindfs" in facts["options"]
         assert part.figures
         for figure in part.figures:
             assert figure.samples or figure.failure, (name, figure)
@@ -113,7 +116,7 @@ def check_speed(tables: dict[str, list[Figure]]) -> None:
     """All contestants did all workloads; with two clients only those that can serve several."""
     several = {"native", "direct", "passthrough_ll"}
     single = several | {"passthrough_ll-1"}
-    expected = {"speed": (2, single), "applications": (1, single), "speed-2": (2, several)}
+    expected = {"speed": (2, single), "applications": (1, several), "speed-2": (2, several)}
     assert tables.keys() == expected.keys()
     for table, (rows, contestants) in expected.items():
         done = [(figure.row, figure.column) for figure in tables[table] if figure.samples]

@@ -45,6 +45,18 @@ def test_a_faster_machine_does_not_make_anybody_better() -> None:
     assert verdicts(old, new) == {"native": BETTER, "direct": SAME, "bindfs": BETTER}
 
 
+def test_a_machine_that_may_be_slower_is_nobodys_fault() -> None:
+    """The directory itself is half as fast or twice as fast, nobody knows: then a third more says nothing."""
+    old = [figure("native", STEADY), figure("direct", STEADY)]
+    new = [figure("native", (5.0, 20.0, 9.0, 11.0, 19.0, 7.0, 10.0)), figure("direct", times(1.33))]
+    assert verdicts(old, new) == {"native": SAME, "direct": SAME}
+
+
+def test_what_is_beside_too_few_samples_of_the_directory_itself() -> None:
+    old, new = ([figure("native", [1, 1]), figure("direct", times(factor))] for factor in (1, 3))
+    assert verdicts(old, new) == {"native": UNKNOWN, "direct": UNKNOWN}
+
+
 def test_noise_is_no_change() -> None:
     old, new = (5.0, 20.0, 9.0, 11.0, 30.0, 7.0), (6.0, 25.0, 10.0, 12.0, 8.0, 33.0)
     assert verdicts([figure("direct", old)], [figure("direct", new)]) == {"direct": SAME}

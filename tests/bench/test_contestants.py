@@ -39,6 +39,13 @@ def test_examples_are_built_also_from_compressed_sources(stored: Path, binaries:
     examples.build("passthrough_fh", binaries)
     done = subprocess.run([binaries / "passthrough_fh", "--help"], check=False, capture_output=True, text=True)
     assert "usage:" in done.stdout
+    assert Contestant("fh", "{bin}/passthrough_fh {source} {mount}").libfuse(binaries) == "3"
+
+
+def test_not_everything_is_linked_with_libfuse(binaries: Path) -> None:
+    """A script, one with a libfuse of its own, one that is not here, the directory itself."""
+    for command in ("ldd {source} {mount}", "sh {source} {mount}", "no-such-server {source} {mount}", None):
+        assert Contestant("other", command).libfuse(binaries) == ""
 
 
 def test_an_example_that_is_not_there_is_left_out(stored: Path, binaries: Path) -> None:

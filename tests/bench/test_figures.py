@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.errors import BenchError
-from bench.figures import check_writable, load, save
+from bench.figures import check_writable, load, save, save_small
 
 from .make import figure, part
 
@@ -28,6 +28,21 @@ def test_parts_of_an_earlier_run_stay(tmp_path: Path) -> None:
     parts = load(file)
     assert [parts[name].figures[0].samples for name in ("speed", "map")] == [(3,), (2,)]
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_what_is_kept_with_the_sources_is_small(tmp_path: Path) -> None:
+    """Rounded, a line for each figure; what is compared is there."""
+    found = part(figure("direct", [123.456, 0.00123456, 98765.4]), figure("µ", [], failure="Too many open files"))
+    save_small(tmp_path / "small.json", {"speed": found, "map": part()})
+    loaded = load(tmp_path / "small.json")
+    assert loaded["speed"].conditions == found.conditions
+    assert [one.samples for one in loaded["speed"].figures] == [(123.5, 0.001235, 98770), ()]
+    assert [one.key for one in loaded["speed"].figures] == [one.key for one in found.figures]
+    assert loaded["speed"].figures[1].failure == "Too many open files"
+    assert not loaded["map"].figures
+    lines = [line for line in (tmp_path / "small.json").read_text().splitlines() if '"samples"' in line]
+    assert len(lines) == 2
+    assert "note" not in lines[0]
 
 
 @pytest.mark.parametrize("content", ["", "nonsense", "[]", "{}", '{"format": 1}', '{"format": 1, "parts": {"a": {}}}'])

@@ -11,7 +11,7 @@ import pytest
 
 from bench import growth, kernel
 from bench.contestants import STANDARD, Contestant
-from bench.figures import Part
+from bench.figures import GIVEN_UP, Part
 from bench.plan import Plan
 from bench.sizes import SCALES
 
@@ -45,7 +45,7 @@ def test_time_is_limited(work: Path) -> None:
     assert {figure.table for figure in part.figures} == {"growth-memory", "growth-descriptors", "growth-time"}
     for figure in part.figures:
         assert not figure.samples
-        assert figure.failure.startswith("not within 0.2 s, after ")
+        assert figure.failure.startswith(f"{GIVEN_UP}: not within 0.2 s, after ")
     assert not any(kernel.is_mounted(path) for path in work.glob("*/mount"))
 
 

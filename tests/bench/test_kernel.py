@@ -13,6 +13,7 @@ import pytest
 from bench import kernel
 
 from ..posix.compare import in_the_end
+from .make import cached
 
 # A parent with a child, each of which has 32 MiB of its own and ten descriptors more than it needs; the child computes.
 SERVER = """
@@ -120,15 +121,7 @@ def test_dropped_caches_drop_what_is_dropped(ext4: Path) -> None:
     """A file's pages are not in memory any more."""
     path = ext4 / "cached"
     path.write_bytes(os.urandom(1 << 20))
-    assert _cached(path)
+    assert cached(path)
     kernel.drop_caches(kernel.NAMES_AND_DATA)
-    assert not _cached(path)
+    assert not cached(path)
     path.unlink()
-
-
-def _cached(path: Path) -> bool:
-    with path.open("rb", buffering=0) as file:
-        try:
-            return os.preadv(file.fileno(), [bytearray(4096)], 0, os.RWF_NOWAIT) > 0
-        except BlockingIOError:
-            return False

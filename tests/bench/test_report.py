@@ -9,7 +9,7 @@ import pytest
 
 from bench import report, sections, tables
 from bench.errors import BenchError
-from bench.figures import Conditions, Part, save
+from bench.figures import Conditions, Part, load, save
 from bench.plots import PICTURES
 
 from .make import figure, part
@@ -28,7 +28,7 @@ def test_medians_with_spread_and_holes() -> None:
     grid = tables.medians("Time", figures)
     assert grid.title == "Time, in µs"
     assert grid.header == ["", "native", "direct"]
-    assert grid.rows == [["open, close", "2 ±25%", "2,000 ±25%"], ["create, close", "0.050", "-"]]
+    assert grid.rows == [["open, close", "2 ±50%", "2,000 ±50%"], ["create, close", "0.050", "-"]]
     assert tables.remarks(figures) == ["direct (create, close): File too large"]
 
 
@@ -94,7 +94,9 @@ def test_the_projects_pages_have_the_markers() -> None:
         report.insert((report.DOCS / name).read_text(), "figures")
 
 
-def test_the_command_writes_tables_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_tables_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     docs, file = tmp_path / "docs", tmp_path / "results.json"
     docs.mkdir()
     (docs / NAME).write_text(PAGE)
@@ -119,12 +121,14 @@ def test_the_command_writes_tables_and_pictures(tmp_path: Path, monkeypatch: pyt
     save(file, parts)
     monkeypatch.setattr("sys.argv", ["report", str(file), "--docs", str(docs)])
     assert report.main() == 0
+    assert "git show HEAD:docs/performance.json" in capsys.readouterr().out
     page = (docs / NAME).read_text()
-    assert "| open, close | 2 ±25% | 4 ±25% |" in page
+    assert "| open, close | 2 ±50% | 4 ±50% |" in page
     assert "kernel 6.18, machine 2 CPUs, file system ext4" in page
     assert "passthrough_ll (9000, close): Too many open files, after 2,000 inodes" in page
     assert page.startswith("# Performance\n\nBefore.\n")
     assert page.endswith("\n\nAfter.\n")
+    assert load(docs / report.BASELINE).keys() == parts.keys()
     for name in PICTURES:
         assert f"(performance-{name}.png)" in page
         assert (docs / f"performance-{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -158,6 +162,12 @@ def test_a_part_that_failed_is_told(tmp_path: Path) -> None:
 def test_clients_that_did_not_start_together_are_told() -> None:
     spread = replace(figure("direct", [1, 2, 3]), note="the clients' starts are spread over 40% of the time")
     assert tables.remarks([spread]) == ["direct (open, close): the clients' starts are spread over 40% of the time"]
+
+
+def test_remarks_tell_the_number_of_clients() -> None:
+    """The same row of another table is another figure."""
+    failed = [figure("native", [], table=table, failure="gone") for table in ("speed", "speed-4", "speed-16")]
+    assert tables.remarks(failed) == ["native (open, close; open, close, 4 clients; open, close, 16 clients): gone"]
 
 
 def test_nothing_is_written_without_the_markers(

@@ -12,9 +12,11 @@ from bench.statistics import Spread, _arrangements, paired_speed, ratio
 
 
 def test_spread() -> None:
+    """All that was seen is in it: of three samples the quartiles would leave out two."""
     spread = Spread.of([4, 1, 3, 2, 5])
-    assert (spread.lower, spread.median, spread.upper) == (2, 3, 4)
-    assert spread.deviation == pytest.approx(1 / 3)
+    assert (spread.lower, spread.median, spread.upper) == (1, 3, 5)
+    assert spread.deviation == pytest.approx(2 / 3)
+    assert Spread.of([1, 2, 3]).deviation == pytest.approx(1 / 2)
 
 
 def test_spread_of_one_sample_and_of_zeros() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import project
 from bench.client import together
 from bench.sizes import SCALES, Sizes
 from bench.workloads import BY_NAME, LISTINGS, Sample, Share, State, Stopwatch, Workload, make_files, prepare, restore
@@ -43,7 +44,7 @@ def test_directory_is_left_as_it_was(directory: Path, workload: Workload) -> Non
 
 @pytest.mark.parametrize(
     "workload",
-    [one for one in BY_NAME.values() if one.parallel and not one.own_clients],
+    [one for one in BY_NAME.values() if one.most_clients > 1 and not one.own_clients],
     ids=lambda workload: workload.name,
 )
 def test_clients_share_the_work(directory: Path, workload: Workload) -> None:
@@ -75,7 +76,7 @@ def test_a_client_that_is_killed_is_told(directory: Path, monkeypatch: pytest.Mo
         share.meet()
         return Sample(1, 1, 0, 1)
 
-    monkeypatch.setitem(BY_NAME, "killed", Workload("killed", "killed", State.AS_IS, run, parallel=True))
+    monkeypatch.setitem(BY_NAME, "killed", Workload("killed", "killed", State.AS_IS, run, most_clients=4))
     with pytest.raises(BrokenProcessPool):
         together(BY_NAME["killed"], directory, SIZES, 3)
 
@@ -91,7 +92,7 @@ def test_nobody_prepares_in_anothers_time(directory: Path, monkeypatch: pytest.M
             time.sleep(0.1)
         return watch.sample(1)
 
-    workload = Workload("late", "late", State.AS_IS, run, parallel=True)
+    workload = Workload("late", "late", State.AS_IS, run, most_clients=4)
     monkeypatch.setitem(BY_NAME, "late", workload)
     sample = together(workload, directory, SIZES, 3)
     assert sample.operations == 3
@@ -131,3 +132,14 @@ def test_what_a_failed_workload_leaves_is_removed(directory: Path) -> None:
 def test_a_listing_that_is_not_complete_is_an_error(directory: Path) -> None:
     with pytest.raises(RuntimeError, match="shows 300 files instead of 301"):
         LISTINGS[0].run(directory, replace(SIZES, large=301), Share())
+
+
+def test_a_build_needs_no_server_that_can_set_times(tmp_path: Path) -> None:
+    """passthrough_fh cannot. Nor does it see what is newer than its sources."""
+    project.make_repository(tmp_path / "project", 3, 2)
+    for path in (tmp_path / "project").rglob("*"):
+        os.utime(path, (0, 0))
+    project.copy(tmp_path / "project", tmp_path / "copy")
+    assert all(path.stat().st_mtime > 0 for path in (tmp_path / "copy").rglob("*"))
+    project.build(tmp_path / "copy")
+    assert (tmp_path / "copy" / "program").exists()
