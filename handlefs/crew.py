@@ -37,6 +37,7 @@ KILL_TIMEOUT = 1.0
 START_TIMEOUT = 20.0
 """Seconds after which a worker that has been ordered must be ready."""
 
+_TAKEOVER_STARTS = 8  # some 5 seconds, for what passes: no memory, or a package that is just being replaced
 _LEAST_TIME = 0.1
 _POLL_INTERVAL = 0.002
 _SHORTEST_PAUSE = 0.05
@@ -72,6 +73,8 @@ class Crew:
         self._groups = ProcessGroups()
         self._failed_starts = 0
         self._next_start = 0.0
+        self._most_starts = 1
+        """That may fail in a row before the mount is served."""
         self.was_complete = False
         """Whether each slot has had its worker: the mount is served, or was."""
         self._changing = threading.Lock()
@@ -85,8 +88,11 @@ class Crew:
     def inherit(
         self, workers: Sequence[ServingWorker], groups: Sequence[int], *, is_served: bool
     ) -> list[WorkerProcess]:
-        """Go on with those of a predecessor in this process; returns them. To be called before the first `step`. `is_served`:
-        the mount is, and starts that fail are tried again and again; else the first one is an error, as with a new mount."""
+        """Go on with those of a predecessor in this process; returns them. To be called before the first `step`.
+
+        `is_served`: the mount is, and starts that fail are tried again and again; else for some seconds, and then whoever has
+        started this process has to hear of it.
+        """
         self._groups.add(*groups)
         for serving in workers:
             worker = WorkerProcess.inherited(serving.pid, serving.slot, serving.commands)
@@ -94,6 +100,7 @@ class Crew:
             del self._vacant[serving.slot]
             self._workers.append(worker)
         self.was_complete = is_served
+        self._most_starts = _TAKEOVER_STARTS
         return self._workers.copy()
 
     @property
@@ -221,10 +228,10 @@ class Crew:
     def _start_failed(self, why: str, level: int = logging.ERROR) -> None:
         """Wait before the next attempt, the longer the more have failed since a worker has last come to serve. Raises
         StartupError if the mount has not been served yet."""
-        if not self.was_complete:
-            raise StartupError(why)
         if time.monotonic() < self._next_start:
             return  # it was started together with one that has failed
+        if not self.was_complete and self._failed_starts + 1 >= self._most_starts:
+            raise StartupError(why)
         log.log(level, "%s", why)
         self._look_who_serves()
         self._failed_starts += 1

@@ -295,14 +295,15 @@ EACH_ONCE = frozenset(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_killed_at_every_point(ground: Ground, kind: str, name: str) -> None:
+def test_killed_at_every_point(ground: Ground, kind: str, name: str, pytestconfig: pytest.Config) -> None:
     # The same code runs everywhere; what differs is what the disk tells, and, not on ext4, passthrough. So the file systems
-    # share what may be repeated, a third of its points each.
+    # share the points of what may be repeated.
     case = CASES[name]
     if name in EACH_ONCE or (kind == "ext4" and case.operation in {CASES[once].operation for once in EACH_ONCE}):
         kill_at_each_point(ground, case)
     else:
-        kill_at_each_point(ground, case, range(("ext4", "xfs", "btrfs").index(kind), LAST_POINT, 3))
+        kinds = [each for each in pytestconfig.getoption("--fs").split(",") if each != "tmpfs"]
+        kill_at_each_point(ground, case, range(kinds.index(kind), LAST_POINT, len(kinds)))
 
 
 @pytest.mark.kinds("xfs")  # the file system does not matter, passthrough does
@@ -431,6 +432,7 @@ LAST_POINT = 1000
 def kill_at_each_point(ground: Ground, case: Case, points: Iterable[int] = range(LAST_POINT), after: str = "") -> None:
     """Run the case with a worker killed at each of these points, as far as there are as many; with `after`, at which the worker
     before it is killed."""
+    killed = 0
     for point in points:
         try:
             if not run_killed(ground, case, f"{after} {point}"):
@@ -438,10 +440,11 @@ def kill_at_each_point(ground: Ground, case: Case, points: Iterable[int] = range
         except AssertionError as error:
             error.add_note(f"killed at point {after} {point}")
             raise
+        killed += 1
     ground.server.check_log()
 
     def busy() -> list[str]:
         return [worker["operation"] for worker in ground.server.status()["workers"] if worker["busy_for"] is not None]
 
     assert in_the_end(busy, []) == []
-    assert point > 1 or case.operation not in ground.server.status()["operations"]
+    assert killed or case.operation not in ground.server.status()["operations"]

@@ -183,7 +183,7 @@ def test_restarts_and_crashes_under_a_checked_workload(
         descriptors, stored = service.descriptors(), service.stored()
         with workload(service.path, float(pytestconfig.getoption("--stress-seconds")), client) as done:
             times = 0
-            while times < 10 or (not done.is_set() and times < 15):  # the unit allows 20 in a minute
+            while times < 10 or (not done.is_set() and times < 15):  # the unit allows 30 in an hour
                 before = service.main_pid
                 service.crash() if crashes and times % 2 else service.do("restart")
                 assert service.main_pid != before
