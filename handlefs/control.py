@@ -185,9 +185,11 @@ def starting(mountpoint: str) -> Iterator[None]:
 def _connected(mountpoint: str) -> Iterator[socket.socket]:
     # A connected socket needs no server that answers: the kernel queues it, so a server that hangs is found too.
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(REPLY_TIMEOUT)
+        # With settimeout() a full queue would be EAGAIN at once (unix_stream_connect).
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(REPLY_TIMEOUT), 0))
         try:
             connection.connect(os.fspath(_file(mountpoint, "sock")))
+            connection.settimeout(REPLY_TIMEOUT)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise NoServer(f"no handlefs server runs at {mountpoint}{not_root()}") from error
         except OSError as error:

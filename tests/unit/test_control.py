@@ -1,5 +1,6 @@
 """The control socket and the runtime directory, over real sockets and processes."""
 
+import contextlib
 import json
 import os
 import signal
@@ -53,6 +54,25 @@ def server(runtime: Path) -> Iterator[Server]:
     listener.start()
     yield server
     listener.stop()
+
+
+def test_a_full_queue_is_waited_for(runtime: Path) -> None:
+    """Others have asked more at once than the server has come to."""
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
+        path = control._file(MOUNTPOINT, "sock")
+        path.parent.mkdir(exist_ok=True)
+        listener.bind(str(path))
+        listener.listen(0)
+        clients = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(100)]
+        with contextlib.suppress(BlockingIOError):
+            for client in clients:
+                client.setblocking(False)
+                client.connect(str(path))
+            pytest.fail("the queue has no end")
+        later = threading.Timer(0.3, lambda: stack.enter_context(listener.accept()[0]))
+        later.start()
+        assert control.server_pid(MOUNTPOINT) == os.getpid()
+        later.join()
 
 
 def talk(*lines: bytes) -> list[dict[str, Any]]:
