@@ -19,7 +19,6 @@ AT_EMPTY_PATH = 0x1000
 AT_FDCWD = -100
 
 
-
 class _FileHandleStruct(ctypes.Structure):
     """struct file_handle of name_to_handle_at(2), with room for the largest handle."""
 

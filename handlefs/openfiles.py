@@ -8,7 +8,7 @@ import itertools
 import os
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from handlefs.counts import REOPENED, Counts
 
@@ -104,19 +104,32 @@ class OpenFiles:
 
     def make_room(self) -> int:
         """The process is out of descriptors: close files that can be opened again when they are asked for, those of another
-        process's `fh` or else half of those that still have a name; returns how many."""
-        if closed := self.close_restored():
-            return closed
+        process's `fh` or else half of the others; returns how many. Never one that has lost its name: this may be all that
+        keeps it."""
         with self._lock:
-            candidates = [key for key, file in self._files.items() if os.fstat(file.fd).st_nlink]
-            dropped = [self._remove(nodeid, fh) for nodeid, fh in candidates[: len(candidates) // 2 + 1]]
+            restored = self._named(self._restored)
+            if restored:
+                dropped = self._remove_all(restored)
+            else:
+                named = self._named(self._files)
+                dropped = self._remove_all(named[: len(named) // 2 + 1])
         return len(dropped)
 
     def close_restored(self) -> int:
-        """Close the files of other processes' `fh`; returns how many there were."""
+        """Close the files of other processes' `fh`, also those that have lost their name; returns how many there were."""
         with self._lock:
-            dropped = [self._remove(nodeid, fh) for nodeid, fh in tuple(self._restored)]
+            dropped = self._remove_all(tuple(self._restored))
         return len(dropped)
+
+    def _named(self, keys: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [key for key in keys if os.fstat(self._files[key].fd).st_nlink]
+
+    def _remove_all(self, keys: Iterable[tuple[int, int]]) -> list[OpenFile | None]:
+        return [self._remove(nodeid, fh) for nodeid, fh in keys]
+
+    def total(self) -> int:
+        """How many files and directories are open."""
+        return len(self._files)
 
     def counts(self) -> tuple[int, int]:
         """Numbers of open files and of open directories."""

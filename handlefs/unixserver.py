@@ -1,5 +1,6 @@
 """One server on a Unix socket, put together: a source, a listener, a thread for each peer, and the control socket."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -33,8 +34,12 @@ log = logging.getLogger(__name__)
 MOST_PEERS = 64
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED)
 _PAUSE = 0.1  # seconds
-_END_TIMEOUT = 30.0
-"""Seconds for the requests that are being served when the server ends: less than `handlefs umount` waits."""
+_UNREAD_TIMEOUT = 5.0
+"""Seconds for a peer to read its replies when the server ends."""
+_END_TIMEOUT = 25.0
+"""Seconds after that for the requests that are being served: all in all less than `handlefs umount` waits."""
+_CUT_TIMEOUT = 2.0
+"""Seconds for a peer's thread to find that the peer is cut off."""
 
 
 class UnixServer:
@@ -68,26 +73,22 @@ class UnixServer:
         """Listen and serve until `stop`; calls `on_ready` when peers can connect. Raises StartupError if it cannot."""
         drop_capability(CAP_SYS_RESOURCE)  # as for a mount: data must not be exempt from disk quotas
         control = ControlServer(self.status, self.evict, self.config)
-        try:
+        with contextlib.ExitStack() as ending:
+            ending.callback(self._close_map)
             self._listener = listen(self.config.mountpoint)
-            bound = os.lstat(self.config.mountpoint)
-            try:
-                control.start()
-                on_ready()
-                self._accept(self._listener)
-            finally:
-                control.stop()
-                self._close(self._listener, bound)
-        finally:
-            if not self._peers:  # who is still served uses it
-                close_map(self._source)
+            ending.callback(control.stop)  # after the peers: who asks meanwhile is not to hear that nobody is there
+            ending.callback(self._close, self._listener, os.lstat(self.config.mountpoint))
+            control.start()
+            on_ready()
+            self._accept(self._listener)
         log.info("%s is closed", self.config.mountpoint)
 
     def stop(self) -> None:
-        """End `serve`, from any thread or a signal handler."""
+        """End `serve`, from any thread or a signal handler; any number of times."""
         self._stopping = True
         if self._listener is not None:
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for peers
+            with contextlib.suppress(OSError):  # it is closed by now
+                self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for peers
 
     def _accept(self, listener: socket.socket) -> None:
         ready = select.poll()
@@ -144,20 +145,30 @@ class UnixServer:
         with connection:
             try:
                 peer = answer_init(connection, lambda agreed: self._admit(place, connection, agreed))
+                if peer is not None:
+                    self._serve_admitted(peer, connection)
             except (ProtocolError, OSError) as error:
                 log.warning("a peer was turned away: %s", error)
-                return
-            if peer is None:
-                return
-            try:
-                serve(connection, peer.buffer_size, peer.answer)
-            except OSError:
-                log.exception("the connection to a peer failed")
-            finally:
+            finally:  # a peer that was admitted may have gone before it was told so
+                self._part_with(place)
+
+    @staticmethod
+    def _serve_admitted(peer: "Peer", connection: socket.socket) -> None:
+        try:
+            serve(connection, peer.buffer_size, peer.answer)
+        except OSError:
+            log.exception("the connection to a peer failed")
+
+    def _part_with(self, place: int) -> None:
+        """Take the peer off the list, if there is one, however it ends: the server's end waits for those that are on it."""
+        peer = self._peers.get(place)
+        try:
+            if peer is not None:
                 peer.end()
-                with self._lock:
-                    del self._peers[place]
-                    self._lock.notify()
+        finally:
+            with self._lock:
+                self._peers.pop(place, None)
+                self._lock.notify()
 
     def _admit(self, place: int, connection: socket.socket, agreed: Agreed) -> "Peer":
         """A new peer, from now on one of those that are served. OSError if the source cannot be opened, or the server ends."""
@@ -180,8 +191,29 @@ class UnixServer:
                 self._stopping = True
                 for peer in self._peers.values():  # a peer's connection is closed after the peer is taken off the list
                     peer.close()
-                if not self._lock.wait_for(lambda: not self._peers, _END_TIMEOUT):
-                    log.warning("%d peers are left without a reply", len(self._peers))
+                self._wait_for_peers()
+
+    def _wait_for_peers(self) -> None:
+        """With the lock held: until they have their replies, or are cut off because they do not read them, or for too long."""
+        unread = [peer for peer in self._left_after(_UNREAD_TIMEOUT) if not peer.reads()]
+        for peer in unread:
+            peer.close(socket.SHUT_RDWR)
+        if unread:
+            log.warning("%d peers were cut off: they do not read their replies", len(unread))
+        left = self._left_after(_END_TIMEOUT)
+        for peer in left:
+            peer.close(socket.SHUT_RDWR)
+        if left:
+            log.warning("%d peers are left without a reply", len(left))
+            self._left_after(_CUT_TIMEOUT)
+
+    def _left_after(self, seconds: float) -> "list[Peer]":
+        self._lock.wait_for(lambda: not self._peers, seconds)
+        return list(self._peers.values())
+
+    def _close_map(self) -> None:
+        if not self._peers:  # who is still served uses it
+            close_map(self._source)
 
     def _all_peers(self) -> "list[Peer]":
         with self._lock:
@@ -231,10 +263,11 @@ class UnixServer:
 
     def make_room(self) -> int:
         """The process is out of descriptors: close half of what is cached for each peer and half of what can be opened again of
-        the one that has most open; returns how many. In any thread, whatever is being served."""
+        the one that has most open, or if that has nothing but removed files, of the next; returns how many. In any thread,
+        whatever is being served."""
         peers = self._all_peers()
-        files = [peer.operations.open_files for peer in peers]
-        closed = max(files, key=lambda each: sum(each.counts())).make_room() if files else 0
+        files = sorted((peer.operations.open_files for peer in peers), key=OpenFiles.total, reverse=True)
+        closed = next(filter(None, (each.make_room() for each in files)), 0)
         return closed + sum(peer.shrink_cache() for peer in peers)
 
 
@@ -310,6 +343,14 @@ class Peer:
         self._dispatcher.close()
         self.operations.source.cache.evict_all()
 
-    def close(self) -> None:
-        """Take no more requests; its thread ends after those that have come."""
-        self._connection.shutdown(socket.SHUT_RD)
+    def reads(self) -> bool:
+        """Whether there is room for a reply: the peer has read most of those that were sent."""
+        room = select.poll()
+        room.register(self._connection, select.POLLOUT)
+        return bool(room.poll(0))
+
+    def close(self, how: int = socket.SHUT_RD) -> None:
+        """Take no more requests; its thread ends after those that have come. With SHUT_RDWR also if it waits for the peer to
+        read a reply."""
+        with contextlib.suppress(OSError):  # whoever has gone meanwhile keeps nobody else from being told
+            self._connection.shutdown(how)

@@ -67,13 +67,19 @@ class HandleDispatcher(Dispatcher):
         return super()._entry(entry) + self._opened(entry.nodeid, fh, flags) + self._handle(entry.nodeid)
 
     def _readdirplus(self, request: Request) -> Reply:
-        """In steps of what will fit: whatever is looked up gets a node ID, which drives another's out of the table."""
+        """In steps of what will fit: whatever is looked up gets a node ID, which drives another's out of the table. When a step
+        fails the ones before are the answer, as of getdents(2): the next request gets the error."""
         fh, offset, size, *_ = decode(abi.fuse_read_in, request.body)
         room = min(size, self.negotiated.buffer_size)
         records: list[bytes] = []
         while not records or room >= _LEAST_LISTED * _DENSEST:
             wanted = max(room // _DENSEST, _LEAST_LISTED)
-            entries = self._operations.readdirplus(request.nodeid, fh, offset, wanted)
+            try:
+                entries = self._operations.readdirplus(request.nodeid, fh, offset, wanted)
+            except OSError:
+                if not records:
+                    raise
+                break
             if not entries:
                 break
             for dirent, entry in entries:

@@ -133,7 +133,7 @@ def _refusal(error: ProtocolError | OSError) -> int:
 
 def turn_away(connection: socket.socket, number: int) -> None:
     """Answer the peer's first message with the errno `number`, if it comes soon, and end the connection."""
-    with connection, contextlib.suppress(ProtocolError, ConnectionError):
+    with connection, contextlib.suppress(ProtocolError, OSError):
         if message := _first_message(connection, _REFUSAL_TIMEOUT):
             _reply(connection, abi.fuse_in_header.unpack_from(message)[2], number)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ import struct
 import sys
 import termios
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pytest
 from handlefs.protocol import abi
 from handlefs.protocol.client import Client, Offer, Session
 from handlefs.protocol.client.inodes import Inode
-from handlefs.protocol.client.link import Sender
+from handlefs.protocol.client.link import Link, Sender
 from handlefs.protocol.client.session import Entry
 from handlefs.protocol.client.stress import Stress
 from handlefs.protocol.handles import pack_handle, pack_handle_init
@@ -222,6 +223,51 @@ def test_appends_and_large_files(client: Client, server: Served, source: Path) -
     assert client.open("/large").read() == (source / "large").read_bytes()
 
 
+def test_opening_truncates_in_a_request_of_its_own(
+    client: Client, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel does where opens that truncate were not agreed on: no server need know O_TRUNC."""
+    opened: list[int] = []
+    exchange = client.session._exchange
+
+    def watched(opcode: int, nodeids: Sequence[int], body: bytes, sender: Sender) -> bytes:
+        if opcode == abi.FUSE_OPEN:
+            opened.append(abi.fuse_open_in.unpack(body)[0])
+        return exchange(opcode, nodeids, body, sender)
+
+    monkeypatch.setattr(client.session, "_exchange", watched)
+    with client.open("/file", os.O_RDWR | os.O_TRUNC) as file:
+        assert file.write(b"new") == 3
+    assert opened == [os.O_RDWR]
+    assert (source / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("how", ["open", "truncate", "ftruncate"])
+@pytest.mark.parametrize("uid", [0, 1000])
+def test_who_truncates_takes_set_id_bits_away(server: Served, source: Path, how: str, uid: int) -> None:
+    """As the kernel does for whoever has no CAP_FSETID."""
+    (source / "file").chmod(0o6755)
+    with Client(server.address, uid=uid, gid=uid) as client:
+        if how == "truncate":
+            client.truncate("/file", 3)
+        else:
+            with client.open("/file", os.O_RDWR | (os.O_TRUNC if how == "open" else 0)) as file:
+                if how == "ftruncate":
+                    file.truncate(3)
+    assert (source / "file").stat().st_size == (0 if how == "open" else 3)
+    assert stat.S_IMODE((source / "file").stat().st_mode) == (0o755 if uid else 0o6755)
+
+
+def test_a_file_that_cannot_be_truncated_is_not_left_open(client: Client, server: Served, source: Path) -> None:
+    set_flags(source / "file", FS_APPEND_FL)
+    try:
+        assert outcome(client.open, "/file", os.O_WRONLY | os.O_APPEND | os.O_TRUNC) == "EPERM"
+    finally:
+        set_flags(source / "file", 0)
+    assert (source / "file").read_bytes() == CONTENT
+    assert server.status()["open_files"] == 0
+
+
 def test_a_file_that_can_only_be_appended_to(client: Client, source: Path) -> None:
     set_flags(source / "file", FS_APPEND_FL)
     try:
@@ -348,6 +394,10 @@ def _waits(client: Client) -> bool:
     unsent = bytearray(4)
     fcntl.ioctl(link._socket, termios.TIOCOUTQ, unsent)
     return int.from_bytes(unsent, "little") > 0
+
+
+def test_endless_patience(server: Served) -> None:
+    Link(server.address, patience=math.inf).close()
 
 
 def test_a_server_that_stays_away(server: Served) -> None:

@@ -6,8 +6,7 @@ import errno
 import itertools
 import os
 import stat
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,47 +15,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as some
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from handlefs.config import Config, NodeIds
+from handlefs.config import NodeIds
 from handlefs.protocol.client import Client, File
 from handlefs.protocol.client.inodes import Inode
 from handlefs.protocol.client.replies import Stat
-from handlefs.unixserver import UnixServer
+
+from .conftest import InThisProcess
 
 NAMES = some.sampled_from(("a", "b", "c", "a/a", "a/b", "b/a", "b/b/c"))
 DATA = some.binary(max_size=40)
 _numbers = itertools.count()
-
-
-class InThisProcess:
-    """A server in threads of this process, which can be ended and started again in no time."""
-
-    def __init__(self, source: Path, base: Path, entry_timeout: float, nodeids: NodeIds) -> None:
-        self._config = Config(
-            str(source),
-            str(base / "socket"),
-            socket=True,
-            state_dir=str(base / "state"),
-            node_table=8,
-            entry_timeout=entry_timeout,
-            nodeids=nodeids,
-        )
-        self.start()
-
-    def start(self) -> None:
-        ready = threading.Event()
-        self.server = UnixServer(self._config)
-        self._thread = threading.Thread(target=self.server.serve, args=(ready.set,), daemon=True)
-        self._thread.start()
-        assert ready.wait(60)
-
-    def stop(self) -> None:
-        self.server.stop()
-        self._thread.join(60)
-        assert not self._thread.is_alive()
-
-    @property
-    def socket(self) -> str:
-        return self._config.mountpoint
 
 
 @dataclass(eq=False)
@@ -316,14 +284,6 @@ def _with(path: Path, flags: int, use: Callable[[int], object], mode: int = 0o77
         return use(fd)
     finally:
         os.close(fd)
-
-
-@pytest.fixture
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("HANDLEFS_RUNTIME_DIR", str(tmp_path / "run"))
-    before = os.umask(0o022)
-    yield
-    os.umask(before)
 
 
 @pytest.mark.usefixtures("runtime")

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import resource
+import signal
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from handlefs import control, unixserver
 from handlefs.protocol import abi
 from handlefs.protocol.client import Client, Offer
 from handlefs.protocol.client.link import ROOT, Link
+from handlefs.protocol.client.replies import entry
 from handlefs.protocol.init import WANTED
 
 from ..posix.compare import PATIENCE, in_the_end, outcome
 from ..support.filesystems import filesystem, is_mounted, run
 from ..support.server import Served
+from .conftest import InThisProcess
 
 CONTENT = b"content of the file"
 
@@ -88,6 +96,27 @@ def test_init_is_refused_while_something_else_is_in_the_place_of_the_source(serv
         assert client.session.statistics.unknown == 0
 
 
+class Unsendable(socket.socket):
+    """A connection on which the system has no memory for replies."""
+
+    def send(self, *_: Any) -> int:
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+
+def test_a_peer_that_is_not_told_of_its_admission_has_gone(inside: InThisProcess) -> None:
+    """The end of the server, which parts with all that are still on its list, does not wait for it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        body = struct.pack("=IIIII44x", 7, 45, 0, 0, 0)
+        ours.send(struct.pack("=IIQQIIIHH", 40 + len(body), abi.FUSE_INIT, 2, 0, 0, 0, 0, 0, 0) + body)
+        assert inside.server._let_in(Unsendable(fileno=theirs.detach())) is None
+        ours.settimeout(PATIENCE)
+        assert ours.recv(1) == b""  # closed after it was taken off the list
+    assert inside.server.status()["peers"] == 0
+    with Client(inside.socket) as client:
+        assert client.open("/file").read() == CONTENT
+
+
 # -- sharing descriptors -------------------------------------------------------------------------------------------------
 
 
@@ -100,6 +129,34 @@ def test_a_peer_with_many_open_files_leaves_room_for_others(server: Served, sour
             assert file.read() == b"content of below"
         assert {file.pread(100, 0) for file in opened} == {CONTENT}
         for file in opened:
+            file.close()
+
+
+def test_a_shortage_is_nothing_to_a_removed_file(inside: InThisProcess) -> None:
+    """Not even if the client has opened it with an earlier server, of which this one would close the files first."""
+    with Client(inside.socket, patience=PATIENCE) as client:
+        file = client.open("/file")
+        inside.stop()
+        inside.start()
+        assert file.pread(100, 0) == CONTENT
+        client.unlink("/file")
+        inside.server.make_room()
+        assert file.pread(100, 0) == CONTENT
+        file.close()
+
+
+def test_room_is_made_among_all_peers(inside: InThisProcess) -> None:
+    """Also if the one that has most open has nothing that could be opened again."""
+    with Client(inside.socket) as most, Client(inside.socket) as other:
+        removed = [most.open(f"/removed-{number}", os.O_RDWR | os.O_CREAT) for number in range(5)]
+        for number in range(5):
+            most.unlink(f"/removed-{number}")
+        named = [other.open("/file") for _ in range(2)]
+        assert inside.server.status()["open_files"] == 7
+        inside.server.make_room()
+        assert inside.server.status()["open_files"] == 5
+        assert [file.pread(100, 0) for file in named] == [CONTENT] * 2
+        for file in (*removed, *named):
             file.close()
 
 
@@ -150,12 +207,61 @@ def test_a_restart_loses_no_reply(server: Served, source: Path) -> None:
 
 
 def test_a_server_that_ends_answers_what_it_has_got(server: Served, source: Path) -> None:
-    """Requests that wait in the socket, too."""
+    """Requests that wait in the socket, too: all of them, since it is stopped until it has been told to end."""
     link = Link(server.address)
     wanted = 50
-    for number in range(wanted):
-        link._send(abi.FUSE_MKDIR, 1, abi.fuse_mkdir_in.pack(0o700, 0) + b"made-%d\0" % number, ROOT)
-    server.stop()
-    replies = [link._answer(link._unique - 2 * (wanted - 1 - number)) for number in range(wanted)]
+    with server._exit_awaited() as pid:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            for number in range(wanted):
+                link._send(abi.FUSE_MKDIR, 1, abi.fuse_mkdir_in.pack(0o700, 0) + b"made-%d\0" % number, ROOT)
+            assert len(list(source.glob("made-*"))) < wanted
+            os.kill(pid, signal.SIGTERM)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        replies = [link._answer(link._unique - 2 * (wanted - 1 - number)) for number in range(wanted)]
+    link.close()
     assert {number for _, number in replies} == {0}
     assert len(list(source.glob("made-*"))) == wanted
+
+
+def unread(server: InThisProcess, source: Path) -> Link:
+    """A peer that has asked for more than it has read: the server waits to send it."""
+    (source / "large").write_bytes(bytes(1 << 20))
+    link = Link(server.socket)
+    found = entry(link.exchange(abi.FUSE_LOOKUP, 1, b"large\0"), opened=False, handles=True)
+    for number in range(UNREAD):
+        link._send(abi.FUSE_READ, found.nodeid, abi.fuse_read_in.pack(0, number, link.max_write, 0, 0, 0, 0), ROOT)
+    return link
+
+
+UNREAD = 20
+
+
+def test_a_peer_that_does_not_read_delays_no_end(
+    inside: InThisProcess, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is cut off, and so the server ends with nobody left who uses its map."""
+    monkeypatch.setattr(unixserver, "_UNREAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(unixserver, "_END_TIMEOUT", 1000.0)
+    link = unread(inside, source)
+    inside.stop()
+    assert not inside.server._peers
+    link.close()
+
+
+def test_a_server_that_parts_with_its_peers_can_still_be_asked(
+    inside: InThisProcess, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who ends it meanwhile waits for it, too, instead of being told that nobody is there."""
+    monkeypatch.setattr(unixserver, "_UNREAD_TIMEOUT", 1000.0)
+    link = unread(inside, source)
+    inside.server.stop()
+    assert in_the_end(lambda: os.path.exists(inside.socket), False) is False
+    assert control.request(inside.socket, {"op": "status"})["peers"] == 1
+    inside.server.stop()
+    replies = [link._answer(link._unique - 2 * (UNREAD - 1 - number)) for number in range(UNREAD)]
+    assert {number for _, number in replies} == {0}
+    inside.stop()
+    assert control.record(inside.socket) is None
+    link.close()

@@ -17,11 +17,13 @@ from handlefs.protocol.client.link import Link, Offer
 from handlefs.protocol.client.replies import EntryReply, attributes, entry, listing, listing_plus
 from handlefs.protocol.handles import SECOND_NODE, pack_handle
 from handlefs.protocol.init import WANTED, ProtocolError
+from handlefs.source import Entry
+from handlefs.syscalls import DirectoryEntry
 
 from ..posix.compare import in_the_end, outcome
 from ..support.cgroups import process_limit
 from ..support.server import Served, mounted
-from .conftest import Serving
+from .conftest import InThisProcess, Serving
 
 PLAIN = Offer(WANTED)
 OPEN_OUT_AT = 128
@@ -506,6 +508,34 @@ def test_no_thread_can_be_started_for_a_peer(source: Path) -> None:
             assert lookup(first, 1, b"file").stat.st_size == len(b"content of the file")
         Link(server.address).close()
         first.close()
+
+
+def test_of_a_listing_that_fails_the_part_before_is_given(
+    inside: InThisProcess, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As getdents(2) has it: the failure is that of the request which has nothing else to say."""
+    for number in range(1000):
+        (source / f"name-{number}").touch()
+    link = Link(inside.socket)
+    operations = inside.server._all_peers()[0].operations
+    working, offsets = operations.readdirplus, []
+
+    def failing(nodeid: int, fh: int, offset: int, size: int) -> list[tuple[DirectoryEntry, Entry | None]]:
+        offsets.append(offset)
+        if len(offsets) > 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return working(nodeid, fh, offset, size)
+
+    monkeypatch.setattr(operations, "readdirplus", failing)
+    opened = abi.fuse_open_out.unpack(link.exchange(abi.FUSE_OPENDIR, 1, abi.fuse_open_in.pack(0, 0)))[0]
+    found = listing_plus(link.exchange(abi.FUSE_READDIRPLUS, 1, read_in(opened, 0)), handles=True)
+    assert 0 < len(found) < 1000
+    assert outcome(link.exchange, abi.FUSE_READDIRPLUS, 1, read_in(opened, found[-1][0].offset)) == "EIO"
+    link.close()
+
+
+def read_in(fh: int, offset: int) -> bytes:
+    return abi.fuse_read_in.pack(fh, offset, 1 << 16, 0, 0, 0, 0)
 
 
 def test_of_a_long_listing_the_last_node_ids_are_valid(serving: Serving, source: Path) -> None:

@@ -140,7 +140,7 @@ def test_counts_tell_files_from_directories() -> None:
 
 
 def test_room_is_made_of_what_can_be_opened_again(tmp_path: Path) -> None:
-    """First what belongs to another process, then half of what has a name; never what was removed."""
+    """First what belongs to another process, then half of what has a name; never what was removed, whosever it is."""
     reopened = [0]
     files = OpenFiles(counts=reopened)
 
@@ -151,9 +151,11 @@ def test_room_is_made_of_what_can_be_opened_again(tmp_path: Path) -> None:
     files.restore(foreign, 0x10)
     own = [files.add(opened(f"own{number}", number), os.O_RDWR) for number in range(2, 8)]
     removed = files.add(opened("removed", 8), os.O_RDWR)
+    files.restore(opened("removed-foreign", 9), 0x20)
     (tmp_path / "removed").unlink()
-    assert files.counts() == (8, 0)
-    assert reopened == [1]
+    (tmp_path / "removed-foreign").unlink()
+    assert files.total() == 9
+    assert reopened == [2]
     fd = foreign.fd
     del foreign
     assert files.make_room() == 1
@@ -165,4 +167,7 @@ def test_room_is_made_of_what_can_be_opened_again(tmp_path: Path) -> None:
     assert rounds > 1
     assert files.get(8, removed) is not None
     assert not any(files.get(number, fh) for number, fh in enumerate(own, 2))
-    assert files.counts() == (1, 0)
+    assert files.get(9, 0x20) is not None
+    assert files.counts() == (2, 0)
+    assert files.close_restored() == 1
+    assert files.get(9, 0x20) is None

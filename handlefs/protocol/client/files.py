@@ -10,8 +10,9 @@ from handlefs.protocol.client.link import Sender
 from handlefs.protocol.client.replies import Stat
 from handlefs.protocol.client.session import Session
 
-OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
-"""The flags of open(2) that are the server's business."""
+OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
+"""The flags of open(2) that are the server's business. Not O_TRUNC, for which FUSE_ATOMIC_O_TRUNC would have to be agreed on:
+what is opened is truncated by a SETATTR after that, as in the kernel."""
 
 
 def setattr_in(
@@ -29,6 +30,15 @@ def setattr_in(
     return abi.fuse_setattr_in.pack(
         valid, 0, fh, size, 0, atime, mtime, 0, atimensec, mtimensec, 0, mode, 0, uid, gid, 0
     )
+
+
+def truncation(session: Session, sender: Sender, size: int, fh: int | None = None) -> bytes:
+    """The body of SETATTR for truncate(2), or for ftruncate(2) of the open file `fh`. As in the kernel who has no CAP_FSETID
+    takes set-id bits away."""
+    valid = abi.FATTR_SIZE if fh is None else abi.FATTR_SIZE | abi.FATTR_FH
+    if sender.uid != 0 and session.flags & abi.FUSE_HANDLE_KILLPRIV_V2:
+        valid |= abi.FATTR_KILL_SUIDGID
+    return setattr_in(valid, fh=fh or 0, size=size)
 
 
 class File:
@@ -94,7 +104,7 @@ class File:
 
     def truncate(self, size: int) -> None:
         """ftruncate(2)."""
-        self._request(abi.FUSE_SETATTR, setattr_in(abi.FATTR_SIZE | abi.FATTR_FH, fh=self._file.fh, size=size))
+        self._request(abi.FUSE_SETATTR, truncation(self._session, self._sender, size, self._file.fh))
 
     def stat(self) -> Stat:
         """fstat(2)."""

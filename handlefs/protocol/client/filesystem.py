@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from handlefs.protocol import abi
 from handlefs.protocol.client import replies
-from handlefs.protocol.client.files import OPEN_FLAGS, File, setattr_in
+from handlefs.protocol.client.files import OPEN_FLAGS, File, setattr_in, truncation
 from handlefs.protocol.client.inodes import Inode, OpenFile
 from handlefs.protocol.client.link import USUAL, Offer, Sender
 from handlefs.protocol.client.replies import Dirent, Stat
@@ -167,7 +167,10 @@ class Client:
 
     def truncate(self, path: Path, size: int) -> None:
         """truncate(2)."""
-        self._at(path, lambda inode: self._setattr(_regular(inode), setattr_in(abi.FATTR_SIZE, size=size)))
+        self._at(path, lambda inode: self._truncate(_regular(inode), size))
+
+    def _truncate(self, inode: Inode, size: int) -> None:
+        self._setattr(inode, truncation(self.session, self._sender, size))
 
     def utime(self, path: Path, times: tuple[int, int], *, follow: bool = True) -> None:
         """utimensat(2), with the access and the modification time in nanoseconds since the epoch."""
@@ -369,7 +372,14 @@ class Client:
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
         if inode.kind == st.S_IFLNK:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        return File(self.session, self._sender, self._opened(abi.FUSE_OPEN, _regular(inode), flags), flags)
+        file = self._opened(abi.FUSE_OPEN, _regular(inode), flags)
+        if flags & os.O_TRUNC:
+            try:
+                self._truncate(inode, 0)
+            except BaseException:
+                self.session.release(file, abi.FUSE_RELEASE, flags & OPEN_FLAGS)
+                raise
+        return File(self.session, self._sender, file, flags)
 
     def open_by_handle(self, handle: bytes, flags: int = os.O_RDONLY) -> "File":
         """Open the object that `handle` names (`Inode.handle`); ESTALE if it is gone."""

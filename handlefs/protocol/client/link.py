@@ -24,6 +24,7 @@ _REFUSALS = {
 """Answers to INIT."""
 _INIT_TIMEOUT = 10.0
 """Seconds for a server to take the connection and to answer INIT, where there is not more patience."""
+_LONGEST_WAIT = 3600.0  # seconds
 _INIT_REPLY = 4096  # bytes; larger than any version's
 _ANSWER_HEADROOM = 64 * 1024  # bytes beyond max_write: the largest answer without file data is a list of xattr names
 
@@ -193,7 +194,8 @@ def _connected(path: str, deadline: float) -> socket.socket:
 
 
 def _limit(connection: socket.socket, seconds: float) -> None:
-    """Let no call wait for longer; 0: for any time. Not by settimeout: connect(2) is to wait for a place in the queue."""
-    timeval = struct.pack("@ll", *divmod(int(seconds * 10**6), 10**6))
+    """Let no call wait for longer; 0: for any time. Not by settimeout: connect(2) is to wait for a place in the queue. Whose
+    patience is endless asks again after an hour."""
+    timeval = struct.pack("@ll", *divmod(int(min(seconds, _LONGEST_WAIT) * 10**6), 10**6))
     for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
         connection.setsockopt(socket.SOL_SOCKET, option, timeval)
