@@ -35,7 +35,7 @@ class Sizes:
     # the others
     entries: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)  # in the handle map
     nodes: int = 1000  # inodes that a client holds
-    known: int = 100_000  # inodes that a client of the protocol knows, in thousands
+    known: int = 1_000_000  # inodes that a client of the protocol knows, in thousands
     repeats: int = 15  # of what is measured without rounds
     pauses: int = 15  # kills of a worker, reloads, remounts
 
