@@ -227,7 +227,8 @@ class Server:
         except Exception as error:  # of its library, too
             if self._inherited is None:
                 raise
-            log.error("there are no metrics: %s", error)  # the mount is there, and goes on
+            # The mount is there, and goes on; what was not foreseen is logged with its traceback.
+            log.error("there are no metrics: %s", error, exc_info=not isinstance(error, StartupError))
             return None
 
     def reload(self, _connection: socket.socket) -> dict[str, object]:
