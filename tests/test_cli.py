@@ -1012,6 +1012,22 @@ def test_check_knows_the_file_system(filesystems: FileSystems, kind: str, handle
 
 
 @needs_root
+def test_check_tries_whether_changes_show_in_their_time(filesystems: FileSystems) -> None:
+    """Linux 6.13 gives a change after a look a time of its own, where the file system has room for it."""
+    release = tuple(int(number) for number in os.uname().release.split("-")[0].split(".")[:2])
+    fine = findings(filesystems["ext4"])["change times"]
+    assert fine["verdict"] == ("ok" if release >= (6, 13) else "limited")
+    with filesystem("ext4", mkfs=("-I", "128")) as root:  # times in whole seconds
+        before = os.listdir(root)
+        coarse = findings(root)["change times"]
+        assert os.listdir(root) == before
+        subprocess.run(["mount", "-o", "remount,ro", root], check=True)
+        assert "not tried" in findings(root)["change times"]["detail"]
+    assert coarse["verdict"] == "limited"
+    assert "256-byte inodes" in coarse["advice"]
+
+
+@needs_root
 def test_check_says_what_is_missing(tmp_path: Path) -> None:
     handles = findings("/proc", status=1)["file handles"]
     assert handles["verdict"] == "missing"

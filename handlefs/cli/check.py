@@ -27,6 +27,8 @@ Verdict = Literal["ok", "limited", "missing"]
 STYLES = {"ok": "green", "limited": "yellow", "missing": "bold red"}
 HELPERS = ("/sbin", "/usr/sbin", "/usr/local/sbin", "/sbin/fs.d", "/sbin/fs")
 
+CHANGES = 8
+
 OTHERS = Capability("CAP_SETPCAP", "keep its capabilities while it makes files in the name of others")
 WITHOUT_HANDLES = (
     "serve a directory on a file system with file handles (ext4, XFS, btrfs, tmpfs); for overlayfs mount it with "
@@ -94,6 +96,7 @@ def _source(source: str) -> Iterator[Finding]:
     try:
         yield from _handles(directory)
         yield _read_only(directory)
+        yield _change_times(source)
     finally:
         os.close(directory)
     yield _submounts(source)
@@ -139,6 +142,35 @@ def _read_only(directory: int) -> Finding:
     if os.fstatvfs(directory).f_flag & os.ST_RDONLY:
         return Finding("access", "limited", "the source is read-only", "mount with --ro, so that users are told early")
     return Finding("access", "ok", "read and write")
+
+
+def _change_times(source: str) -> Finding:
+    """Whether a change after a look always shows in the ctime, from which knfsd takes NFSv4's change attribute (Linux 6.13,
+    "multigrain timestamps"); if not, the ctime is the time of the kernel's last tick, 1 to 10 ms ago, or a whole second."""
+    try:
+        file = os.open(source, os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError as error:
+        return Finding(
+            "change times", "limited", f"not tried on this source: no file can be made in it ({error.strerror})",
+            "check again with a directory of the source that can be written to",
+        )  # fmt: skip
+    times = set()
+    try:
+        for _ in range(CHANGES):
+            os.fchmod(file, 0o600)
+            times.add(os.fstat(file).st_ctime_ns)
+    finally:
+        os.close(file)
+    if len(times) == CHANGES:
+        return Finding("change times", "ok", "each change shows in the time of change (ctime), however fast they follow")
+    if any(time % 10**9 for time in times):
+        coarse, advice = "changes that follow one another within milliseconds", "use Linux 6.13 or newer on the server"
+    else:
+        coarse, advice = "changes within the same second", "use a file system with finer times, as ext4 with 256-byte inodes"
+    return Finding(
+        "change times", "limited", f"{coarse} may have the same time (ctime)",
+        f"an NFSv4 client that looks between two of them may miss the second: {advice}",
+    )  # fmt: skip
 
 
 def _submounts(source: str) -> Finding:

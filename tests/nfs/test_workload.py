@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -12,6 +13,8 @@ import pytest
 from .knfsd import Client, Export
 
 FILES = 5
+TICK = 0.02
+"""Seconds: more than one tick of the guest's kernel, within which two changes have the same ctime."""
 
 
 def content(round_number: int) -> bytes:
@@ -26,6 +29,8 @@ def work(directory: Path, stop: Event) -> list[int]:
     while not (stop.is_set() and all(last)):
         number += 1
         path = directory / f"file-{number % FILES}"
+        # The last listing was in a later tick than what it shows, so that a new file shows in the ctime (docs/nfs-export.md).
+        time.sleep(TICK)
         with path.open("wb") as file:
             file.write(content(number))
         last[number % FILES] = number

@@ -132,7 +132,9 @@ def test_many_open_files(forest: Forest) -> None:
         for fd in held[20:]:
             os.close(fd)
         assert walk(server.path / "d3") == FILES // DIRECTORIES
-        assert max(descriptors(server)) < 128
+        # Not at once: what is open for the closed files goes with their RELEASE, and until then a process may have all it may.
+        cached = server.status()["cache"]["capacity"]
+        assert in_the_end(lambda: max(descriptors(server)) <= cached + FIXED, True) is True
 
 
 def test_many_open_directories(forest: Forest) -> None:
