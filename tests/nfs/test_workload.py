@@ -10,11 +10,10 @@ from threading import Event
 
 import pytest
 
+from ..support.filesystems import TICK
 from .knfsd import Client, Export
 
 FILES = 5
-TICK = 0.02
-"""Seconds: more than one tick of the guest's kernel, within which two changes have the same ctime."""
 
 
 def content(round_number: int) -> bytes:

@@ -18,6 +18,8 @@ import pytest
 
 KINDS = ("ext4", "xfs", "btrfs", "tmpfs")
 DEFAULT_SIZE = "2G"
+TICK = 0.02
+"""Seconds: more than any kernel's tick, within which two changes have the same ctime before Linux 6.13."""
 
 MKFS: Mapping[str, tuple[str, ...]] = {
     # -i: the tests of descriptors make thousands of files in every mode.

@@ -476,7 +476,7 @@ class Client:
 
     def list(self) -> None:
         path, directory = self.somewhere()
-        expect(listing(path), sorted(directory.entries), f"{path}: listing")
+        expect(listing(path, self.me.features), sorted(directory.entries), f"{path}: listing")
 
     def check_one(self) -> None:
         if objects := [each for each in self.objects() if not isinstance(each[2], File) or self.may(each[2], 0o400)]:

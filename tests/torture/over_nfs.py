@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..nfs.knfsd import Client, HandlefsExport, start_nfsd
-from .features import COPY
+from .features import COPY, INSTANT
 from .run import Plan
 
-CLIENT_FEATURES = {"3": frozenset[str](), "4.2": frozenset({COPY})}
+CLIENT_FEATURES = {"3": frozenset({INSTANT}), "4.2": frozenset({COPY})}
 """What the clients of each version can do."""
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .features import REMOVED, XATTRS
+from ..support.filesystems import TICK
+from .features import INSTANT, REMOVED, XATTRS
 
 
 class WrongResult(AssertionError):
@@ -100,7 +102,7 @@ class Directory(Node):
 
     def check(self, path: Path, features: frozenset[str]) -> None:
         super().check(path, features)
-        expect(listing(path), sorted(self.entries), f"{path}: listing")
+        expect(listing(path, features), sorted(self.entries), f"{path}: listing")
 
     def check_all(self, path: Path, features: frozenset[str]) -> None:
         """As `check`, with all that is below."""
@@ -112,6 +114,8 @@ class Directory(Node):
                 node.check(path / name, features)
 
 
-def listing(path: Path | int) -> list[str]:
+def listing(path: Path, features: frozenset[str]) -> list[str]:
     """The names in a directory, but for what an NFS client puts there in place of removed files that are open."""
+    if INSTANT not in features:
+        time.sleep(TICK)
     return sorted(name for name in os.listdir(path) if not name.startswith(".nfs"))
