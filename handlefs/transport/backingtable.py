@@ -93,6 +93,7 @@ class BackingTable:
             undo.pop_all()
         self._allocated = 0
         self._has_room_until = 0
+        self._closed = b""  # the value that was the last one on record when this process had closed it
 
     def close(self) -> None:
         """Close it; the records stay."""
@@ -126,9 +127,11 @@ class BackingTable:
             (backing_id,) = _VALUE.unpack(value)
             if backing_id == NO_BACKING:
                 return
-            _close_last(transaction, close)  # whoever has released that one may have been killed
+            if transaction.get(_CLOSING) != self._closed:
+                _close_last(transaction, close)  # whoever has released that one may have been killed
             transaction.put(_CLOSING, value)
         close(backing_id)
+        self._closed = value
 
     def close_last(self, close: Close) -> None:
         """A process was killed, perhaps before it could `close` what it had released last. Raises OSError."""

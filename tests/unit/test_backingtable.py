@@ -151,6 +151,16 @@ def test_what_a_killed_process_could_not_close_is_closed(table: BackingTable, th
     assert table.opened(7, 2, refuse, refuse_to_close) == 3
 
 
+def test_each_is_closed_once(table: BackingTable) -> None:
+    """A process does not close again what it has closed itself."""
+    closed: list[int] = []
+    for nodeid in (5, 6, 7):
+        table.opened(nodeid, 1, lambda number=nodeid: number, ignore)  # type: ignore[misc]
+    for nodeid in (5, 6, 7):
+        table.released(nodeid, 1, closed.append)
+    assert closed == [5, 6, 7]
+
+
 def test_when_the_kernel_counts_anew_nothing_is_taken_for_lost(table: BackingTable) -> None:
     table.opened(5, 1, lambda: 2**10, ignore)
     table.opened(6, 1, lambda: 3, refuse_to_close)
