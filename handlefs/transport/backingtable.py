@@ -131,7 +131,7 @@ class BackingTable:
                 _close_last(transaction, close)  # whoever has released that one may have been killed
             transaction.put(_CLOSING, value)
         close(backing_id)
-        self._closed = value
+        self._closed = bytes(value)
 
     def close_last(self, close: Close) -> None:
         """A process was killed, perhaps before it could `close` what it had released last. Raises OSError."""
