@@ -30,12 +30,17 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 8
 """Workers that a request may kill before it is answered with EIO: not few, since it may be none of its fault."""
-END_TIMEOUT = 10.0
-"""Seconds that processes get to end by themselves: when the mount is gone, or when they are replaced."""
+END_TIMEOUT = 25.0
+"""Seconds that processes get to end by themselves when the mount is gone: the handle map may wait for a slow disk. (A service
+manager gives 30, TimeoutStopSec=.)"""
+REPLACE_TIMEOUT = 10.0
+"""Seconds that a worker which is to be replaced gets for its request."""
 KILL_TIMEOUT = 1.0
 """Seconds that those which are killed then get: one that waits for a disk does not even die."""
 START_TIMEOUT = 20.0
 """Seconds after which a worker that has been ordered must be ready."""
+FIRST_START_TIMEOUT = 120.0
+"""The same for the first workers of a mount: a cold disk takes its time, and nobody is served by giving up."""
 
 _TAKEOVER_STARTS = 8  # some 5 seconds, for what passes: no memory, or a package that is just being replaced
 _LEAST_TIME = 0.1
@@ -211,14 +216,16 @@ class Crew:
 
     def _check_starting(self) -> None:
         """Replace a template whose workers do not get ready."""
-        overdue = time.monotonic() - START_TIMEOUT
+        limit = START_TIMEOUT if self.was_complete else FIRST_START_TIMEOUT
+        overdue = time.monotonic() - limit
         late = [worker for worker in self._workers if not worker.pid and worker.ordered < overdue]
         for worker in late:
             self._give_up_on(worker)
         if late:
             if self._template is not None:
                 self._template.kill()
-            self._start_failed(f"{len(late)} new workers are not ready after {START_TIMEOUT:.0f} s")
+            level = logging.ERROR if self._vacant else logging.WARNING  # nobody waits for a spare
+            self._start_failed(f"{len(late)} new workers are not ready after {limit:.0f} s", level)
 
     def _give_up_on(self, worker: WorkerProcess) -> None:
         """Do not wait for it to be ready: if it comes up after all, it sees that nobody wants it and ends."""
@@ -313,8 +320,8 @@ class Crew:
         name = abi.OPCODE_NAMES.get(opcode, str(opcode))
         log.error("a request for %s has killed %d workers: it is answered with EIO", name, deaths)
         answer_eio(self._assignment.device, message)
-        slot.answered()
         Counters(slot.counters).answered(opcode, errno.EIO)
+        slot.answered()
         return 0
 
     # -- new code --------------------------------------------------------------------------------------------------------
@@ -391,7 +398,7 @@ class Crew:
         """While `changing`: have them, who serve slots, replaced by spare ones, one after the other; returns how many. Raises
         ReloadError.
 
-        Each ends after the request it is in; one that is still in it after `END_TIMEOUT` is killed, and its successor finishes
+        Each ends after the request it is in; one still in it after `REPLACE_TIMEOUT` is killed, and its successor finishes
         the request.
         """
         for worker in outdated:
@@ -404,8 +411,8 @@ class Crew:
         slot = self._slots[worker.slot]
         if not _comes_true(self._has_spare, START_TIMEOUT):
             raise ReloadError("no more workers with the new code get ready, see the log; some with the old code go on")
-        if not _comes_true(lambda: slot.unfinished is None, END_TIMEOUT):
-            log.warning("worker %d is in one request for %.0f s: it is killed", worker.pid, END_TIMEOUT)
+        if not _comes_true(lambda: slot.unfinished is None, REPLACE_TIMEOUT):
+            log.warning("worker %d is in one request for %.0f s: it is killed", worker.pid, REPLACE_TIMEOUT)
         self._calls.call(lambda: self._retire(worker))
         if not _comes_true(lambda: slot.owner != worker.pid, START_TIMEOUT):
             raise ReloadError(f"worker {worker.pid} is not replaced after {START_TIMEOUT:.0f} s; others go on")

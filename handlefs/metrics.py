@@ -58,10 +58,6 @@ class Counters:
         self.count(opcode, number, time.monotonic_ns() - self.words[_BEGAN])
         self.words[_BEGAN] = 0
 
-    def idle(self) -> None:
-        """No request is being served: one that a killed process had answered may not have been counted."""
-        self.words[_BEGAN] = 0
-
     def count(self, opcode: int, number: int, nanoseconds: int) -> None:
         """A request has been answered, with the errno `number`, or 0, after so many nanoseconds."""
         words, row = self.words, (opcode if opcode < _ROWS else 0) * _ROW

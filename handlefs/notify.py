@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 TIMEOUT = 5.0
 """Seconds that the manager gets to take in what it is told."""
+BARRIER_TIMEOUT = 30.0
+"""Seconds that it gets to say that it has: one that answers later than that is taken for one that keeps nothing, for good."""
 _VARIABLES = (
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
@@ -97,7 +99,7 @@ def wait() -> bool:
             notify("BARRIER=1", descriptors=[writer])
         poll = select.poll()
         poll.register(reader, 0)  # POLLHUP alone, when the manager has closed its end
-        answers = bool(poll.poll(TIMEOUT * 1000))
+        answers = bool(poll.poll(BARRIER_TIMEOUT * 1000))
         if not answers:
             log.warning("the service manager does not answer")
         return answers

@@ -62,9 +62,7 @@ class Worker:
         """Finish what the slot holds, then serve until the mount is gone."""
         self._slot.taken(os.getpid())
         message = self._slot.unfinished
-        if message is None:
-            self._counters.idle()
-        else:
+        if message is not None:
             faults.injected(self._finish)(message)
         self._slot.reading()
         while size := self._receiver.receive():
@@ -126,9 +124,9 @@ class Worker:
                 if error.errno not in (errno.ENOENT, errno.ENODEV):
                     log.exception("a reply could not be written")
                     answer_eio(self._device, message)
-        self._slot.answered()
-        # From here on nobody waits.
+        # From here on nobody waits. Counted first: what the slot no longer holds is in the counts.
         self._counters.answered(_opcode(message), -abi.fuse_out_header.unpack_from(reply[0])[1] if reply else 0)
+        self._slot.answered()
 
 
 def _opcode(message: memoryview) -> int:
@@ -201,7 +199,7 @@ def work(assignment: Assignment, commands: socket.socket) -> int:
     except StartupError as error:
         log.error("%s", error)
         return 1
-    _close_map(source)
+    # The map is not closed: the supervisor makes new entries durable, or the next worker, and nobody need wait for that here.
     return 0
 
 
@@ -213,7 +211,9 @@ def rehearse(assignment: Assignment) -> None:
     if table is not None:
         table.close()
     key_file = assignment.config.key_file
-    _close_map(_open_source(assignment, Path(key_file) if key_file else None))
+    source = _open_source(assignment, Path(key_file) if key_file else None)
+    with contextlib.suppress(OSError):  # a full disk: the supervisor says so, who closes it, too
+        source.map.close()
 
 
 def _open_source(assignment: Assignment, key_file: Path | None = None) -> Source:
@@ -221,11 +221,6 @@ def _open_source(assignment: Assignment, key_file: Path | None = None) -> Source
     source = open_source(config.source, 0, config, assignment.opened_source)
     source.attach_map(open_map(assignment.state_path, source, key_file))
     return source
-
-
-def _close_map(source: Source) -> None:
-    with contextlib.suppress(OSError):  # a full disk: the supervisor says so, who closes it, too
-        source.map.close()
 
 
 def _open_table(assignment: Assignment) -> BackingTable | None:

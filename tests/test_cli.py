@@ -22,9 +22,11 @@ import click
 import pytest
 
 from handlefs import control, nfs
+from handlefs import source as source_module
 from handlefs.cli.check import _direct, _passthrough
 from handlefs.cli.fuseprobe import FuseProtocol, ask_kernel
 from handlefs.cli.handle import Node, parse
+from handlefs.cli.handle import command as handle_command
 from handlefs.cli.main import COMMANDS, cli
 from handlefs.config import Config
 from handlefs.handle import AT_FDCWD, name_to_handle_at, open_by_handle_at
@@ -1221,6 +1223,28 @@ def test_handle_forth_and_back(place: Place) -> None:
     ok("umount", place.path)
     assert "there are 0 handlefs servers" in fails("handle", "1")
     assert "has no handle map" in fails("handle", "1", "--source", place.source, "--state-dir", place.state_dir / "no")
+
+
+@needs_root
+def test_handle_of_a_path_that_the_kernel_forgets(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between the look-up of its name and the opening of its handle: the path is what was given all the same."""
+
+    def forgotten(fd: int, name: bytes) -> object:
+        found = name_to_handle_at(fd, name)
+        drop_caches(2)
+        return found
+
+    monkeypatch.setattr(source_module, "name_to_handle_at", forgotten)
+    path = place.source / "dir" / "below"
+    path.mkdir()
+    (path / "file").touch()
+    place.mount()  # makes the map
+    ok("umount", place.path)
+    words = [str(path / "file"), "--source", str(place.source), "--state-dir", str(place.state_dir), "--json"]
+    handle_command.main(words, standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["path"] == str(path / "file")
 
 
 def name_to_handle(path: Path) -> str:

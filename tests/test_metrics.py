@@ -27,7 +27,7 @@ from .support.modes import TRANSPORTS
 from .support.server import Mounted, mounted
 from .support.users import Child
 
-TIMEOUT = 60.0
+TIMEOUT = 200.0
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

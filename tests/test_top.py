@@ -52,13 +52,11 @@ def test_once(server: Mounted) -> None:
     assert in_the_end(lambda: server.status()["operations"].get("symlink"), 1) == 1  # counted after the reply
     with subprocess.Popen([*TOP, server.path, "--once"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        number = 0
         while process.poll() is None:
-            (server.path / f"new{number}").mkdir()
-            number += 1
+            os.statvfs(server.path)  # which needs no disk
         text = process.stdout.read()
     assert text.startswith(f"{server.path}  ")
-    assert re.search(r"^mkdir +[\d,]+ +0 +[\d.]+ (µs|ms|s) +[\d.]+ (µs|ms|s) +[\d.]+ (µs|ms|s)$", text, re.MULTILINE)
+    assert re.search(r"^statfs +[\d,]+ +0 +[\d.]+ (µs|ms|s) +[\d.]+ (µs|ms|s) +[\d.]+ (µs|ms|s)$", text, re.MULTILINE)
     assert "symlink" not in text
     for worker in server.status().get("workers", ()):
         assert re.search(rf"^{worker['pid']} +[\d,]+ +\d+%", text, re.MULTILINE)

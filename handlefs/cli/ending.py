@@ -13,7 +13,7 @@ from handlefs import control, nfs
 from handlefs.cli.users import mounted_on, users
 from handlefs.mount import Mount, mount_at, unmount
 
-EXIT_TIMEOUT = 60.0  # seconds; closing the map writes it to disk
+EXIT_TIMEOUT = 120.0  # seconds; closing the map writes it to disk
 BUSY_RETRY = 1.0  # seconds
 
 

@@ -53,7 +53,8 @@ def command(what: str, source: str | None, state_dir: str | None, search: bool, 
         config = replace(config, state_dir=os.path.abspath(state_dir))
     with opened(config) as tree:
         inode = _by_name(tree, relative, what) if target is None else _find(tree, target)
-        below = _relative_path(tree, config, inode)
+        given = f"/{relative}".rstrip("/") if target is None else None
+        below = given if given is not None and _is_at(config, given, inode) else _relative_path(tree, config, inode)
         if below is None and search and os.fstat(inode.fd).st_nlink:
             below = _search(config, inode)
         facts = _facts(tree, config, inode, below)
@@ -198,13 +199,17 @@ def _relative_path(tree: Source, config: Config, inode: Inode) -> str | None:
     root, path = tree.path_of(tree.root).rstrip(b"/"), tree.path_of(inode)
     if path != root and not path.startswith(root + b"/"):
         return None
-    relative = path[len(root) :].rstrip(b"/")
+    relative = os.fsdecode(path[len(root) :].rstrip(b"/"))
     # The name of a file may be out of date or, for one without a name, not a path at all: believe it only if it leads back.
+    return relative if _is_at(config, relative, inode) else None
+
+
+def _is_at(config: Config, below: str, inode: Inode) -> bool:
     try:
-        found = os.lstat(os.fsencode(config.source).rstrip(b"/") + relative or b"/")
+        found = os.lstat(config.source.rstrip("/") + below or "/")
     except OSError:
-        return None
-    return os.fsdecode(relative) if os.path.samestat(found, os.fstat(inode.fd)) else None
+        return False
+    return os.path.samestat(found, os.fstat(inode.fd))
 
 
 def _search(config: Config, inode: Inode) -> str | None:

@@ -69,9 +69,14 @@ def settled(supervisor: int, count: int = 4) -> set[int]:
 
 
 def has_come_to(fault: Path, request: Child[Any]) -> bool:
-    """Whether a worker has died, or was stopped, at `fault`; if not, the request was answered before it came to that point."""
+    """Whether a worker has died, or was stopped, at `fault`; if not, the request was answered before it came to that point, and
+    the fault is called off."""
     in_the_end(lambda: request.has_result(0) or not fault.exists(), True)
-    return not fault.exists()
+    try:
+        fault.unlink()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def template(supervisor: int) -> int:

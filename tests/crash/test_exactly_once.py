@@ -21,6 +21,7 @@ from handlefs.transport.backingtable import BackingTable
 
 from ..posix.compare import attributes, in_the_end, outcome
 from ..support.filesystems import FileSystems, filesystem, run
+from ..support.server import Mounted
 from ..support.syscalls import (
     FS_APPEND_FL,
     FS_IOC_GETFLAGS,
@@ -337,6 +338,18 @@ def write_later(file: FileIO) -> int:
     return written
 
 
+def stopped_worker(server: Mounted) -> int:
+    """The one that stops at a fault, a moment after it has taken that."""
+    found: list[int] = []
+
+    def stopped() -> int:
+        found[:] = [pid for pid in workers(server) if state(pid) == "T"]
+        return len(found)
+
+    assert in_the_end(stopped, 1) == 1
+    return found[0]
+
+
 @pytest.mark.kinds("ext4")  # the file system does not matter
 @pytest.mark.parametrize("passthrough", ["off", "auto"])
 @pytest.mark.parametrize("operation", ["open", "setattr"])
@@ -352,17 +365,15 @@ def test_an_open_truncates_once(kind: str, filesystems: FileSystems, passthrough
             hangs = has_come_to(ground.fault, opening)
             if hangs and not source.stat().st_size:
                 break
-            for pid in workers(ground.server):
-                if state(pid) == "T":
-                    kill(pid)
+            if hangs:
+                kill(stopped_worker(ground.server))
             assert opening.result(TIMEOUT) is None
             if not hangs:
                 return  # it does not truncate
         with path.open("r+b", buffering=0) as other:
             writing = Child(write_later, other)
             writing.has_result(0.5)  # or else it has to wait until the file is truncated
-            (hanging,) = (pid for pid in workers(ground.server) if state(pid) == "T")
-            kill(hanging)
+            kill(stopped_worker(ground.server))
             assert opening.result(TIMEOUT) is None
             assert writing.result(TIMEOUT) == 5
         assert path.read_bytes() == source.read_bytes() == b"later"

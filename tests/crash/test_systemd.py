@@ -26,7 +26,7 @@ from ..posix.compare import in_the_end, outcome
 from ..support.cli import fails
 from ..support.filesystems import UnavailableError, is_mounted, run
 from ..support.meanwhile import meanwhile
-from ..support.server import ALARMING
+from ..support.server import ALARMING, REPLY_TIMEOUT
 from ..support.systemd import Systemd, booted
 from ..support.users import Child
 from .conftest import TIMEOUT
@@ -111,7 +111,7 @@ class Service:
         return int(self.systemd.property(self.name, "NFileDescriptorStore"))
 
     def status(self) -> dict[str, Any]:
-        return control.request(str(self.path), {"op": "status"})
+        return control.request(str(self.path), {"op": "status"}, timeout=REPLY_TIMEOUT)
 
     @property
     def log_file(self) -> Path:
@@ -340,7 +340,6 @@ def test_requests_are_finished_after_a_crash(systemd: Systemd, ext4: Path) -> No
             service.fault.with_suffix(".new").rename(service.fault)
             child = Child(outcome, (service.path / f"{point}").mkdir)
             if not has_come_to(service.fault, child):
-                service.fault.unlink(missing_ok=True)
                 break
             service.crash()
             assert child.result(TIMEOUT) is None
@@ -550,14 +549,16 @@ import os
 from pathlib import Path
 from tests.support.systemd import booted
 
-def mounted() -> set[str]:
-    return set(Path("/proc/self/mountinfo").read_text().splitlines())
+def mounted() -> dict[str, str]:
+    # By mount ID: others may change the options of a file system that is mounted here, too.
+    return {line.split()[0]: line for line in Path("/proc/self/mountinfo").read_text().splitlines()}
 
 before = mounted()
 with booted() as systemd:
-    there = {line for line in mounted() - before if str(systemd.scratch) not in line}
+    after = mounted()
+    there = [after[mount] for mount in after.keys() - before.keys() if str(systemd.scratch) not in after[mount]]
     # What has gone together with its directory was another test's, which has removed both.
-    gone = {line for line in before - mounted() if os.path.lexists(line.split()[4])}
+    gone = [before[mount] for mount in before.keys() - after.keys() if os.path.lexists(before[mount].split()[4])]
     assert not gone and not there, (gone, there)
 """
 

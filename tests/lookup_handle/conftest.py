@@ -16,6 +16,7 @@ from handlefs.config import Config, NodeIds
 from handlefs.protocol.client import Client
 from handlefs.unixserver import UnixServer
 
+from ..posix.compare import PATIENCE
 from ..support.filesystems import FileSystems
 from ..support.server import Served, mounted
 
@@ -46,16 +47,21 @@ class InThisProcess:
         self.server = UnixServer(self._config)
         self._thread = threading.Thread(target=self.server.serve, args=(ready.set,), daemon=True)
         self._thread.start()
-        assert ready.wait(60)
+        assert ready.wait(PATIENCE)
 
     def stop(self) -> None:
         self.server.stop()
-        self._thread.join(60)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
 
     @property
     def socket(self) -> str:
         return self._config.mountpoint
+
+
+def thread_states(pid: int) -> set[str]:
+    """The states of all its threads, each of which stops by itself."""
+    return {file.read_text().rpartition(")")[2].split()[0] for file in Path(f"/proc/{pid}/task").glob("*/stat")}
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from ..posix.compare import in_the_end, outcome
 from ..support.filesystems import KINDS
 from ..support.server import Served
 from ..support.syscalls import FS_APPEND_FL, set_flags
-from .conftest import Serving
+from .conftest import Serving, thread_states
 
 CONTENT = b"content of the file"
 
@@ -357,7 +357,7 @@ def test_a_request_that_must_not_run_twice_and_has_no_answer(client: Client, ser
         thread = threading.Thread(target=lambda: results.append(outcome(call)))
         os.kill(pid, signal.SIGSTOP)
         try:
-            assert in_the_end(lambda: _states_of(pid), {"T"}) == {"T"}
+            assert in_the_end(lambda: thread_states(pid), {"T"}) == {"T"}
             thread.start()
             assert in_the_end(lambda: _waits(client), True)
         finally:
@@ -380,11 +380,6 @@ def test_a_request_that_must_not_run_twice_and_has_no_answer(client: Client, ser
 
 
 _MKDIR = abi.fuse_mkdir_in.pack(0o700, 0) + b"made\0"
-
-
-def _states_of(pid: int) -> set[str]:
-    """The states of all its threads, each of which stops by itself."""
-    return {file.read_text().rpartition(")")[2].split()[0] for file in Path(f"/proc/{pid}/task").glob("*/stat")}
 
 
 def _waits(client: Client) -> bool:
@@ -453,7 +448,7 @@ def test_an_interrupted_request_does_not_leave_its_reply_behind(client: Client, 
     before = signal.signal(signal.SIGUSR1, interrupt)
     os.kill(pid, signal.SIGSTOP)
     try:
-        assert in_the_end(lambda: _states_of(pid), {"T"}) == {"T"}
+        assert in_the_end(lambda: thread_states(pid), {"T"}) == {"T"}
         thread.start()
         with pytest.raises(Interrupted):
             client.listdir("/")

@@ -27,7 +27,7 @@ from handlefs.protocol.init import WANTED
 from ..posix.compare import PATIENCE, in_the_end, outcome
 from ..support.filesystems import filesystem, is_mounted, run
 from ..support.server import Served
-from .conftest import InThisProcess
+from .conftest import InThisProcess, thread_states
 
 CONTENT = b"content of the file"
 
@@ -213,9 +213,10 @@ def test_a_server_that_ends_answers_what_it_has_got(server: Served, source: Path
     with server._exit_awaited() as pid:
         os.kill(pid, signal.SIGSTOP)
         try:
+            assert in_the_end(lambda: thread_states(pid), {"T"}) == {"T"}
             for number in range(wanted):
                 link._send(abi.FUSE_MKDIR, 1, abi.fuse_mkdir_in.pack(0o700, 0) + b"made-%d\0" % number, ROOT)
-            assert len(list(source.glob("made-*"))) < wanted
+            assert not list(source.glob("made-*"))
             os.kill(pid, signal.SIGTERM)
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -232,6 +233,8 @@ def unread(server: InThisProcess, source: Path) -> Link:
     found = entry(link.exchange(abi.FUSE_LOOKUP, 1, b"large\0"), opened=False, handles=True)
     for number in range(UNREAD):
         link._send(abi.FUSE_READ, found.nodeid, abi.fuse_read_in.pack(0, number, link.max_write, 0, 0, 0, 0), ROOT)
+    (peer,) = server.server._all_peers()
+    assert in_the_end(peer.reads, False) is False
     return link
 
 

@@ -13,8 +13,9 @@ from typing import ParamSpec
 
 P = ParamSpec("P")
 
-PATIENCE = 60.0
+PATIENCE = 200.0
 """Seconds after which what should come about is taken for missing: generous, for machines that have other things to do."""
+LEAST_TRIES = 20
 
 
 def outcome(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> object:
@@ -29,9 +30,12 @@ def in_the_end(function: Callable[[], object], expected: object, seconds: float 
     """The function's outcome, asked for again until it is the expected one. For what follows from a close(2): the kernel
     sends RELEASE and FORGET without waiting for the server, so a removed file may live a moment longer than its last
     descriptor."""
-    end = time.monotonic() + seconds
-    while (found := outcome(function)) != expected and time.monotonic() < end:
-        time.sleep(0.002)
+    end, tries, pause = time.monotonic() + seconds, 0, 0.002
+    # Some tries after the end, too: one may have taken all the time, and its result be as old. Ever longer pauses, for an
+    # object that is not gone as long as somebody has just asked for it.
+    while (found := outcome(function)) != expected and (time.monotonic() < end or tries < LEAST_TRIES):
+        time.sleep(pause)
+        tries, pause = tries + 1, min(pause * 1.2, 0.25)
     return found
 
 

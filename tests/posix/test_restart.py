@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ..support.filesystems import FileSystems, run, scratch_directory
-from ..support.server import Mounted, mounted
+from ..support.server import START_TIMEOUT, Mounted, mounted
 from ..support.syscalls import drop_caches, name_to_handle, open_handle, read_directory
 from .compare import exact_attributes, outcome
 from .conftest import TestTree
@@ -160,7 +160,7 @@ def test_the_state_of_another_source_is_refused(source: Path) -> None:
         with mounted(source / "one", state_dir=state):
             pass
         argv = [sys.executable, "-m", "handlefs", str(source / "two"), str(mountpoint), f"--state-dir={state}"]
-        refused = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+        refused = subprocess.run(argv, capture_output=True, text=True, timeout=START_TIMEOUT, check=False)
         assert refused.returncode != 0
         assert not mountpoint.is_mount()
         assert "Traceback" not in refused.stderr

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HANDLEFS = (sys.executable, "-m", "handlefs")
-TIMEOUT = 120.0
+TIMEOUT = 200.0
 
 
 def handlefs(*words: object, cwd: Path | None = None, text: str = "") -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +17,12 @@ from handlefs import control
 
 from .filesystems import is_mounted, run, scratch_directory, unmount
 
-START_TIMEOUT = 60.0
-STOP_TIMEOUT = 60.0
+START_TIMEOUT = 200.0
+STOP_TIMEOUT = 200.0
+REPLY_TIMEOUT = 200.0
+"""Seconds, as the others: disks of virtual machines may stall for a minute."""
+WORKER_DEATH = 10.0
+"""Seconds to wait for killed workers. One may be stuck because the test wants it so."""
 ALARMING = re.compile(r"\b(ERROR|CRITICAL)\b|^Traceback ", re.MULTILINE)
 
 
@@ -123,9 +127,20 @@ class Mounted:
         self.start()
 
     def crash(self, *, detach: bool = True) -> None:
-        """SIGKILL and, if wanted, the dead mount detached; no server runs until `start`."""
-        with self._exit_awaited() as pid:
-            os.kill(pid, signal.SIGKILL)
+        """SIGKILL and, if wanted, the dead mount detached; no server runs until `start`. The workers die with it, but one that
+        is stuck in a system call later."""
+        with ExitStack() as stack:
+            workers = []
+            for pid in {*self.serving} - {self.pid}:
+                with suppress(ProcessLookupError):  # just replaced
+                    workers.append(os.pidfd_open(pid))
+                    stack.callback(os.close, workers[-1])
+            with self._exit_awaited() as pid:
+                os.kill(pid, signal.SIGKILL)
+            for pidfd in workers:
+                poll = select.poll()
+                poll.register(pidfd, select.POLLIN)
+                poll.poll(WORKER_DEATH * 1000)
         if detach:
             run("umount", "--lazy", self.path)
 
@@ -143,11 +158,11 @@ class Mounted:
             os.close(pidfd)
 
     def status(self) -> dict[str, Any]:
-        return control.request(self.address, {"op": "status"})
+        return control.request(self.address, {"op": "status"}, timeout=REPLY_TIMEOUT)
 
     def evict(self, count: int | None = None) -> int:
         """Drop `count` inodes from the server's cache, or all of them; returns how many there were."""
-        return int(control.request(self.address, {"op": "evict", "count": count})["evicted"])
+        return int(control.request(self.address, {"op": "evict", "count": count}, timeout=REPLY_TIMEOUT)["evicted"])
 
     @property
     def pid(self) -> int:

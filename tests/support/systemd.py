@@ -15,7 +15,7 @@ from pathlib import Path
 from .filesystems import UnavailableError, run, scratch_directory
 
 SYSTEMD = Path("/lib/systemd/systemd")
-TIMEOUT = 60.0
+TIMEOUT = 200.0
 
 _TARGETS = ("sysinit", "basic", "shutdown", "multi-user")
 _BOOT = """
@@ -27,7 +27,9 @@ awk -v own="$4/" 'index($5 "/", own) != 1 { print $5 }' /proc/self/mountinfo | w
 done
 # Copies of other servers' mounts would keep those alive. Some go by themselves meanwhile, with their directories.
 fuse_mounts() { awk '{ for (i = 1; i < NF; i++) if ($i == "-" && $(i + 1) ~ /^fuse/) print $5 }' /proc/self/mountinfo; }
-fuse_mounts | while read -r place; do umount --lazy "$(printf %b "$place")" || :; done
+for layer in 1 2 3; do # one may hide another
+    fuse_mounts | while read -r place; do umount --lazy "$(printf %b "$place")" || :; done
+done
 [ -z "$(fuse_mounts)" ]
 mount --bind "$3" /dev/console # where it logs
 mount -t tmpfs none /run

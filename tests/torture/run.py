@@ -6,6 +6,7 @@ import bisect
 import fcntl
 import functools
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -87,7 +88,9 @@ class Figures:
 
     @property
     def lost(self) -> float:
-        """The part of the throughput that the disturbances cost."""
+        """The part of the throughput that the disturbances cost; not a number if there was none."""
+        if not self.peace_rate:
+            return math.nan
         return 1 - self.disturbed_rate / self.peace_rate
 
     def lines(self) -> list[str]:

@@ -49,7 +49,7 @@ class Victim:
 
     def wait_for_lines(self, count: int) -> None:
         with self._enough:
-            if not self._enough.wait_for(lambda: len(self.lines) >= count, timeout=60):
+            if not self._enough.wait_for(lambda: len(self.lines) >= count, timeout=200):
                 pytest.fail(f"no {count} lines, status {self.process.poll()}, in {where_it_waits(self.process.pid)}")
 
     def kill(self) -> dict[int, int]:
