@@ -53,7 +53,8 @@ SECTIONS: Mapping[str, Section] = {
     "handles": Section(
         "Persistent handles",
         "Requests of one client on a socket (`handlefs serve`), with and without the LOOKUP_HANDLE dialect, and what is "
-        "needed to know many inodes. Most of each request is two Python processes that wake each other: compare rows.",
+        "needed to know many inodes. Client and server, both Python, share one CPU for the requests, so each row is the work "
+        "of both, and not the waking of an idle CPU, which takes as long as several of them.",
         page="lookup-handle.md",
     ),
 }
