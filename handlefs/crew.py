@@ -30,17 +30,18 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 8
 """Workers that a request may kill before it is answered with EIO: not few, since it may be none of its fault."""
-END_TIMEOUT = 25.0
-"""Seconds that processes get to end by themselves when the mount is gone: the handle map may wait for a slow disk. (A service
-manager gives 30, TimeoutStopSec=.)"""
+END_TIMEOUT = 20.0
+"""Seconds that processes get to end by themselves when the mount is gone: a disk may stall. (A service manager gives 30 for the
+whole of the end: TimeoutStopSec=, WatchdogSec=.)"""
 REPLACE_TIMEOUT = 10.0
 """Seconds that a worker which is to be replaced gets for its request."""
 KILL_TIMEOUT = 1.0
 """Seconds that those which are killed then get: one that waits for a disk does not even die."""
 START_TIMEOUT = 20.0
 """Seconds after which a worker that has been ordered must be ready."""
-FIRST_START_TIMEOUT = 120.0
-"""The same for the first workers of a mount: a cold disk takes its time, and nobody is served by giving up."""
+FIRST_START_TIMEOUT = 50.0
+"""The same for the first workers of a new mount: a cold disk takes its time, and nobody is served by giving up. (A service
+manager gives 60, TimeoutStartSec=; signals are not listened to before.)"""
 
 _TAKEOVER_STARTS = 8  # some 5 seconds, for what passes: no memory, or a package that is just being replaced
 _LEAST_TIME = 0.1
@@ -216,7 +217,8 @@ class Crew:
 
     def _check_starting(self) -> None:
         """Replace a template whose workers do not get ready."""
-        limit = START_TIMEOUT if self.was_complete else FIRST_START_TIMEOUT
+        is_new = not self.was_complete and self._most_starts == 1
+        limit = FIRST_START_TIMEOUT if is_new else START_TIMEOUT
         overdue = time.monotonic() - limit
         late = [worker for worker in self._workers if not worker.pid and worker.ordered < overdue]
         for worker in late:
@@ -224,8 +226,7 @@ class Crew:
         if late:
             if self._template is not None:
                 self._template.kill()
-            level = logging.ERROR if self._vacant else logging.WARNING  # nobody waits for a spare
-            self._start_failed(f"{len(late)} new workers are not ready after {limit:.0f} s", level)
+            self._start_failed(f"{len(late)} new workers are not ready after {limit:.0f} s")
 
     def _give_up_on(self, worker: WorkerProcess) -> None:
         """Do not wait for it to be ready: if it comes up after all, it sees that nobody wants it and ends."""
@@ -239,7 +240,7 @@ class Crew:
             return  # it was started together with one that has failed
         if not self.was_complete and self._failed_starts + 1 >= self._most_starts:
             raise StartupError(why)
-        log.log(level, "%s", why)
+        log.log(level if self._vacant else logging.WARNING, "%s", why)  # nobody waits for a spare
         self._look_who_serves()
         self._failed_starts += 1
         self._next_start = time.monotonic() + pause(self._failed_starts)

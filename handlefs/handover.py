@@ -14,7 +14,7 @@ from handlefs.connection import Connection
 from handlefs.droplog import DropLog
 from handlefs.removed import KeptFile
 
-CHECK_TIMEOUT = 60.0
+CHECK_TIMEOUT = 35.0
 """Seconds that new code gets to say whether it can take over."""
 
 

@@ -1,7 +1,7 @@
 """What a server counts: operations, errors and latencies, and the work of its caches.
 
 A worker counts in memory that outlives it (handlefs/slot.py), so nobody has to be asked, and nothing is lost when it is
-killed: at most the request that it had just answered.
+killed; the request that it was just answering may count twice.
 """
 
 import errno
@@ -55,7 +55,8 @@ class Counters:
 
     def answered(self, opcode: int, number: int) -> None:
         """The request is answered, with the errno `number`, or 0. Its latency counts from `begin`, whoever called that."""
-        self.count(opcode, number, time.monotonic_ns() - self.words[_BEGAN])
+        now = time.monotonic_ns()
+        self.count(opcode, number, now - (self.words[_BEGAN] or now))  # without `begin`, a killed process has counted it
         self.words[_BEGAN] = 0
 
     def count(self, opcode: int, number: int, nanoseconds: int) -> None:

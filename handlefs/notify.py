@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 TIMEOUT = 5.0
 """Seconds that the manager gets to take in what it is told."""
 BARRIER_TIMEOUT = 30.0
-"""Seconds that it gets to say that it has: one that answers later than that is taken for one that keeps nothing, for good."""
+"""Seconds that it gets to say that it has; whoever `wait`s does nothing else meanwhile."""
 _VARIABLES = (
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
@@ -109,7 +109,8 @@ def wait() -> bool:
 
 def has_kept_all() -> bool:
     """Whether the manager has kept all that it was told to, for one that does not say how much it keeps: it closes what has no
-    room, and what is stored last has none if anything had none."""
+    room, and what is stored last has none if anything had none. One that does not answer in time is taken for one that keeps
+    nothing."""
     reader, writer = os.pipe()
     try:
         with contextlib.closing(os.fdopen(writer, "wb")):

@@ -150,6 +150,8 @@ def _change_times(source: str) -> Finding:
     try:
         file = os.open(source, os.O_TMPFILE | os.O_RDWR, 0o600)
     except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR):
+            return Finding("change times", "limited", "not tried: this file system makes no files without a name (O_TMPFILE)")
         return Finding(
             "change times", "limited", f"not tried on this source: no file can be made in it ({error.strerror})",
             "check again with a directory of the source that can be written to",
@@ -164,7 +166,8 @@ def _change_times(source: str) -> Finding:
     if len(times) == CHANGES:
         return Finding("change times", "ok", "each change shows in the time of change (ctime), however fast they follow")
     if any(time % 10**9 for time in times):
-        coarse, advice = "changes that follow one another within milliseconds", "use Linux 6.13 or newer on the server"
+        coarse = "changes that follow one another within milliseconds"
+        advice = "use ext4, XFS, btrfs or tmpfs, and Linux 6.13 or newer, on the server"
     else:
         coarse, advice = "changes within the same second", "use a file system with finer times, as ext4 with 256-byte inodes"
     return Finding(

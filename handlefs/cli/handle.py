@@ -38,7 +38,7 @@ class Node(NamedTuple):
 @click.option("--search", is_flag=True, help="Walk the source for a path if the kernel knows none.")
 @json_option
 def command(what: str, source: str | None, state_dir: str | None, search: bool, as_json: bool) -> None:
-    """Show file handle, node ID and NFS handle of a file, and its path where the kernel knows one.
+    """Show file handle, node ID and NFS handle of a file, and its path: the given one, or where the kernel knows one.
 
     PATH is in a source or a mount. NODEID is decimal, or hexadecimal with 0x. HEX is an NFS handle, with or without
     knfsd's header, or the file system's own as TYPE:BYTES. --source is needed for the last three when there is more

@@ -243,6 +243,21 @@ def run_killed(ground: Ground, case: Case, point: int | str) -> bool:
     return killed
 
 
+@pytest.mark.kinds("ext4")  # the file system does not matter
+def test_no_kill_loses_a_count(kind: str, filesystems: FileSystems) -> None:
+    """Nor does one between a reply and what follows: what the slot no longer holds is in the counts."""
+    with serving(filesystems[kind], "off") as ground:
+        served, _ = ground.directories()
+        before = ground.server.status()["operations"]["mkdir"]
+        for point in itertools.count():
+            ground.kill_at("mkdir", point)
+            assert outcome(ground.bounded, (served / str(point)).mkdir) is None
+            if not ground.was_killed():
+                break
+        assert in_the_end(lambda: ground.server.status()["operations"]["mkdir"] - before > point, True) is True
+        assert point > 5
+
+
 def descriptors(pid: int) -> Iterator[Path]:
     """What the process has open, but for what it closes meanwhile."""
     for link in Path(f"/proc/{pid}/fd").iterdir():

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -121,14 +122,14 @@ class Mounted:
         self.stop()
         self.start()
 
-    def kill(self) -> None:
+    def kill(self, *, wait: bool = True) -> None:
         """A crash: SIGKILL, the dead mount detached, a fresh server process with the same state."""
-        self.crash()
+        self.crash(wait=wait)
         self.start()
 
-    def crash(self, *, detach: bool = True) -> None:
+    def crash(self, *, detach: bool = True, wait: bool = True) -> None:
         """SIGKILL and, if wanted, the dead mount detached; no server runs until `start`. The workers die with it, but one that
-        is stuck in a system call later."""
+        is stuck in a system call later: for them, too, unless told otherwise, this waits."""
         with ExitStack() as stack:
             workers = []
             for pid in {*self.serving} - {self.pid}:
@@ -137,10 +138,11 @@ class Mounted:
                     stack.callback(os.close, workers[-1])
             with self._exit_awaited() as pid:
                 os.kill(pid, signal.SIGKILL)
-            for pidfd in workers:
+            deadline = time.monotonic() + WORKER_DEATH
+            for pidfd in workers if wait else ():
                 poll = select.poll()
                 poll.register(pidfd, select.POLLIN)
-                poll.poll(WORKER_DEATH * 1000)
+                poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
         if detach:
             run("umount", "--lazy", self.path)
 
@@ -225,7 +227,7 @@ class Served(Mounted):
     def restart(self) -> None:
         run(sys.executable, "-m", "handlefs", "restart", self.address)
 
-    def crash(self, *, detach: bool = False) -> None:
+    def crash(self, *, detach: bool = False, wait: bool = True) -> None:
         with self._exit_awaited() as pid:
             os.kill(pid, signal.SIGKILL)
 

@@ -48,6 +48,15 @@ def test_a_request_counts_from_its_arrival() -> None:
     assert sum(Totals([counters]).status()["latency"]["read"]["buckets"]) == 1
 
 
+def test_one_that_counts_again_what_a_killed_process_has_counted() -> None:
+    """It cannot know how long that took."""
+    counters = Counters()
+    counters.begin()
+    counters.answered(abi.FUSE_MKDIR, 0)
+    counters.answered(abi.FUSE_MKDIR, 0)
+    assert Totals([counters]).status()["latency"]["mkdir"]["seconds"] < 60
+
+
 def test_what_is_open_was_opened_and_not_closed() -> None:
     """By whatever process; an OPEN that failed has opened nothing."""
     counters = [Counters(), Counters()]
