@@ -5,7 +5,6 @@ It is forked from the template (docs/crash-only.md). When it can serve it says `
 until it is killed or the mount is gone. Meanwhile a thread answers other commands.
 """
 
-import contextlib
 import errno
 import gc
 import json
@@ -25,7 +24,7 @@ from handlefs.inodecache import InodeCache
 from handlefs.logs import set_up_logging
 from handlefs.metrics import Counters
 from handlefs.openfiles import OpenFiles
-from handlefs.opening import open_map, open_source
+from handlefs.opening import close_map, open_map, open_source
 from handlefs.operations import Operations
 from handlefs.process import set_name
 from handlefs.protocol import abi
@@ -211,9 +210,7 @@ def rehearse(assignment: Assignment) -> None:
     if table is not None:
         table.close()
     key_file = assignment.config.key_file
-    source = _open_source(assignment, Path(key_file) if key_file else None)
-    with contextlib.suppress(OSError):  # a full disk: the supervisor says so, who closes it, too
-        source.map.close()
+    close_map(_open_source(assignment, Path(key_file) if key_file else None))
 
 
 def _open_source(assignment: Assignment, key_file: Path | None = None) -> Source:

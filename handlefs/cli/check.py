@@ -28,6 +28,7 @@ STYLES = {"ok": "green", "limited": "yellow", "missing": "bold red"}
 HELPERS = ("/sbin", "/usr/sbin", "/usr/local/sbin", "/sbin/fs.d", "/sbin/fs")
 
 CHANGES = 8
+"""Of one file, without a pause: so many do not fall into different ticks of the kernel."""
 
 OTHERS = Capability("CAP_SETPCAP", "keep its capabilities while it makes files in the name of others")
 WITHOUT_HANDLES = (
@@ -148,7 +149,7 @@ def _change_times(source: str) -> Finding:
     """Whether a change after a look always shows in the ctime, from which knfsd takes NFSv4's change attribute (Linux 6.13,
     "multigrain timestamps"); if not, the ctime is the time of the kernel's last tick, 1 to 10 ms ago, or a whole second."""
     try:
-        file = os.open(source, os.O_TMPFILE | os.O_RDWR, 0o600)
+        file = _unnamed_file(source)
     except OSError as error:
         if error.errno in (errno.EOPNOTSUPP, errno.EISDIR):
             return Finding("change times", "limited", "not tried: this file system makes no files without a name (O_TMPFILE)")
@@ -300,9 +301,13 @@ def _some_file(source: str) -> int | None:
     try:
         if name is not None:
             return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        return os.open(source, os.O_TMPFILE | os.O_RDWR, 0o600)
+        return _unnamed_file(source)
     except OSError:
         return None
+
+
+def _unnamed_file(directory: str) -> int:
+    return os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
 
 
 def _pyfuse3() -> Finding:

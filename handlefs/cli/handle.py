@@ -53,8 +53,9 @@ def command(what: str, source: str | None, state_dir: str | None, search: bool, 
         config = replace(config, state_dir=os.path.abspath(state_dir))
     with opened(config) as tree:
         inode = _by_name(tree, relative, what) if target is None else _find(tree, target)
-        given = f"/{relative}".rstrip("/") if target is None else None
-        below = given if given is not None and _is_at(config, given, inode) else _relative_path(tree, config, inode)
+        below = f"/{relative}".rstrip("/") if target is None else None
+        if below is None or not _is_at(config, below, inode):
+            below = _relative_path(tree, config, inode)
         if below is None and search and os.fstat(inode.fd).st_nlink:
             below = _search(config, inode)
         facts = _facts(tree, config, inode, below)
@@ -205,6 +206,7 @@ def _relative_path(tree: Source, config: Config, inode: Inode) -> str | None:
 
 
 def _is_at(config: Config, below: str, inode: Inode) -> bool:
+    """Whether that path below the source leads to the inode."""
     try:
         found = os.lstat(config.source.rstrip("/") + below or "/")
     except OSError:

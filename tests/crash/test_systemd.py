@@ -27,7 +27,7 @@ from ..support.cli import fails
 from ..support.filesystems import UnavailableError, is_mounted, run
 from ..support.meanwhile import meanwhile
 from ..support.server import ALARMING, REPLY_TIMEOUT
-from ..support.systemd import Systemd, booted
+from ..support.systemd import Systemd, await_no_hidden_fuse_mounts, booted
 from ..support.users import Child
 from .conftest import TIMEOUT
 from .processes import has_come_to, name, settled, state
@@ -568,5 +568,6 @@ def test_the_systemd_of_these_tests_leaves_this_machine_alone(systemd: Systemd, 
     another one goes on."""
     shared = ["unshare", "--mount", "--propagation=private", "sh", "-c", 'mount --make-rshared / && exec "$@"', "sh"]
     with running(systemd, ext4) as service:
+        await_no_hidden_fuse_mounts()
         run(*shared, sys.executable, "-c", ELSEWHERE, timeout=2 * TIMEOUT)
         assert is_mounted(service.path)

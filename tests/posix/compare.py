@@ -16,6 +16,7 @@ P = ParamSpec("P")
 PATIENCE = 200.0
 """Seconds after which what should come about is taken for missing: generous, for machines that have other things to do."""
 LEAST_TRIES = 3
+"""However long each takes."""
 
 
 def outcome(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> object:

@@ -140,9 +140,7 @@ class Mounted:
                 os.kill(pid, signal.SIGKILL)
             deadline = time.monotonic() + WORKER_DEATH
             for pidfd in workers if wait else ():
-                poll = select.poll()
-                poll.register(pidfd, select.POLLIN)
-                poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+                _ends(pidfd, deadline - time.monotonic())
         if detach:
             run("umount", "--lazy", self.path)
 
@@ -152,9 +150,7 @@ class Mounted:
         pidfd = os.pidfd_open(pid)
         try:
             yield pid
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            if not poll.poll(STOP_TIMEOUT * 1000):
+            if not _ends(pidfd, STOP_TIMEOUT):
                 raise TimeoutError(f"server {pid} still runs {STOP_TIMEOUT:.0f} s after it was told to stop")
         finally:
             os.close(pidfd)
@@ -190,6 +186,13 @@ class Mounted:
         lines = [line for line in news.splitlines() if not (self.expected_log and re.search(self.expected_log, line))]
         if ALARMING.search("\n".join(lines)):
             raise AssertionError(f"the server logged errors:\n{news}")
+
+
+def _ends(pidfd: int, seconds: float) -> bool:
+    """Whether the process ends within so many seconds."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(max(0.0, seconds) * 1000))
 
 
 class Served(Mounted):

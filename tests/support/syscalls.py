@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -150,3 +151,10 @@ def open_handle(mount: Path, handle: Handle, flags: int = os.O_RDONLY) -> int:
 def drop_caches(what: int = 2) -> None:
     """Make the kernel forget unused dentries and inodes (2), the page cache (1), or both (3)."""
     Path("/proc/sys/vm/drop_caches").write_text(str(what))
+
+
+def kernel_version() -> tuple[int, int]:
+    """Of the running kernel, of whose release the rest may be anything (uname(2))."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    assert found is not None
+    return int(found[1]), int(found[2])

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from handlefs.mount import mounts
+
 from .filesystems import UnavailableError, run, scratch_directory
 
 SYSTEMD = Path("/lib/systemd/systemd")
 TIMEOUT = 200.0
+HIDDEN_SECONDS = 20.0
 
 _TARGETS = ("sysinit", "basic", "shutdown", "multi-user")
 _BOOT = """
@@ -27,9 +30,7 @@ awk -v own="$4/" 'index($5 "/", own) != 1 { print $5 }' /proc/self/mountinfo | w
 done
 # Copies of other servers' mounts would keep those alive. Some go by themselves meanwhile, with their directories.
 fuse_mounts() { awk '{ for (i = 1; i < NF; i++) if ($i == "-" && $(i + 1) ~ /^fuse/) print $5 }' /proc/self/mountinfo; }
-for layer in 1 2 3; do # one may hide another
-    fuse_mounts | while read -r place; do umount --lazy "$(printf %b "$place")" || :; done
-done
+fuse_mounts | while read -r place; do umount --lazy "$(printf %b "$place")" || :; done
 [ -z "$(fuse_mounts)" ]
 mount --bind "$3" /dev/console # where it logs
 mount -t tmpfs none /run
@@ -74,6 +75,21 @@ class Systemd:
         return self.systemctl("show", "--value", f"--property={name}", unit)
 
 
+def await_no_hidden_fuse_mounts() -> None:
+    """Return when no other test has something mounted over a FUSE mount, as one has for a second or two: what is hidden can be
+    taken away in no copy of these mounts. To be called before they are copied."""
+    deadline = time.monotonic() + HIDDEN_SECONDS
+    while _hidden_fuse_mounts() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _hidden_fuse_mounts() -> list[str]:
+    here = mounts()
+    on_top = {(mount.parent_id, mount.mountpoint) for mount in here}
+    fuse = [mount for mount in here if mount.fstype.startswith("fuse")]
+    return [mount.mountpoint for mount in fuse if (mount.mount_id, mount.mountpoint) in on_top]
+
+
 @contextmanager
 def booted() -> Iterator[Systemd]:
     """A systemd that has booted, with no units but a few empty targets. Raises UnavailableError."""
@@ -91,6 +107,7 @@ def booted() -> Iterator[Systemd]:
             (units / f"{name}.target").write_text("[Unit]\nDefaultDependencies=no\n")
         cgroup = stack.enter_context(_cgroup(scratch.name))
         log = scratch / "systemd.log"
+        await_no_hidden_fuse_mounts()
         pid = stack.enter_context(_started(cgroup, log, units))
         systemd = Systemd(scratch, log, pid)
         _await_boot(systemd)
